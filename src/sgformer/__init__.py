@@ -1,0 +1,50 @@
+"""SG-Former: the self-guided vision transformer, with its token reallocation made visible."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+
+from sgformer import timm_models as timm_models  # registers the sizes with timm
+from sgformer._version import __version__
+from sgformer.backbone import Inspection, SGFormer
+from sgformer.checkpoint import load_model, load_released, save_model
+from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
+from sgformer.errors import UserError
+
+__all__ = [
+    "Inspection",
+    "SGFormer",
+    "SGFormerConfig",
+    "StageConfig",
+    "UserError",
+    "__version__",
+    "create_model",
+    "load_model",
+    "load_released",
+    "save_model",
+]
+
+
+def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
+    """Build a network with fresh weights.
+
+    Args:
+        name: "sgformer_n", "_t", "_s", "_m" or "_b", or a config of your own.
+        options: any field of :class:`SGFormerConfig` (``num_classes``, ``in_chans``, ``img_size``, ``coarse``,
+            ``drop_path_rate`` ...), ``global_pool``, ``device`` and ``dtype``; by name also timm's own
+            (``features_only``, ``out_indices`` ...), exactly as with ``timm.create_model``.
+
+    Raises:
+        UserError: no such size.
+        ValueError: an option's value makes no sense; the message has the value.
+    """
+    if isinstance(name, SGFormerConfig):
+        return timm_models.from_fields(name, **options)
+    if name not in VARIANTS:
+        close = difflib.get_close_matches(str(name), VARIANTS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"no model named {name!r}: {hint}the sizes are {', '.join(VARIANTS)}")
+    return timm.create_model(name, **options)

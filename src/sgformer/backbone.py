@@ -1,0 +1,394 @@
+"""SG-Former, the self-guided vision transformer (Ren, Yang, Liu, Wang, ICCV 2023, arXiv 2308.12216).
+
+Stages 1 to 3 are pairs of blocks. The first of a pair looks at two scales at once and, as a by-product, learns how much
+attention every token receives: its significance (:class:`HybridScaleAttention`, paper section 3.2). The second lets all
+tokens look at few, and spends those few where significance is high (:class:`SelfGuidedAttention`, section 3.3).
+Stage 4 is plain attention. docs/method.md maps every formula to its function and lists where code and paper differ.
+
+Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d = C / h. Inside, every tensor is
+(B, H, W, C), which a convolution sees as a channels-last image without a copy; NCHW only at the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sgformer import ops
+from sgformer.config import SGFormerConfig, StageConfig
+from sgformer.layers import DepthwiseConv, Downsample, Mlp, Stem, created_on, init_module
+from sgformer.ops import TokenGroups
+
+
+@dataclass
+class Inspection:
+    """Everything one forward pass saw, by "stage.block" with stages counted from 1 and blocks from 0.
+
+    Attributes:
+        logits: (B, num_classes), or the pooled features (B, C) of a model without classifier.
+        features: the four stages' outputs, (B, C_s, H_s, W_s), stride 4, 8, 16, 32.
+        significance: of every hybrid-scale block, (B, H, W) float32; no gradient.
+        coarse, fine: its two terms (``significance = coarse + fine``).
+        tokens: of every self-guided block, which tokens made each key/value token and with what weight.
+    """
+
+    logits: Tensor | None = None
+    features: list[Tensor] = field(default_factory=list)
+    significance: dict[str, Tensor] = field(default_factory=dict)
+    coarse: dict[str, Tensor] = field(default_factory=dict)
+    fine: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, TokenGroups] = field(default_factory=dict)
+
+
+class HybridScaleAttention(nn.Module):
+    """Half of the heads look far and coarse, half near and fine; together they say what is significant (section 3.2).
+
+    Coarse heads read keys and values from a grid reduced r times; fine heads stay in ``window`` x ``window`` windows.
+    """
+
+    def __init__(self, dim: int, heads: int, reduction: int, window: int, coarse: str):
+        super().__init__()
+        self.heads, self.reduction, self.window, self.coarse = heads // 2, reduction, window, coarse
+        self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+        self.reduce_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.kv_coarse = nn.Linear(dim, dim)
+        self.proj_in = nn.Linear(dim, 3 * dim)  # coarse queries; fine queries, keys, values; local term
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, H, W, C) -> output of the same shape, and the coarse and fine terms of significance, each (B, H, W)."""
+        C = x.shape[-1]
+        q_coarse, qkv_fine, local = self.proj_in(x).split((C // 2, 3 * C // 2, C), dim=-1)
+        far, far_significance = self.look_far(q_coarse, x)
+        near, near_significance = self.look_near(qkv_fine)
+        out = torch.cat([far, near], dim=-1) + self.local(local)
+        return self.proj(out), far_significance, near_significance
+
+    def look_far(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, H, W, _ = x.shape
+        r = self.reduction
+        image = F.pad(x.permute(0, 3, 1, 2), (0, -W % r, 0, -H % r))
+        reduced = F.gelu(self.reduce_norm(self.reduce(image).permute(0, 2, 3, 1)))  # (B, ceil(H/r), ceil(W/r), C)
+        small = reduced.shape[1], reduced.shape[2]
+        if self.coarse == "global":
+            key_window, query_window, queries = small, (H, W), H * W
+        else:
+            key_window, query_window = (self.window, self.window), (self.window * r, self.window * r)
+            queries = (self.window * r) ** 2
+        out, received = self._attend_windows(q, self.kv_coarse(reduced), query_window, key_window)
+        significance = ops.merge(received[..., None], key_window, small)[..., 0] / queries
+        significance = significance.repeat_interleave(r, 1).repeat_interleave(r, 2)[:, :H, :W]  # nearest
+        return out, significance
+
+    def look_near(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        window, grid = (self.window, self.window), (qkv.shape[1], qkv.shape[2])
+        q, kv = qkv.split((qkv.shape[-1] // 3, 2 * qkv.shape[-1] // 3), dim=-1)
+        out, received = self._attend_windows(q, kv, window, window)
+        return out, ops.merge(received[..., None], window, grid)[..., 0] / self.window**2
+
+    def _attend_windows(
+        self, q: Tensor, kv: Tensor, q_window: tuple[int, int], kv_window: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, W, C/2) meet keys and values (B, H', W', C) window by window; padding is masked on both sides.
+
+        Returns the output (B, H, W, C/2) and the attention each key received, summed over queries: (B * n, M).
+        """
+        grid = q.shape[1], q.shape[2]
+        real_q = ops.valid_tokens(grid, q_window, q.device)
+        real_k = ops.valid_tokens((kv.shape[1], kv.shape[2]), kv_window, q.device)
+        B = q.shape[0]
+        q = split_heads(ops.partition(q, q_window), self.heads)
+        k, v = (split_heads(t, self.heads) for t in ops.partition(kv, kv_window).chunk(2, dim=-1))
+        real_q, real_k = (None if m is None else m.repeat(B, 1) for m in (real_q, real_k))
+        out, received = ops.attention_and_received(q, k, v, real_k, real_q)
+        return ops.merge(join_heads(out), q_window, grid), received
+
+
+class SelfGuidedAttention(nn.Module):
+    """All tokens look at few, and the few are dense where significance is high (section 3.3).
+
+    Tokens are sorted by significance and cut into regions; in region i every r_i neighbours in sorted order become one
+    key/value token by a learned linear map over positions.
+    """
+
+    def __init__(self, dim: int, stage: StageConfig):
+        super().__init__()
+        self.heads = stage.heads
+        self.shares = [region.share for region in stage.regions]
+        self.rates = [region.rate for region in stage.regions]
+        self.aggregate = nn.ModuleList(nn.Linear(rate, 1) for rate in self.rates)
+        self.proj_in = nn.Linear(dim, 2 * dim)  # queries, local term
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, H, W, C) and (B, H, W) -> output (B, H, W, C), and the token groups that were condensed."""
+        _, H, W, C = x.shape
+        q, local = self.proj_in(x).split((C, C), dim=-1)
+        groups = ops.group_tokens(ops.sort_tokens(significance.flatten(1)), self.shares, self.rates)
+        few = ops.aggregate(
+            x.flatten(1, 2), groups, [m.weight for m in self.aggregate], [m.bias for m in self.aggregate]
+        )
+        k, v = (split_heads(t, self.heads) for t in self.kv(few).chunk(2, dim=-1))
+        out = ops.attend(split_heads(q.flatten(1, 2), self.heads), k, v)
+        out = join_heads(out).unflatten(1, (H, W)) + self.local(local)
+        return self.proj(out), groups
+
+    def describe(self, groups: list[Tensor], grid: tuple[int, int]) -> TokenGroups:
+        weights = [m.weight.detach()[0] for m in self.aggregate]
+        return TokenGroups(grid, groups, weights, [m.bias.detach()[0] for m in self.aggregate])
+
+
+class PlainAttention(nn.Module):
+    """Every token looks at every token; (B, H, W, C) to the same. The last stage's attention."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.proj_in = nn.Linear(dim, 4 * dim)  # queries, keys, values, local term
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, H, W, C = x.shape
+        qkv, local = self.proj_in(x).split((3 * C, C), dim=-1)
+        q, k, v = (split_heads(t, self.heads) for t in qkv.flatten(1, 2).chunk(3, dim=-1))
+        return self.proj(join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + self.local(local))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, h, N, d)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, h, N, d) -> (B, N, C)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the stream. What differs is the attention."""
+
+    def __init__(self, dim: int, attn: nn.Module, config: SGFormerConfig, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, config.mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        x = x + self.drop_path(out)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class HybridBlock(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, coarse, fine = self.attn(self.norm1(x))
+        return self.add(x, out), coarse, fine
+
+
+class GuidedBlock(Block):
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out, groups = self.attn(self.norm1(x), significance)
+        return self.add(x, out), groups
+
+
+class PlainBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.attn(self.norm1(x)))
+
+
+class Stage(nn.Module):
+    """Downsampling, blocks, and the norm that ends a stage: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
+
+    def __init__(self, stage: StageConfig, dim_in: int | None, config: SGFormerConfig, drop_path: Sequence[float]):
+        super().__init__()
+        dim, r = stage.dim, stage.reduction
+        self.downsample = nn.Identity() if dim_in is None else Downsample(dim_in, dim)
+        self.blocks = nn.ModuleList()
+        for i, rate in enumerate(drop_path):
+            if r is None:
+                self.blocks.append(PlainBlock(dim, PlainAttention(dim, stage.heads), config, rate))
+            elif i % 2 == 0:
+                hybrid = HybridScaleAttention(dim, stage.heads, r, config.window, config.coarse)
+                self.blocks.append(HybridBlock(dim, hybrid, config, rate))
+            else:
+                self.blocks.append(GuidedBlock(dim, SelfGuidedAttention(dim, stage), config, rate))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, seen: Inspection | None = None, name: str = "") -> Tensor:
+        x = self.downsample(x)
+        significance = None
+        for i, block in enumerate(self.blocks):
+            if isinstance(block, HybridBlock):
+                x, coarse, fine = self._run(block, x)
+                significance = coarse + fine
+                if seen is not None:
+                    key = f"{name}.{i}"
+                    seen.significance[key], seen.coarse[key], seen.fine[key] = significance, coarse, fine
+            elif isinstance(block, GuidedBlock):
+                x, groups = self._run(block, x, significance)
+                if seen is not None:
+                    seen.tokens[f"{name}.{i}"] = block.attn.describe(groups, (x.shape[1], x.shape[2]))
+            else:
+                x = self._run(block, x)
+        return self.norm(x)
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class SGFormer(nn.Module):
+    """The self-guided vision transformer; follows timm's model interface.
+
+    Args:
+        config: the network as data; ``sgformer.config.VARIANTS`` holds the published sizes.
+        global_pool: "avg", or "" for no pooling (then the features stay a map).
+        device, dtype: where and as what the parameters are created; "meta" allocates nothing.
+    """
+
+    def __init__(
+        self,
+        config: SGFormerConfig,
+        global_pool: str = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(config, SGFormerConfig):
+            raise TypeError(
+                f"SGFormer takes an SGFormerConfig (got {type(config).__name__}); sizes by name: sgformer.create_model"
+            )
+        self.config = config
+        dims = [stage.dim for stage in config.stages]
+        self.num_classes, self.in_chans, self.global_pool = config.num_classes, config.in_chans, global_pool
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        total = sum(stage.depth for stage in config.stages)
+        rates = iter([config.drop_path_rate * i / max(1, total - 1) for i in range(total)])
+        with created_on(device, dtype):
+            self.stem = Stem(config.in_chans, dims[0], config.img_size)
+            self.stages = nn.ModuleList(
+                Stage(stage, dims[i - 1] if i else None, config, [next(rates) for _ in range(stage.depth)])
+                for i, stage in enumerate(config.stages)
+            )
+            self.head = ClassifierHead(dims[-1], config.num_classes, global_pool, config.drop_rate)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise every parameter, once, from the root (also after ``to_empty`` on a meta-device model)."""
+        self.apply(init_module)
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W), H and W from 32 up -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last stage's map, (B, C, ceil(H / 32), ceil(W / 32))."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x.permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def inspect(self, x: Tensor) -> Inspection:
+        """One forward pass that returns all it saw: logits, four feature maps, significance maps, token groups."""
+        seen = Inspection()
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages, start=1):
+            x = stage(x, seen, str(i))
+            seen.features.append(x.permute(0, 3, 1, 2))
+        seen.logits = self.forward_head(seen.features[-1])
+        return seen
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of the stages in ``indices`` (None: all; n: the last n), and the last map unless only they are
+        wanted. Every stage ends with its norm, so ``norm`` changes nothing; ``output_fmt`` is "NCHW" or "NHWC"."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC (got {output_fmt!r})")
+        take = self._take(indices)
+        x = self.stem(x)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(take):
+                break
+            x = stage(x)
+            if i in take:
+                maps.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
+        return maps if intermediates_only else (x.permute(0, 3, 1, 2), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages above the last one in ``indices`` (and the head); returns the indices kept.
+
+        A stage's norm is part of its feature map, so ``prune_norm`` has nothing to remove.
+        """
+        take = self._take(indices)
+        self.stages = self.stages[: max(take) + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _take(self, indices: int | list[int] | None) -> list[int]:
+        n = len(self.stages)
+        if indices is None or isinstance(indices, int):
+            indices = list(range(n if indices is None else -indices, 0)) if indices else list(range(n))
+        take = [i + n if i < 0 else i for i in indices]
+        if not take or min(take) < 0 or max(take) >= n:
+            raise ValueError(f"stage indices must be within -{n}..{n - 1} (got {list(indices)})")
+        return take
+
+    # -- what timm and training ask for -------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.config = self.config.replace(num_classes=num_classes)
+        parameter = next(self.parameters())
+        self.head.reset(num_classes, global_pool)
+        self.head.apply(init_module).to(parameter.device, parameter.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep each block's input only, and run the block again when going back."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {"stem.position.table"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How parameters form layers from input to output (timm's layer-wise learning-rate decay)."""
+        blocks = [(r"^stages\.(\d+)\.(?:downsample)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        fine = [*blocks, (r"^stages\.(\d+)\.norm", (99999,))]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}

@@ -1,0 +1,163 @@
+"""What a network is made of, as plain data.
+
+A size of SG-Former is a :class:`SGFormerConfig`: four stages and a few numbers. Nothing here knows torch, so a config
+can be read, printed, compared and stored anywhere. To build a new size, write a config and hand it to
+``sgformer.create_model(config)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Region(NamedTuple):
+    """A run of the tokens sorted by significance, and how hard it is condensed.
+
+    Attributes:
+        share: fraction of all tokens that fall in the region, in (0, 1].
+        rate: how many neighbours in sorted order become one key/value token, at least 1.
+    """
+
+    share: float
+    rate: int
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One level of the pyramid.
+
+    Attributes:
+        dim: channels C; a multiple of ``heads``.
+        heads: attention heads; even in hybrid/guided stages, where half look far and half look near.
+        depth: number of blocks; even in hybrid/guided stages, where blocks come in pairs.
+        reduction: r, the coarse heads' reduction: one reduced token stands for r x r tokens. None makes the stage one
+            of plain global-attention blocks.
+        regions: least significant first; the shares sum to 1. Empty for a plain stage.
+    """
+
+    dim: int
+    heads: int
+    depth: int
+    reduction: int | None = None
+    regions: tuple[Region, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", tuple(Region(*r) for r in self.regions))
+        _require(self.dim > 0 and self.heads > 0 and self.depth > 0, "dim, heads and depth must be positive", self)
+        _require(self.dim % self.heads == 0, "dim must be a multiple of heads", self)
+        if self.reduction is None:
+            _require(not self.regions, "a plain stage (reduction=None) has no regions", self)
+            return
+        _require(self.reduction >= 1, "reduction must be at least 1", self)
+        _require(self.heads % 2 == 0, "heads must be even: half are coarse, half fine", self)
+        _require(self.depth % 2 == 0, "depth must be even: blocks come in hybrid/guided pairs", self)
+        _require(bool(self.regions), "a hybrid/guided stage needs regions", self)
+        _require(all(r.share > 0 and r.rate >= 1 for r in self.regions), "shares and rates must be positive", self)
+        _require(abs(sum(r.share for r in self.regions) - 1) < 1e-6, "the regions' shares must sum to 1", self)
+
+
+@dataclass(frozen=True)
+class SGFormerConfig:
+    """A whole network.
+
+    Attributes:
+        stages: the pyramid, stride 4, 8, 16, 32.
+        in_chans: image channels.
+        num_classes: classifier outputs; 0 leaves the classifier out.
+        img_size: (H, W) in pixels for which the position table is made. Other sizes resize the table; they never fail.
+        window: side of the fine heads' windows in tokens (and of the coarse windows in reduced tokens).
+        coarse: "global": every query sees every reduced token (the published code); "window": windows of
+            ``window`` x ``window`` reduced tokens, so that cost stays linear in pixels and the coarse term of
+            significance keeps its mean of 1 / 49 at every size (the paper's text). They agree at 224 pixels.
+        mlp_ratio: hidden width of the MLP as a multiple of C.
+        drop_rate: dropout before the classifier, probability.
+        drop_path_rate: stochastic depth of the last block, probability; grows linearly from 0 at the first.
+    """
+
+    stages: tuple[StageConfig, ...]
+    in_chans: int = 3
+    num_classes: int = 1000
+    img_size: tuple[int, int] = (224, 224)
+    window: int = 7
+    coarse: str = "global"
+    mlp_ratio: float = 4.0
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        stages = (s if isinstance(s, StageConfig) else StageConfig(**s) for s in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        object.__setattr__(self, "img_size", size)
+        _require(len(self.stages) > 0, "stages must not be empty", self.stages)
+        _require(len(size) == 2 and min(size) >= 32, "img_size must be (H, W), both at least 32", size)
+        _require(self.in_chans >= 1, "in_chans must be at least 1", self.in_chans)
+        _require(self.num_classes >= 0, "num_classes must be 0 or more", self.num_classes)
+        _require(self.window >= 1, "window must be at least 1", self.window)
+        _require(self.coarse in COARSE, f"coarse must be one of {', '.join(COARSE)}", self.coarse)
+        _require(self.stages[0].dim % 4 == 0, "the first stage's dim must be a multiple of 4", self.stages[0].dim)
+        for name in ("drop_rate", "drop_path_rate"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
+
+    def replace(self, **changes: Any) -> SGFormerConfig:
+        """A copy with some fields changed; an unknown name raises ValueError."""
+        _known(changes, SGFormerConfig)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers: what a file can hold. ``from_dict`` is its inverse."""
+        return {
+            **dataclasses.asdict(self),
+            "img_size": list(self.img_size),
+            "stages": [{**dataclasses.asdict(s), "regions": [list(r) for r in s.regions]} for s in self.stages],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SGFormerConfig:
+        """Build from ``to_dict``'s output. Unknown keys raise ValueError and are named."""
+        _known(values, cls)
+        for stage in values.get("stages", ()):
+            _known(stage, StageConfig)
+        return cls(**values)
+
+
+COARSE = ("global", "window")
+
+
+def _require(condition: bool, message: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{message} (got {value})")
+
+
+def _known(values: Mapping[str, Any], cls: type) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown {cls.__name__} field: {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+
+
+# The published constants: the same for every size, in stages 1, 2 and 3.
+REDUCTIONS = (8, 4, 2)
+REGIONS = (
+    (Region(1 / 4, 196), Region(1 / 2, 56), Region(1 / 4, 28)),
+    (Region(1 / 4, 49), Region(1 / 2, 14), Region(1 / 4, 7)),
+    (Region(1 / 2, 2), Region(1 / 2, 1)),
+)
+
+
+def pyramid(dims: tuple[int, ...], heads: tuple[int, ...], depths: tuple[int, ...], **options: Any) -> SGFormerConfig:
+    """A four-stage SG-Former with the published reductions and regions; ``options`` are SGFormerConfig's fields."""
+    guided = zip(dims[:3], heads[:3], depths[:3], REDUCTIONS, REGIONS, strict=True)
+    return SGFormerConfig((*(StageConfig(*s) for s in guided), StageConfig(dims[3], heads[3], depths[3])), **options)
+
+
+# S, M and B are the paper's. T and N are ours, for small machines.
+VARIANTS: dict[str, SGFormerConfig] = {
+    "sgformer_n": pyramid((24, 48, 96, 192), (2, 2, 4, 8), (2, 2, 6, 1), drop_path_rate=0.05),
+    "sgformer_t": pyramid((32, 64, 192, 384), (2, 2, 6, 12), (2, 2, 10, 1), drop_path_rate=0.1),
+    "sgformer_s": pyramid((64, 128, 256, 512), (2, 4, 8, 16), (2, 4, 16, 1), drop_path_rate=0.1),
+    "sgformer_m": pyramid((64, 128, 256, 512), (2, 4, 8, 16), (2, 6, 28, 2), drop_path_rate=0.2),
+    "sgformer_b": pyramid((96, 192, 384, 768), (4, 6, 12, 24), (4, 6, 24, 2), drop_path_rate=0.4),
+}

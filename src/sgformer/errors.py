@@ -1,0 +1,41 @@
+"""Errors meant for the person at the keyboard, and the gate to optional packages."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message is one line that names the file or value and says what to do.
+
+    The command line prints it as `sgformer: error: ...` and exits with status 2.
+    """
+
+    def __init__(self, message: str):
+        # A DataLoader worker re-raises an exception as `type(whole traceback as text)`: keep the line that matters.
+        super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].strip())
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it.
+
+    Args:
+        module: name to import, e.g. `"skimage.data"`.
+        extra: the extra of this package that installs it, e.g. `"demo"`.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A package that is there but lacks one of its own needs is a broken install: let that traceback through.
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise UserError(
+            f"this needs the package {error.name!r}, which is not installed: pip install 'sgformer[{extra}]'"
+        ) from None

@@ -1,0 +1,141 @@
+"""The plain parts of the network: stem, position table, downsampling, MLP, and how parameters start.
+
+Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C); convolutions see them as a channels-last image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, GroupNorm with one group, and a GELU where asked for. NCHW."""
+
+    def __init__(self, dim_in: int, dim: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.norm = nn.GroupNorm(1, dim)
+        self.act = nn.GELU() if act else nn.Identity()
+
+
+class PositionTable(nn.Module):
+    """A learned vector for every position of a grid, started as the 2-D sine-cosine table; resized to other grids."""
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(*grid, dim))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        H, W, dim = self.table.shape
+        frequency = 10000 ** -(torch.arange(dim // 4, device=self.table.device, dtype=torch.float64) / (dim // 4))
+
+        def waves(n: int) -> Tensor:  # (n, dim / 2)
+            angle = torch.arange(n, device=frequency.device)[:, None] * frequency
+            return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+        rows, cols = waves(H)[:, None].expand(H, W, -1), waves(W)[None].expand(H, W, -1)
+        self.table.copy_(torch.cat([cols, rows], dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + resize_table(self.table, (x.shape[1], x.shape[2]))
+
+
+def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a (H, W, C) position table to ``grid``; the table itself where the grid is the same."""
+    if tuple(table.shape[:2]) == tuple(grid):
+        return table
+    resized = F.interpolate(table.permute(2, 0, 1)[None], size=grid, mode="bicubic", align_corners=False)
+    return resized[0].permute(1, 2, 0)
+
+
+class Stem(nn.Module):
+    """Image to tokens at stride 4: (B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), C)."""
+
+    def __init__(self, in_chans: int, dim: int, img_size: tuple[int, int]):
+        super().__init__()
+        self.conv1 = ConvNorm(in_chans, dim, 3, stride=2)
+        self.conv2 = ConvNorm(dim, dim, 3)
+        self.conv3 = ConvNorm(dim, dim, 3, stride=2, act=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.position = PositionTable(dim, (-(-img_size[0] // 4), -(-img_size[1] // 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv3(self.conv2(self.conv1(x)))
+        return self.position(self.norm(x.permute(0, 2, 3, 1)))
+
+
+class Downsample(nn.Module):
+    """Half the grid, rounded up, between stages: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.expand = ConvNorm(dim_in, dim, 1)
+        self.reduce = ConvNorm(dim, dim, 3, stride=2, groups=dim)
+        self.mix = ConvNorm(dim, dim, 1, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.reduce(self.expand(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """3 x 3 depthwise convolution of tokens, (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Mlp(nn.Module):
+    """fc1, GELU of (h + depthwise convolution of h), fc2."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.conv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(F.gelu(x + self.conv(x)))
+
+
+@torch.no_grad()
+def init_module(module: nn.Module) -> None:
+    """Linear: truncated normal, std .02. Convolution: normal, std sqrt(2 / fan out). Biases 0, norms 1 and 0."""
+    if isinstance(module, nn.Linear):
+        # Drawn in float32: in half precision the inverse error function overflows and leaves weights at the bounds.
+        module.weight.copy_(trunc_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02))
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        module.weight.normal_(0, math.sqrt(2 / fan_out))
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        module.weight.fill_(1)
+    elif isinstance(module, PositionTable):
+        module.init_weights()
+    if getattr(module, "bias", None) is not None:
+        module.bias.zero_()
+
+
+@contextlib.contextmanager
+def created_on(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
+    """Modules built inside get their parameters on ``device`` and in ``dtype``."""
+    before = torch.get_default_dtype()
+    try:
+        if dtype is not None:
+            torch.set_default_dtype(dtype)
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,84 @@
+"""The same operations written slowly and obviously. Tests hold the fast ones against these, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Windows one by one, by slicing. See ``windows.partition``."""
+    _, H, W, C = x.shape
+    h, w = window
+    out = []
+    for image in x:
+        for top in range(0, H, h):
+            for left in range(0, W, w):
+                tile = x.new_zeros(h, w, C)
+                piece = image[top : top + h, left : left + w]
+                tile[: piece.shape[0], : piece.shape[1]] = piece
+                out.append(tile.reshape(h * w, C))
+    return torch.stack(out)
+
+
+def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Every token looked up in its window. See ``windows.merge``."""
+    (H, W), (h, w) = grid, window
+    cols = math.ceil(W / w)
+    per_image = math.ceil(H / h) * cols
+    images = []
+    for start in range(0, x.shape[0], per_image):
+        tokens = [x[start + (i // h) * cols + j // w, (i % h) * w + j % w] for i in range(H) for j in range(W)]
+        images.append(torch.stack(tokens).reshape(H, W, x.shape[-1]))
+    return torch.stack(images)
+
+
+def attention_and_received(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, valid_queries: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The whole matrix at once, one image and head at a time. See ``attention.attention_and_received``."""
+    out, received = torch.empty_like(q), []
+    for b in range(q.shape[0]):
+        columns = []
+        for h in range(q.shape[1]):
+            scores = q[b, h] @ k[b, h].T / math.sqrt(q.shape[-1])
+            if valid is not None:
+                scores = scores.masked_fill(~valid[b], -torch.inf)
+            weights = scores.softmax(-1)
+            out[b, h] = weights @ v[b, h]
+            real = slice(None) if valid_queries is None else valid_queries[b]
+            columns.append(weights[real].sum(0))
+        received.append(torch.stack(columns).mean(0))
+    return out, torch.stack(received).detach()
+
+
+def aggregate(
+    x: Tensor,
+    significance: Tensor,
+    shares: Sequence[float],
+    rates: Sequence[int],
+    weights: Sequence[Tensor],
+    bias: Sequence[Tensor],
+) -> Tensor:
+    """From significance to key/value tokens, one token at a time. See the functions of ``regroup``."""
+    images = []
+    for tokens, score in zip(x, significance, strict=True):
+        N = len(score)
+        order = sorted(range(N), key=lambda i, s=score: float(s[i]))  # Python's sort is stable
+        out, start, share_so_far = [], 0, 0.0
+        for i, (share, r) in enumerate(zip(shares, rates, strict=True)):
+            share_so_far += share
+            left = len(shares) - i - 1
+            end = N if left == 0 else min(max(math.floor(share_so_far * N + 0.5), start + 1), N - left)
+            region = order[start:end]
+            L = len(region)
+            G = math.ceil(L / r)
+            for g in range(G):
+                picks = [math.floor((p + 0.5) * L / (G * r)) for p in range(g * r, (g + 1) * r)]
+                out.append(sum(weights[i].flatten()[k] * tokens[region[p]] for k, p in enumerate(picks)) + bias[i])
+            start = end
+        images.append(torch.stack(out))
+    return torch.stack(images)

@@ -1,0 +1,131 @@
+"""Token reallocation: sort tokens by significance, cut them into regions, condense each region at its own rate.
+
+Legend: B batch, N tokens, C channels; region i holds L_i sorted tokens and makes G_i groups of r_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+
+def sort_tokens(significance: Tensor) -> Tensor:
+    """Token indices by ascending significance; equal ones stay in raster order, so a constant image is defined too.
+
+    Args:
+        significance: (B, N).
+
+    Returns:
+        (B, N) int64.
+    """
+    return significance.argsort(dim=1, stable=True)
+
+
+def region_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
+    """How many of ``tokens`` sorted tokens each region takes.
+
+    The cumulated shares are rounded, half up; no region is left empty unless there are fewer tokens than regions.
+    """
+    ends = [0]
+    for i, share in enumerate(accumulate(shares), start=1):
+        end = int(share * tokens + 0.5)
+        ends.append(max(ends[-1], min(max(end, i), tokens - (len(shares) - i))))
+    ends[-1] = tokens
+    return [end - start for start, end in pairwise(ends)]
+
+
+def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
+    """Which sorted positions of a region make which group: (G, rate) int64 with G = ceil(length / rate).
+
+    The identity where ``rate`` divides ``length``. Otherwise G * rate positions are sampled evenly: a few tokens count
+    twice, none is dropped, and no padding token is made.
+    """
+    groups = -(-length // rate)
+    samples = groups * rate
+    positions = torch.arange(samples, device=device)
+    if samples != length:
+        positions = torch.div((2 * positions + 1) * length, 2 * samples, rounding_mode="floor")
+    return positions.view(groups, rate)
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Where every key/value token of a self-guided block came from.
+
+    Attributes:
+        grid: (H, W) of the token grid; a token's index is row * W + column.
+        indices: one (B, G_i, r_i) int64 tensor a region, least significant region first: the tokens of each group.
+        weights: one (r_i,) tensor a region: what each position of a group is multiplied with.
+        bias: one 0-d tensor a region, added to every group of it.
+    """
+
+    grid: tuple[int, int]
+    indices: list[Tensor]
+    weights: list[Tensor]
+    bias: list[Tensor]
+
+    def __len__(self) -> int:
+        """Number of key/value tokens of an image."""
+        return sum(i.shape[1] for i in self.indices)
+
+    def region_map(self) -> Tensor:
+        """(B, H, W) int64: the region each token fell in, 0 the least significant."""
+        return self._paint([torch.full_like(i, n) for n, i in enumerate(self.indices)])
+
+    def token_map(self) -> Tensor:
+        """(B, H, W) int64: the key/value token that each token went into (the last one where it went into two)."""
+        starts = accumulate((i.shape[1] for i in self.indices), initial=0)
+        labels = zip(starts, self.indices, strict=False)
+        return self._paint([(s + torch.arange(i.shape[1], device=i.device))[:, None].expand_as(i) for s, i in labels])
+
+    def _paint(self, labels: list[Tensor]) -> Tensor:
+        B = self.indices[0].shape[0]
+        canvas = torch.full((B, self.grid[0] * self.grid[1]), -1, device=self.indices[0].device)
+        for index, label in zip(self.indices, labels, strict=True):
+            canvas.scatter_(1, index.flatten(1), label.flatten(1))
+        return canvas.view(B, *self.grid)
+
+
+def group_tokens(order: Tensor, shares: Sequence[float], rates: Sequence[int]) -> list[Tensor]:
+    """Cut sorted tokens into regions and groups.
+
+    Args:
+        order: (B, N) int64 from :func:`sort_tokens`.
+        shares: fraction of the tokens in each region, least significant first.
+        rates: r_i of each region.
+
+    Returns:
+        One (B, G_i, r_i) int64 tensor a region: token indices.
+    """
+    lengths = region_lengths(order.shape[1], shares)
+    regions = order.split(lengths, dim=1)
+    return [
+        region[:, group_positions(length, rate, order.device)]
+        for region, length, rate in zip(regions, lengths, rates, strict=True)
+    ]
+
+
+def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
+    """Condense groups of tokens: y = sum_k w[k] x[k] + b, the weights over positions shared by all channels.
+
+    Args:
+        x: (B, N, C).
+        groups: one (B, G_i, r_i) int64 tensor a region.
+        weights: one tensor of r_i weights a region.
+        bias: one tensor of one number a region.
+
+    Returns:
+        (B, sum of G_i, C).
+    """
+    B, N, C = x.shape
+    rows = x.reshape(B * N, C)  # row gathers are far quicker than an element-wise gather of (B, N, C)
+    offset = torch.arange(B, device=x.device)[:, None, None] * N
+    out = []
+    for index, weight, b in zip(groups, weights, bias, strict=True):
+        members = rows.index_select(0, (index + offset).flatten()).view(*index.shape, C)  # (B, G, r, C)
+        out.append((weight.view(1, -1) @ members).squeeze(2) + b)
+    return torch.cat(out, dim=1)

@@ -1,0 +1,53 @@
+"""Cutting a token grid into windows and putting it together again.
+
+Legend: B batch, H x W grid, C channels, h x w one window, n = number of windows in an image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Cut a grid into non-overlapping windows, zero-padding right and bottom where a window sticks out.
+
+    Args:
+        x: (B, H, W, C).
+        window: (h, w) in tokens.
+
+    Returns:
+        (B * n, h * w, C); images outermost, then window rows, then window columns.
+    """
+    B, H, W, C = x.shape
+    h, w = window
+    if (h, w) == (H, W):
+        return x.reshape(B, H * W, C)
+    if H % h or W % w:
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
+    x = x.reshape(B, x.shape[1] // h, h, x.shape[2] // w, w, C)  # (B, rows, h, cols, w, C)
+    return x.transpose(2, 3).reshape(-1, h * w, C)
+
+
+def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`partition`: (B * n, h * w, C) -> (B, H, W, C), the padding cut off."""
+    H, W = grid
+    h, w = window
+    rows, cols = -(-H // h), -(-W // w)
+    x = x.reshape(-1, rows, cols, h, w, x.shape[-1]).transpose(2, 3)  # (B, rows, h, cols, w, C)
+    x = x.reshape(-1, rows * h, cols * w, x.shape[-1])
+    return x if (rows * h, cols * w) == (H, W) else x[:, :H, :W]
+
+
+def valid_tokens(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor | None:
+    """Which positions of each window are tokens and which are padding.
+
+    Returns:
+        (n, h * w) bool, or None where the windows tile the grid and all are tokens.
+    """
+    H, W = grid
+    h, w = window
+    if H % h == 0 and W % w == 0:
+        return None
+    return partition(torch.ones(1, H, W, 1, dtype=torch.bool, device=device), window)[..., 0]
