@@ -1,0 +1,175 @@
+"""Read any image file as a viewer shows it: upright, 8-bit RGB, first frame, transparency on white."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sgformer.errors import UserError
+
+#: File name endings (lower case) that count as images when a folder is listed.
+IMAGE_EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".avif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    ]
+)
+
+#: Images of more pixels are refused before anything is decoded. 128 Mpx are 384 MB as RGB.
+MAX_PIXELS = 128 * 2**20
+
+ImageSource = str | os.PathLike | bytes | IO[bytes]
+
+# Pillow's softer bound and its remarks on sloppy metadata would come once per file and worker; MAX_PIXELS is our bound.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+
+class ImageHeader(NamedTuple):
+    """What the header says: size as displayed (after EXIF rotation), Pillow's mode, EXIF orientation (1 = upright)."""
+
+    width: int
+    height: int
+    mode: str
+    orientation: int
+
+
+def read_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """Read an image as a viewer shows it.
+
+    EXIF rotation is applied; transparency (alpha, palette or colour key) is composited on white; CMYK, grey, palette
+    and 1-bit become RGB; an animation gives its first frame. 16-bit grey is scaled by its full range 65535, never
+    clipped; 32-bit integers by 65535 or, where a value goes beyond, by 2^31 - 1. Floats within [0, 1] are scaled by
+    255, others stretched from minimum to maximum; NaN is 0. Colour profiles are not applied.
+
+    Args:
+        source: a path, the bytes of a file, or a seekable binary file object.
+        name: what error messages call it; by default the path.
+
+    Returns:
+        A PIL image of mode RGB, fully loaded.
+
+    Raises:
+        UserError: missing, empty, truncated, not an image, or more than `MAX_PIXELS` pixels; names the file.
+    """
+    with _open(source, name) as image:
+        image.load()
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+
+
+def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
+    """Read an image's header only, as `(width, height, mode, orientation)`.
+
+    Raises:
+        UserError: as `read_image`, for what can be seen without decoding.
+    """
+    with _open(source, name) as image:
+        orientation = _orientation(image)
+        width, height = image.size
+        # Pillow itself swaps the sides of a rotated TIFF when it opens it, and turns it when it loads it.
+        if orientation >= 5 and image.format != "TIFF":
+            width, height = height, width
+        return ImageHeader(width, height, image.mode, orientation)
+
+
+@contextmanager
+def _open(source: ImageSource, name: str | None) -> Iterator[Image.Image]:
+    """Open an image lazily within the pixel bound; whatever fails in the block becomes a UserError that names it."""
+    if name is None:
+        path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
+        name = str(path or "image")
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            with Path(source).open("rb") as file:
+                yield _checked(file)
+        else:
+            yield _checked(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception as error:  # Pillow's decoders raise a zoo of types on broken files
+        raise UserError(f"{name}: {_reason(error)}") from error
+
+
+def _checked(file: IO[bytes]) -> Image.Image:
+    if not file.read(1):
+        raise EOFError("0 bytes")
+    file.seek(0)
+    image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    """One line on why an image could not be read."""
+    text = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not an image"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a format that Pillow does not know"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"too large, the limit is {MAX_PIXELS} pixels ({text.split(' exceeds')[0]})"
+    if text == "0 bytes":
+        return "the file is empty (0 bytes)"
+    if isinstance(error, EOFError) or "truncated" in text.lower():
+        return (
+            f"the file is truncated ({text.removeprefix('image file is truncated').strip(' ()') or 'unexpected end'})"
+        )
+    return f"the image is damaged ({text or type(error).__name__})"
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a viewer shows an image with broken EXIF data as it is stored
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    if image.mode in ("La", "RGBa"):  # premultiplied; only their plain twins convert further
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Scale a grey image (H, W) of 16-bit, 32-bit or float values to uint8 as `read_image` says."""
+    if np.issubdtype(values.dtype, np.floating):
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = float(values.min()), float(values.max())
+        if low >= 0.0 and high <= 1.0:
+            low, high = 0.0, 1.0
+    else:
+        low, high = 0.0, 65535.0 if values.max() <= 65535 else 2.0**31 - 1
+        values = values.astype(np.float64).clip(low)
+    return np.rint((values - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
