@@ -192,7 +192,7 @@ def test_local_checkpoint_by_name(tmp_path):
     assert torch.equal(larger.stages[3].norm.weight, model.stages[3].norm.weight)
 
 
-def test_scripted_training_helpers_do_not_touch_the_input(nano):
+def test_forward_does_not_touch_the_input(nano):
     x = torch.randn(1, 3, 64, 64)
     kept = x.clone()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from typing import Any
 
 import timm
@@ -22,10 +23,30 @@ __all__ = [
     "UserError",
     "__version__",
     "create_model",
+    "evaluate",
+    "explain",
     "load_model",
     "load_released",
+    "predict",
     "save_model",
+    "train_classifier",
 ]
+
+# Training and what comes with it: imported when first asked for, so that `import sgformer` stays light.
+_LATER = {
+    "train_classifier": "sgformer.api",
+    "evaluate": "sgformer.api",
+    "predict": "sgformer.api",
+    "explain": "sgformer.explanations",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'sgformer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value
 
 
 def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:

@@ -1,0 +1,103 @@
+"""The command line: `sgformer COMMAND ...`. One file per command; errors for the user are one line, status 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from sgformer._version import __version__
+from sgformer.cli.parser import HelpShown, run_function
+from sgformer.errors import UserError
+from sgformer.training.config import nearest
+
+# Command -> (module, function, what it does). Training commands take the raw arguments; the parameters of the others
+# are their options.
+COMMANDS = {
+    "train classify": ("sgformer.cli.train", "classify", "train an image classifier on a folder of images"),
+    "train detect": ("sgformer.cli.train", "detect", "train a detector of boxes and masks on COCO annotations"),
+    "train segment": ("sgformer.cli.train", "segment", "train a network that tells the class of every pixel"),
+    "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
+    "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
+    "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
+    "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
+    "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
+    "data scenes": (
+        "sgformer.cli.data",
+        "data_scenes",
+        "compose a data set of digits on photographs, without internet",
+    ),
+}
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 if all went well, 2 after an error the user can put right, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--"]:  # `torchrun -m sgformer -- train ...`: torchrun would claim --run without it
+        del arguments[0]
+    try:
+        return _dispatch(arguments)
+    except HelpShown:
+        return 0
+    except UserError as error:
+        if os.environ.get("SGFORMER_DEBUG"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"sgformer: error: {line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # no space, no permission, no such folder
+        if os.environ.get("SGFORMER_DEBUG") or error.strerror is None:
+            raise
+        print(f"sgformer: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sgformer: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"sgformer {__version__}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            module, name_in_module, _ = COMMANDS[name]
+            function = getattr(importlib.import_module(module), name_in_module)
+            if name.startswith("train "):
+                return function(arguments[words:])
+            return run_function(function, name, arguments[words:])
+    group = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
+    if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print(_overview(group))
+        return 0 if len(arguments) > 1 else 2
+    tried = " ".join(arguments[:2] if group else arguments[:1])
+    hint = nearest(tried, [*COMMANDS, *{name.split()[0] for name in COMMANDS}])
+    raise UserError(f"unknown command {tried!r}{hint or '; see sgformer --help'}")
+
+
+def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    return "\n".join(
+        [
+            "sgformer: the self-guided vision transformer",
+            "",
+            "usage: sgformer COMMAND [options]",
+            "",
+            *(f"  {name:<16} {COMMANDS[name][2]}" for name in names),
+            "",
+            "sgformer COMMAND --help shows a command's options; sgformer --version the version.",
+        ]
+    )

@@ -1,0 +1,55 @@
+"""`sgformer data check` and `sgformer data scenes`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
+    """Look through an image folder before training on it: classes, sizes, kinds of image, and every unreadable file.
+
+    Args:
+        dir: the data set, with train/CLASS/* and val/CLASS/*.
+        json: print JSON instead of text.
+        workers: processes that read images; 0 reads in this one.
+
+    Returns:
+        0 if nothing is wrong, 1 if the report names a problem.
+    """
+    from sgformer.data.check import check_imagefolder
+
+    report = check_imagefolder(dir, workers=workers)
+    print(report.to_json() if json else report.to_text())
+    return 1 if report.problems else 0
+
+
+def data_scenes(
+    out: str,
+    train: int = 4000,
+    val: int = 1000,
+    image_size: int = 96,
+    seed: int = 0,
+    layout: Literal["imagenet", "coco", "ade20k"] = "imagenet",
+    sprites: str | None = None,
+    workers: int = 0,
+) -> int:
+    """Compose a data set of handwritten digits on photographs, deterministically and without internet.
+
+    Args:
+        out: folder to make.
+        train: training scenes.
+        val: validation scenes.
+        image_size: side of the images in pixels.
+        seed: of everything; the same seed gives the same files.
+        layout: imagenet (a digit per image), coco (boxes and masks) or ade20k (label maps).
+        sprites: fashion-mnist:DIR takes the IDX files in DIR instead of digits.
+        workers: processes; 0 composes in this one.
+
+    Returns:
+        0.
+    """
+    from sgformer.data.scenes import make_scenes
+
+    folder = make_scenes(out, train, val, image_size, seed, layout, sprites, workers)
+    print(f"{folder}: {train} training and {val} validation scenes of {image_size} pixels in the {layout} layout")
+    return 0

@@ -1,0 +1,88 @@
+"""`sgformer eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from sgformer.cli.tasks import DATA, options_of_task, task_of
+from sgformer.errors import UserError
+
+
+def evaluate(
+    weights: str,
+    data: str | None = None,
+    split: str | None = None,
+    out: str | None = None,
+    batch_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    crop_pct: float | None = None,
+    multi_scale: bool = False,
+    flip: bool = False,
+    sliding: bool = False,
+    images: str | None = None,
+    workers: int = 4,
+    device: str = "auto",
+    devices: int | Literal["auto"] = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    bad_images: Literal["stop", "skip"] = "stop",
+) -> int:
+    """Measure trained weights on validation data, every image counted once.
+
+    Args:
+        weights: a run folder, a .safetensors file or a released .pth
+        data: folder of the data set, in the layout it was trained on
+        split: part of the data to measure on [val, or validation]
+        out: folder for tables and pictures [RUN/eval, or WEIGHTS-eval]
+        batch_size: images at a time on each process [64; dense tasks 8]
+        image_size: pixels; by default as trained
+        crop_pct: classification: resize to size / crop-pct, crop the centre; by default as trained
+        multi_scale: segmentation: average over six sizes, .5 to 1.75
+        flip: segmentation: average over the mirror image
+        sliding: segmentation: move a window over the image instead of taking it whole
+        images: detection: folder of the images, if it is not beside the JSON
+        workers: processes that read images; 0: none
+        device: auto, cpu, cuda, cuda:1, mps
+        devices: processes on this machine, one per GPU
+        precision: arithmetic; bf16, fp16: mixed
+        bad_images: at an unreadable image: stop, or skip and count
+    """
+    task = task_of(weights)
+    if data is None:
+        raise UserError(f"--data is missing: {DATA[task]}")
+    special = {"crop_pct": crop_pct, "multi_scale": multi_scale, "flip": flip, "sliding": sliding, "images": images}
+    own = options_of_task(weights, task, special)
+    given = {"split": split, "batch_size": batch_size}
+    options = {
+        **own,
+        **{name: value for name, value in given.items() if value is not None},
+        "image_size": image_size,
+        "workers": workers,
+        "device": device,
+        "devices": devices,
+        "precision": precision,
+        "bad_images": bad_images,
+    }
+    path = Path(weights)
+    folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")
+    if task == "segment":
+        from sgformer.cli import segment
+
+        return segment.evaluate(weights, data, folder, **options)
+    if task == "detect":
+        from sgformer.cli import detect
+
+        return detect.evaluate(weights, data, folder, **options)
+
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from sgformer import api
+
+    result = api.evaluate(weights, data, **options)
+    if rank_zero_only.rank == 0:
+        result.write(folder)
+        print(f"top-1 {100 * result.top1:.2f} %   top-5 {100 * result.top5:.2f} %   loss {result.loss:.4f}")
+        print(f"{result.images} images of {len(result.class_names)} classes", end="")
+        print(f", {len(result.skipped)} unreadable ones left out" if result.skipped else "")
+        print(f"per class and confusion: {folder}")
+    return 0

@@ -1,0 +1,49 @@
+"""`sgformer explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sgformer.errors import UserError, require
+
+
+def explain(
+    weights: str,
+    images: list[str],
+    out: str = "explained",
+    limit: int | None = None,
+    arrays: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+    device: str = "auto",
+) -> int:
+    """Show where a trained network looked: a sheet per image and a page of all sheets.
+
+    Args:
+        weights: a run folder, a .safetensors file or a released .pth
+        images: image files, or folders of them
+        out: folder for the sheets and index.html
+        limit: so many images at most, spread evenly over those given
+        arrays: also write everything drawn as .npz
+        image_size: pixels; by default as trained
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be above 0, got {limit}")
+    require("matplotlib", extra="train")
+
+    from sgformer.explanations import explain
+    from sgformer.viz.significance import draw_explanation, write_index
+
+    entries = []
+    for number, seen in enumerate(explain(weights, images, image_size=image_size, limit=limit, device=device)):
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{number:04d}.png"
+        draw_explanation(seen, folder / name)
+        if arrays:
+            seen.save_arrays(folder / f"{number:04d}.npz")
+        entries.append((" ".join(seen.title.split("\n")), name))
+        print(f"{folder / name}  {entries[-1][0]}")
+    page = write_index(out, entries, f"Where {Path(weights).name or weights} looked")
+    print(f"all of them: {page}")
+    return 0

@@ -1,0 +1,194 @@
+"""Options from dataclass fields or function signatures: one parser for every command, with help that fits a screen."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from sgformer.errors import UserError
+from sgformer.training.config import RunConfig, dashed, nearest
+
+WIDTH = 100
+
+
+class HelpShown(Exception):
+    """`--help` was printed."""
+
+
+@dataclass
+class Option:
+    """One option or, without a default, one positional argument.
+
+    Attributes:
+        name: as in Python, with underscores.
+        kind: its type.
+        default: its default; `REQUIRED` makes it positional.
+        help: a few words.
+        group: the heading it stands under.
+        main: whether `--help` gives it a line of its own.
+        many: whether a positional argument takes one or more values.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    group: str = "Options"
+    main: bool = True
+    many: bool = False
+
+
+REQUIRED = object()
+
+
+def config_options(config_class: type[RunConfig]) -> list[Option]:
+    """The options that a config's fields make."""
+    kinds = get_type_hints(config_class)
+    return [
+        Option(f.name, kinds[f.name], f.default, f.metadata["help"], f.metadata["group"], f.metadata["main"])
+        for f in fields(config_class)
+    ]
+
+
+def function_options(function: Callable[..., Any]) -> list[Option]:
+    """The options that a function's parameters make, in its docstring's words; positional without a default."""
+    kinds = get_type_hints(function)
+    words = {
+        p.arg_name: " ".join((p.description or "").split()) for p in parse_docstring(function.__doc__ or "").params
+    }
+    result = []
+    for name, p in inspect.signature(function).parameters.items():
+        positional = p.default is inspect.Parameter.empty
+        many = positional and get_origin(kinds[name]) is list
+        kind = get_args(kinds[name])[0] if many else kinds[name]
+        result.append(Option(name, kind, REQUIRED if positional else p.default, words.get(name, ""), many=many))
+    return result
+
+
+def run_function(function: Callable[..., int], command: str, arguments: Sequence[str]) -> int:
+    """Call a command's function with what its parameters say the arguments mean.
+
+    Raises:
+        UserError, HelpShown: as `Parser.parse`.
+    """
+    about = parse_docstring(function.__doc__ or "").short_description or ""
+    return function(**Parser(command, about, function_options(function)).parse(arguments))
+
+
+class Parser:
+    """Parses the options of one command.
+
+    Args:
+        command: its name, e.g. "train classify".
+        about: a sentence.
+        options: in the order of the help.
+        examples: command lines to show.
+    """
+
+    def __init__(self, command: str, about: str, options: Sequence[Option], examples: Sequence[str] = ()):
+        self.command, self.about, self.options, self.examples = command, about, list(options), examples
+        self.parser = ArgumentParser(
+            prog=f"sgformer {command}", exit_on_error=False, add_help=False, allow_abbrev=False
+        )
+        for o in self.options:
+            extra: dict[str, Any] = {"nargs": "?", "const": True} if o.kind is bool else {}
+            if o.default is REQUIRED:
+                self.parser.add_argument(o.name, type=o.kind, **({"nargs": "+"} if o.many else {}))
+            else:
+                self.parser.add_argument(f"--{dashed(o.name)}", type=o.kind, default=o.default, **extra)
+
+    def parse(self, arguments: Sequence[str], values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Values of all options; those on the command line win over `values`, which win over the defaults.
+
+        Raises:
+            UserError: an unknown option (the nearest one is named) or a value of the wrong kind.
+            HelpShown: help was asked for.
+        """
+        if any(a in ("-h", "--help", "--help-all") for a in arguments):
+            print(self.help(everything="--help-all" in arguments))
+            raise HelpShown
+        flags = {f"--{dashed(o.name)}" for o in self.options if o.default is not REQUIRED}
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in flags and name != "--":
+                raise UserError(f"unknown option {name}{nearest(name, flags)} (sgformer {self.command} --help-all)")
+        try:
+            start = self.parser.parse_object(dict(values)) if values else Namespace()
+            parsed = self.parser.parse_args(list(arguments), namespace=start if values else None)
+        except ArgumentError as error:
+            raise UserError(self._explain(str(error))) from None
+        return dict(parsed.as_dict())
+
+    def _explain(self, message: str) -> str:
+        """One line for a message of jsonargparse: `--epochs takes an integer, got x`."""
+        message = " ".join(message.split())
+        for o in self.options:
+            flag = o.name.upper() if o.default is REQUIRED else f"--{dashed(o.name)}"
+            if message.startswith(f'Parser key "{o.name}"') and (got := re.search(r"(Got|Given) value: (.*)", message)):
+                return f"{flag} takes {_kind_name(o.kind)}, got {got[2]}"
+        if lacking := re.fullmatch(r"the following arguments are required: (.*)", message):
+            return f"{lacking[1].upper()} is missing (sgformer {self.command} --help)"
+        if single := re.fullmatch(r"argument (--\S+): expected one argument", message):
+            return f"{single[1]} needs a value"
+        return message.replace("unrecognized arguments:", "unexpected argument:")
+
+    def help(self, everything: bool = False) -> str:
+        """Text within `WIDTH` columns: main options one a line, the others gathered with their defaults."""
+        places = [o for o in self.options if o.default is REQUIRED]
+        usage = " ".join(o.name.upper() + ("..." if o.many else "") for o in places)
+        lines = [f"usage: sgformer {self.command} {usage} [options]".replace("  ", " "), ""]
+        lines += textwrap.wrap(self.about, WIDTH)
+        lines += ["", *(f"  {o.name.upper():<20} {o.help}" for o in places)] if places else []
+        by_group: dict[str, list[Option]] = {}
+        for o in self.options:
+            if o.default is not REQUIRED:
+                by_group.setdefault(o.group, []).append(o)
+        for group, options in by_group.items():
+            lines += ["", f"{group}:"] if everything or any(o.main for o in options) else []
+            for o in (o for o in options if o.main or everything):
+                default = (
+                    f" [{_text(o.default)}]" if o.default not in (None, False) and not o.help.endswith("]") else ""
+                )
+                lines += textwrap.wrap(
+                    f"--{dashed(o.name):<18} {o.help}{default}", WIDTH, initial_indent="  ", subsequent_indent=" " * 23
+                )
+            rest = [f"--{dashed(o.name)} {_text(o.default)}" for o in options if not (o.main or everything)]
+            if rest:
+                indent = "  " if any(o.main for o in options) else f"{group}: "
+                start = indent if indent.strip() else "  also: "
+                lines += textwrap.wrap(
+                    "   ".join(rest), WIDTH, initial_indent=start, subsequent_indent=" " * len(start),
+                    break_on_hyphens=False, break_long_words=False,
+                )  # fmt: skip
+        lines += ["", *(f"  {example}" for example in self.examples)] if self.examples else []
+        if any(not o.main for o in self.options) and not everything:
+            lines += [
+                "",
+                "--help-all explains every option; any may also stand in a --config file as `batch_size: 64`.",
+            ]
+        return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """A default as `--help` shows it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {None: "none", False: "off", True: "on"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _kind_name(kind: Any) -> str:
+    """`int | None` -> `an integer`; `Literal["a", "b"]` -> `a or b`."""
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if kind in names:
+        return names[kind]
+    parts = [a for a in get_args(kind) if a is not type(None)]
+    if parts and all(isinstance(a, str) for a in parts):
+        return ", ".join(parts[:-1]) + " or " + parts[-1] if len(parts) > 1 else parts[0]
+    return " or ".join(_kind_name(a) for a in parts) if parts and str(kind)[:5] != "tuple" else "[HEIGHT,WIDTH]"

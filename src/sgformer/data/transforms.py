@@ -1,0 +1,85 @@
+"""From a PIL image to the tensor the network sees: timm's training augmentation, and the evaluation crop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+
+from sgformer.errors import UserError
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def train_transform(
+    image_size: tuple[int, int],
+    *,
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.4,
+    interpolation: str = "random",
+    crop_scale: float = 0.08,
+    hflip: float = 0.5,
+    reprob: float = 0.25,
+) -> Transform:
+    """Random crop and flip, RandAugment (or colour jitter where that is off), normalisation, random erasing.
+
+    Args:
+        image_size: (height, width) in pixels.
+        auto_augment: a timm policy string, or None.
+        crop_scale: smallest share of the image's area in a crop.
+
+    Returns:
+        PIL RGB image -> float32 (3, height, width), ImageNet mean and deviation removed. Random numbers come from the
+        global generators of `random`, numpy and torch.
+
+    Raises:
+        UserError: timm does not know the policy.
+    """
+    try:
+        return create_transform(
+            (3, *image_size),
+            is_training=True,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter,
+            interpolation=interpolation,
+            scale=(crop_scale, 1.0),
+            hflip=hflip,
+            re_prob=reprob,
+            re_mode="pixel",
+            mean=MEAN,
+            std=STD,
+        )
+    except AssertionError as error:
+        raise UserError(
+            f"--auto-augment {auto_augment}: {error}; a policy of timm is e.g. rand-m9-mstd0.5-inc1"
+        ) from None
+
+
+def eval_transform(image_size: tuple[int, int], crop_pct: float = 0.9) -> Transform:
+    """Resize (bicubic) to `image_size / crop_pct`, crop the centre, normalise. No randomness.
+
+    Returns:
+        PIL RGB image -> float32 (3, height, width).
+    """
+    return create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct, mean=MEAN, std=STD)
+
+
+def denormalize(images: torch.Tensor) -> torch.Tensor:
+    """Undo the normalisation: float (..., 3, H, W) -> values in 0..1 for showing."""
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
+    return (images.float().cpu() * std + mean).clamp(0, 1)
+
+
+def preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`eval_transform`'s arguments as weights remember them."""
+    size = metadata.get("image_size", 224)
+    return {
+        "image_size": (size, size) if isinstance(size, int) else tuple(size),
+        "crop_pct": metadata.get("crop_pct", 0.9),
+    }

@@ -1,0 +1,203 @@
+"""The settings of a run: one frozen dataclass per task, the source of the command line, its help and `config.yaml`.
+
+No torch here: `sgformer train classify --help` reads this file and nothing heavier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from sgformer.errors import UserError
+
+# `lr`, `min_lr` and `warmup_lr` are stated for this many images per update and scaled linearly to the actual batch.
+LR_BASE_BATCH = 1024
+
+
+def option(default: Any, group: str, help: str, *, main: bool = False) -> Any:
+    """A dataclass field that the command line shows: `main` ones get a line of their own in `--help`."""
+    return field(default=default, metadata={"group": group, "help": help, "main": main})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training task has in common."""
+
+    base_batch = LR_BASE_BATCH  # learning rates are stated for so many images per update
+
+    data: str | None = option(None, "Run", "folder with the images", main=True)
+    model: str = option("sgformer_s", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
+    weights: str | None = option(
+        None, "Run", "start from these weights: a run, .safetensors or released .pth", main=True
+    )
+    run: str | None = option(None, "Run", "folder for everything the run leaves [runs/TASK-MODEL-TIME]", main=True)
+
+    epochs: int = option(100, "Schedule", "passes over the training images", main=True)
+    max_steps: int | None = option(None, "Schedule", "stop after so many updates; schedule stays as is", main=True)
+    batch_size: int = option(128, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
+    accumulate: int = option(1, "Schedule", "split each batch in so many parts to save memory")
+    image_size: int | tuple[int, int] = option(
+        224, "Schedule", "pixels: a number, or [HEIGHT,WIDTH] as one word", main=True
+    )
+    lr: float = option(
+        1e-3, "Schedule", f"peak rate per {LR_BASE_BATCH} images; x batch-size/{LR_BASE_BATCH}", main=True
+    )
+    seed: int = option(0, "Schedule", "same seed, same run", main=True)
+
+    device: str = option("auto", "Machine", "auto, cpu, cuda, cuda:1, mps", main=True)
+    devices: int | Literal["auto"] = option("auto", "Machine", "processes on this machine, one per GPU", main=False)
+    workers: int = option(4, "Machine", "processes that read images; 0: none. Never changes the result", main=True)
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "Machine", "arithmetic; bf16, fp16: mixed", main=True)
+    compile: bool = option(False, "Machine", "torch.compile the network")
+    grad_checkpointing: bool = option(False, "Machine", "less memory, more time")
+
+    drop_path: float = option(0.1, "Network", "stochastic depth", main=True)
+    coarse: Literal["global", "window"] = option("global", "Network", "reach of the coarse heads (sgformer)")
+    ema: float = option(0.9998, "Network", "decay of the averaged weights, which are the reported ones; 0: off")
+
+    opt: str = option("adamw", "Optimiser", "any optimiser of timm")
+    weight_decay: float = option(0.05, "Optimiser", "not on norms, biases, position table")
+    clip_grad: float | None = option(None, "Optimiser", "largest gradient norm")
+
+    bad_images: Literal["stop", "skip"] = option("stop", "Logging", "at an unreadable image: stop, or skip and count")
+    log_every: int = option(50, "Logging", "updates between rows of metrics.csv")
+    checkpoint_every: int = option(1000, "Logging", "updates between checkpoints; also at each epoch")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, list):  # YAML and JSON know no tuples
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in (
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "accumulate",
+            "lr",
+            "clip_grad",
+            "log_every",
+            "checkpoint_every",
+        ):
+            self._check(name, lambda v: v > 0, "must be above 0")
+        for name in ("workers", "seed", "weight_decay"):
+            self._check(name, lambda v: v >= 0, "must be 0 or more")
+        for name in ("drop_path", "ema"):
+            self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
+        self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")
+        self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
+
+    def _check(self, name: str, holds: Any, rule: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{dashed(name)} {rule}, got {value}")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    def scaled(self, rate: float) -> float:
+        """A learning rate stated for `base_batch` images per update, at this run's batch size."""
+        return rate * self.batch_size / self.base_batch
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["image_size"] = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
+        return values
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(RunConfig):
+    """Image classification on the ImageNet layout."""
+
+    data: str | None = option(None, "Run", "folder with train/CLASS/* and val/CLASS/*", main=True)
+
+    layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer downwards")
+    warmup_epochs: float = option(5, "Optimiser", "linear warm-up")
+    warmup_lr: float = option(1e-6, "Optimiser", "rate it starts from, scaled as --lr")
+    min_lr: float = option(1e-5, "Optimiser", "where the cosine ends, scaled as --lr")
+    cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
+
+    auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "Augmentation", "timm policy; null: none")
+    color_jitter: float = option(0.4, "Augmentation", "used where auto-augment is null")
+    interpolation: Literal["random", "bilinear", "bicubic"] = option("random", "Augmentation", "of training crops")
+    crop_scale: float = option(0.08, "Augmentation", "smallest share of the image in a training crop")
+    hflip: float = option(0.5, "Augmentation", "chance of a mirror image")
+    reprob: float = option(0.25, "Augmentation", "chance of random erasing")
+    mixup: float = option(0.8, "Augmentation", "alpha; 0: off")
+    cutmix: float = option(1.0, "Augmentation", "alpha; 0: off")
+    mix_prob: float = option(1.0, "Augmentation", "chance per batch of either")
+    smoothing: float = option(0.1, "Augmentation", "of labels")
+    crop_pct: float = option(0.9, "Augmentation", "evaluation: resize to size / crop-pct, crop the centre")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs"):
+            self._check(name, lambda v: v >= 0, "must be 0 or more")
+        self._check("layer_decay", lambda v: 0 < v <= 1, "must be in (0, 1]")
+        for name in ("hflip", "reprob", "mix_prob", "smoothing"):
+            self._check(name, lambda v: 0 <= v <= 1, "must be in [0, 1]")
+        for name in ("crop_scale", "crop_pct"):
+            self._check(name, lambda v: 0 < v <= 1, "must be in (0, 1]")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            self._check(name, lambda v: v >= 0, "must be 0 or more")
+
+
+def dashed(name: str) -> str:
+    """The command line's spelling of a key: `batch_size` -> `batch-size`."""
+    return name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`", did you mean X?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> dict[str, Any]:
+    """The keys and values of a recipe or of a run's `config.yaml`, types not yet checked.
+
+    Raises:
+        UserError: no such file, not a YAML mapping, or a key that is no option (named, with the nearest one).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UserError(f"{path}: not a YAML file{line}") from None
+    if not isinstance(values or {}, Mapping):
+        raise UserError(f"{path}: expected lines of `key: value`, got {type(values).__name__}")
+    known = [f.name for f in dataclasses.fields(config_class)]
+    renamed = {str(key).replace("-", "_"): value for key, value in (values or {}).items()}
+    for key in renamed:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    return renamed
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text in the order of the fields."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def make_config(config_class: type[Config], options: Mapping[str, Any]) -> Config:
+    """Build a config from keyword options, naming an unknown one (and the nearest) instead of raising `TypeError`."""
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for name in options:
+        if name not in known:
+            raise UserError(f"unknown option {name!r}{nearest(name, known)}")
+    return config_class(**options)

@@ -1,0 +1,231 @@
+"""One training run of any task, from the settings to the report in its folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+
+from sgformer.errors import UserError
+from sgformer.training import callbacks as cb
+from sgformer.training.config import RunConfig, to_yaml
+from sgformer.training.run_folder import RunFolder
+from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
+from sgformer.viz.curves import draw_curves
+
+log = logging.getLogger("sgformer")
+
+
+class Result(Protocol):
+    """The numbers of an evaluation."""
+
+    def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None: ...
+
+    def headline(self) -> str:
+        """The result in a line."""
+        ...
+
+
+@dataclass
+class Job:
+    """What a task brings to a training run.
+
+    Attributes:
+        task: the LightningModule, with `model`, `eval_model`, `evaluate_with`, `mix` and `monitor`; its `training_step`
+            returns the loss, or {"loss": ..., "parts": {name: scalar}} to have the parts in `metrics.csv`, too.
+        train, val: data sets of `Sample`s, indexed by (epoch, index).
+        train_sampler: an `EpochSampler`; one pass of it is what lies between two validations.
+        val_sampler: another one, that yields everything once.
+        total_steps: updates of the whole schedule.
+        steps_per_pass: updates that make a pass over the training images.
+        collate: a list of samples -> a batch (images, targets, indices, skipped); `val_collate` for validation.
+        metadata: saved in the weights; `task`, `model`, `classes`, and what evaluation needs to know.
+        about: a line on the data for the log and the report.
+        size: of images, for the log.
+        draw: (images, targets, names the PNG to write) for the first samples as the network sees them.
+        evaluation: what the last validation found; the argument lists images that could not be read.
+        read: `evaluation(...)` from the folder it was written to.
+        report: (model, result, facts, pictures) -> Markdown.
+        scores: columns of `metrics.csv` in the curves, the first one is what counts.
+        pictures: (title, file in the run's folder) for the report.
+        finish: called by the first process at the end with the folder of the best validation, to add to it.
+        unit: what the log counts in, "epoch" or "step".
+    """
+
+    task: Any
+    train: Dataset
+    val: Dataset
+    train_sampler: Any
+    val_sampler: Any
+    total_steps: int
+    steps_per_pass: float
+    collate: Callable[[Sequence[Any]], Any]
+    metadata: Mapping[str, Any]
+    about: str
+    size: str
+    draw: Callable[[list[Any], list[Any], Path], None]
+    evaluation: Callable[[Sequence[str]], Result]
+    read: Callable[[Path], Any]
+    report: Callable[[str, Any, Mapping[str, Any], Sequence[tuple[str, str]]], str]
+    scores: tuple[str, ...]
+    pictures: Sequence[tuple[str, str]] = ()
+    val_collate: Callable[[Sequence[Any]], Any] | None = None
+    finish: Callable[[Path], None] = field(default=lambda folder: None)
+    unit: str = "epoch"
+
+
+#: (config, images per forward pass, rank, world) -> what the task brings.
+Prepare = Callable[[Any, int, int, int], Job]
+
+
+def run_training(
+    config: RunConfig, name: str, prepare: Prepare, resume: str | os.PathLike[str] | None = None
+) -> RunFolder:
+    """Train, validate, and leave a run folder.
+
+    Args:
+        config: all settings.
+        name: of the task.
+        prepare: builds network, data and so on; called once, with every generator seeded.
+        resume: the folder of a run to go on with, whose settings `config` has.
+
+    Raises:
+        UserError: a setting, the data or the machine does not do; before the folder is made, where that can be known.
+        Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
+    """
+    first = rank_zero_only.rank == 0
+    trainer = build_trainer(**trainer_options(config))
+    world, rank = trainer.world_size, trainer.global_rank
+    batch = per_process_batch(config, world)
+    L.seed_everything(config.seed, verbose=False)
+    job = prepare(config, batch, rank, world)
+    model = job.task.model
+
+    steps = len(job.train_sampler) // config.accumulate  # from one validation to the next
+    if not steps:
+        raise UserError(f"--accumulate {config.accumulate} is too many parts for {len(job.train)} training images")  # type: ignore[arg-type]
+    total_steps = min(job.total_steps, config.max_steps or job.total_steps)
+
+    folder = RunFolder(resume, first) if resume else RunFolder.create(config, name, first)
+    start = _resume_step(folder) if resume else 0
+    job.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
+    train_loader = build_loader(job.train, job.train_sampler, config.workers, job.collate)
+    val_loader = build_loader(job.val, job.val_sampler, config.workers, job.val_collate or job.collate)
+    handler = folder.start_log()
+    try:
+        skipped = cb.SkippedImages()
+        run_log = cb.RunLog(
+            folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
+        )
+        averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+        bar = [cb.ProgressBar(batch * world)] if first and sys.stdout.isatty() else []
+        trainer = build_trainer(
+            **trainer_options(config),
+            max_epochs=math.ceil(job.total_steps / steps),
+            limit_train_batches=steps * config.accumulate,
+            sync_batchnorm=world > 1 and trainer.strategy.root_device.type == "cuda",
+            callbacks=[
+                skipped,
+                cb.FirstBatches(config.seed, lambda *samples: job.draw(*samples, folder.path / "train_batch.png")),
+                cb.StepSeeds(config.seed),
+                *averaging,
+                *bar,
+                run_log,
+                cb.Checkpoints(
+                    folder,
+                    job.metadata,
+                    config.checkpoint_every,
+                    total_steps,
+                    on_best=lambda _: job.evaluation(sorted(skipped.lines)).write(
+                        folder.path / "validation", picture=False
+                    ),
+                ),
+            ],
+        )
+        parameters = sum(p.numel() for p in model.parameters())
+        if first:
+            folder.write_environment(
+                seed=config.seed, device=str(trainer.strategy.root_device), processes=world, resumed_at_step=start
+            )
+            if resume:
+                folder.write("config.yaml", to_yaml(config.to_dict()))
+            for line in (
+                f"{'resuming' if resume else 'training'} {config.model}, {parameters / 1e6:.1f} M parameters, "
+                f"in {folder.path}",
+                f"data {job.about}",
+                f"{total_steps - start} updates to go, {steps} from one validation to the next, of {config.batch_size} "
+                f"images ({world} x {batch} x {config.accumulate}) at {job.size}",
+                f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
+                f"/ {config.base_batch}",
+            ):
+                log.info(line)
+        if config.compile:
+            model.compile()
+        if start < total_steps:
+            checkpoint = str(folder.checkpoint) if start else None
+            trainer.fit(job.task, train_loader, val_loader, ckpt_path=checkpoint, weights_only=bool(start) or None)
+        else:
+            log.info("nothing left to train; pass more --epochs or --max-steps to go on")
+        if first:
+            result = job.read(folder.path / "validation")
+            result.write(folder.path / "validation")
+            job.finish(folder.path / "validation")
+            draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", job.scores)
+            facts = {
+                "Parameters": f"{parameters / 1e6:.2f} M",
+                "Data": job.about,
+                "Updates": total_steps,
+                "Time": cb.clock(run_log.seconds),
+                "Throughput": f"{run_log.images_per_second:.0f} images/s in training",
+                "Skipped images": len(skipped.lines),
+                "Best weights": "best.safetensors",
+            }
+            pictures = [
+                ("Curves", "curves.png"),
+                *job.pictures,
+                ("A training batch as the network sees it", "train_batch.png"),
+            ]
+            pictures = [(title, file) for title, file in pictures if (folder.path / file).exists()]
+            folder.write("report.md", job.report(config.model, result, facts, pictures))
+            log.info(f"best {result.headline()}; see {folder.path}/report.md")
+        return folder
+    except (UserError, cb.Interrupted) as stop:
+        folder.note(f"stopped: {stop}")
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable[..., Any]) -> DataLoader:
+    """Batches of a data set by a sampler of (epoch, index) lists."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _resume_step(folder: RunFolder) -> int:
+    """The number of updates in a run's checkpoint, read without its tensors; 0 if there is none yet."""
+    if not folder.checkpoint.exists():
+        return 0
+    try:
+        state = torch.load(folder.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        return int(state["global_step"])
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder.checkpoint}: not a readable checkpoint ({reason})") from None

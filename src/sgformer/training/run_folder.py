@@ -1,0 +1,155 @@
+"""The folder of a run: what it was asked, where it ran, what it said and what it leaves behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sgformer._version import __version__
+from sgformer.errors import UserError
+from sgformer.training.config import RunConfig, to_yaml
+
+log = logging.getLogger("sgformer")
+TIME = "%Y-%m-%d %H:%M:%S"
+
+
+class RunFolder:
+    """Paths and small files of one run. Only the first process writes (`writes`).
+
+    Args:
+        path: the folder.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True):
+        self.path = Path(path)
+        self.writes = writes
+
+    @property
+    def checkpoint(self) -> Path:
+        """The full training state, for `--resume`."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @classmethod
+    def create(cls, config: RunConfig, task: str, writes: bool = True) -> RunFolder:
+        """Make the folder `config.run`, by default `runs/TASK-MODEL-TIME`, and write `config.yaml`.
+
+        Raises:
+            UserError: it exists and is not empty.
+        """
+        name = f"{task}-{config.model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = cls(config.run or Path("runs") / name, writes)
+        if writes:
+            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+                raise UserError(f"{folder.path}: not empty; pass another --run, or --resume {folder.path} to go on")
+            folder.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            folder.write("config.yaml", to_yaml(config.to_dict()))
+        return folder
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], writes: bool = True) -> RunFolder:
+        """A run to go on with.
+
+        Raises:
+            UserError: not the folder of a run.
+        """
+        folder = cls(path, writes)
+        if not (folder.path / "config.yaml").is_file():
+            raise UserError(f"{folder.path}: not a run folder (no config.yaml in it)")
+        return folder
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all."""
+        if self.writes:
+            unfinished = self.path / f"{name}.tmp"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, self.path / name)
+
+    def write_environment(self, **facts: Any) -> None:
+        """`environment.json`: versions, commit, machine, command line, and the given facts."""
+        self.write("environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+    def note(self, text: str) -> None:
+        """One more line in `log.txt`, and there only."""
+        if self.writes:
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime(TIME)} {text}\n")
+
+    def start_log(self) -> logging.Handler:
+        """Let the `sgformer` logger also write to `log.txt`; remove the returned handler at the end."""
+        handler: logging.Handler = logging.NullHandler()
+        if self.writes:
+            handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
+        log.addHandler(handler)
+        return handler
+
+
+def environment() -> Mapping[str, Any]:
+    """Versions, commit, machine and command line of this process."""
+    packages = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "commit": _commit(),
+        "sgformer": __version__,
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this package runs from, with `+changes` if files differ from it; None outside of a git checkout."""
+
+    def git(*command: str) -> str:
+        here = Path(__file__)
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment inside another project is not ours
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class _Terminal(logging.Handler):
+    """Prints lines as they are, on what is standard output at the time: a progress bar may have replaced it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """Show this package's log lines on the terminal, unless the program has its own ideas about logging."""
+    level, handler = log.level, _Terminal()
+    if not log.hasHandlers():
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)

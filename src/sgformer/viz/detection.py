@@ -1,0 +1,181 @@
+"""Boxes and masks over images, sheets of them, and precision-recall curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sgformer.viz.segmentation import palette
+from sgformer.viz.style import COLOURS, INK, figure
+
+#: Images are enlarged in whole steps until their short side is about this many pixels, so that labels can be read.
+LEGIBLE = 400
+#: Up to so many classes get a curve of a colour each.
+MOST_CURVES = 5
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What is drawn over an image, annotated or detected.
+
+    Attributes:
+        boxes: (N, 4) [x1, y1, x2, y2] in pixels.
+        labels: (N,) class indices.
+        scores: (N,) in 0..1, or None for annotations.
+        masks: (N, H, W) bool, or None.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray | None = None
+    masks: np.ndarray | None = None
+
+    def above(self, score: float) -> Objects:
+        """Those with at least this score."""
+        if self.scores is None:
+            return self
+        keep = np.asarray(self.scores) >= score
+        masks = None if self.masks is None else self.masks[keep]
+        return Objects(self.boxes[keep], self.labels[keep], self.scores[keep], masks)
+
+
+def overlay(image: np.ndarray, objects: Objects, names: Sequence[str]) -> np.ndarray:
+    """Masks, boxes, class names and scores over an image, the best object on top.
+
+    Args:
+        image: (H, W, 3) uint8.
+        objects: best first.
+        names: of the classes.
+
+    Returns:
+        (h, w, 3) uint8; small images come out enlarged.
+    """
+    zoom = max(1, round(LEGIBLE / min(image.shape[:2])))
+    canvas = Image.fromarray(np.ascontiguousarray(image))
+    canvas = canvas.resize((canvas.width * zoom, canvas.height * zoom), Image.Resampling.BICUBIC)
+    colours = palette(names)[np.asarray(objects.labels, dtype=np.int64)]
+    line = max(2, round(min(canvas.size) / 240))
+    if objects.masks is not None and len(objects.masks):
+        pixels = np.asarray(canvas, dtype=np.float32)
+        for mask, colour in reversed(list(zip(objects.masks, colours, strict=True))):
+            mask = np.repeat(np.repeat(mask, zoom, 0), zoom, 1)
+            pixels = np.where(mask[..., None], 0.5 * pixels + 0.5 * colour, pixels)
+        canvas = Image.fromarray(pixels.astype(np.uint8))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(max(11, round(min(canvas.size) / 32)))
+    order = list(range(len(objects.boxes)))[::-1]
+    boxes = np.asarray(objects.boxes, dtype=np.float64).reshape(-1, 4) * zoom
+    for i in order:
+        draw.rectangle(_upright(boxes[i]), outline=tuple(colours[i].tolist()), width=line)
+    for i in order:  # labels above all boxes
+        text = names[int(objects.labels[i])]
+        if objects.scores is not None:
+            text += f" {100 * objects.scores[i]:.0f}"
+        left, top, right, bottom = font.getbbox(text)
+        wide, high = right - left + 8, bottom - top + 6
+        x = min(max(0, boxes[i][0]), max(0, canvas.width - wide))
+        y = boxes[i][1] - high if boxes[i][1] >= high else boxes[i][1]
+        draw.rectangle((x, y, x + wide, y + high), fill=tuple(colours[i].tolist()))
+        ink = "black" if colours[i] @ (0.299, 0.587, 0.114) > 140 else "white"
+        draw.text((x + 4 - left, y + 3 - top), text, fill=ink, font=font)
+    return np.asarray(canvas)
+
+
+def _upright(box: np.ndarray) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = box.tolist()
+    return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)
+
+
+def draw_detections(image: np.ndarray, objects: Objects, names: Sequence[str], out: str | Path) -> None:
+    """Write `overlay` as a PNG."""
+    unfinished = Path(out).with_suffix(".tmp")
+    Image.fromarray(overlay(image, objects, names)).save(unfinished, format="PNG")
+    unfinished.replace(out)
+
+
+def draw_training_images(
+    images: Sequence[np.ndarray], objects: Sequence[Objects], names: Sequence[str], out: str | Path, most: int = 12
+) -> None:
+    """A sheet of augmented training images with their objects.
+
+    Args:
+        images: (H_i, W_i, 3) uint8.
+        objects: of each image.
+        names: of the classes.
+        out: the PNG to write.
+        most: number of images shown at most.
+    """
+    images, objects = list(images[:most]), list(objects[:most])
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    with figure(out, 2.6 * columns, 2.2 * rows) as fig:
+        grid = fig.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, image, things in zip(grid.flat, images, objects, strict=False):
+            axes.imshow(overlay(image, things, names))
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, what is annotated, what was detected, and how well that fits."""
+
+    image: np.ndarray
+    truth: Objects
+    found: Objects
+    title: str
+
+
+def draw_examples(best: Sequence[Example], worst: Sequence[Example], names: Sequence[str], out: str | Path) -> None:
+    """A sheet of the best and worst images, each twice: as annotated (left) and as detected (right)."""
+    groups = [("best", list(best)), ("worst", list(worst))]
+    pairs = 3
+    rows = [(name, group[i : i + pairs]) for name, group in groups for i in range(0, len(group), pairs)]
+    if not rows:
+        return
+    with figure(out, 4.0 * pairs, 2.25 * len(rows)) as fig:
+        grid = fig.subplots(len(rows), 2 * pairs, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for line, (name, group) in zip(grid, rows, strict=True):
+            for i, example in enumerate(group):
+                left, right = line[2 * i : 2 * i + 2]
+                left.imshow(overlay(example.image, example.truth, names))
+                right.imshow(overlay(example.image, example.found, names))
+                left.set_title(f"{name}: annotated", fontsize=8, color=INK)
+                right.set_title(example.title, fontsize=8, color=INK)
+
+
+def draw_precision_recall(precision: Mapping[str, np.ndarray], names: Sequence[str], out: str | Path) -> None:
+    """Precision over recall at IoU .5: a panel for boxes, one for masks; the mean in bold, classes beside it.
+
+    Args:
+        precision: by kind, (classes, points) over equally spaced recalls from 0 to 1; NaN rows are left out.
+        names: of the classes.
+        out: the PNG to write.
+    """
+    with figure(out, 4.6 * len(precision) + 0.4, 3.8) as fig:
+        for axes, (kind, curves) in zip(
+            fig.subplots(1, len(precision), squeeze=False)[0], precision.items(), strict=True
+        ):
+            recall = np.linspace(0, 1, curves.shape[1])
+            there = [k for k in range(len(curves)) if not np.isnan(curves[k]).all()]
+            named = len(there) <= MOST_CURVES
+            for place, k in enumerate(there):
+                label = f"{names[k]} {100 * curves[k].mean():.1f}" if named else None
+                colour = COLOURS[place] if named else "#b4bcc6"
+                axes.plot(recall, curves[k], color=colour, linewidth=1.2, label=label, drawstyle="steps-post")
+            if there:
+                mean = curves[there].mean(0)
+                label = f"mean of {len(there)} classes {100 * mean.mean():.1f}"
+                axes.plot(recall, mean, color=INK, linewidth=2.2, label=label, drawstyle="steps-post")
+                axes.legend(title="AP at IoU .5, %", alignment="left")
+            axes.set_title({"box": "boxes", "mask": "masks"}.get(kind, kind))
+            axes.set_xlabel("recall")
+            axes.set_ylabel("precision")
+            axes.set_xlim(0, 1.01)
+            axes.set_ylim(0, 1.03)

@@ -1,0 +1,27 @@
+"""Every recipe starts."""
+
+from pathlib import Path
+
+import pytest
+from photos import make_photos
+
+from sgformer.cli import main
+
+pytest.importorskip("lightning")
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SMALL = ["--image-size", "32", "--batch-size", "2", "--max-steps", "1", "--workers", "0", "--precision", "fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_starts(recipe, tmp_path):
+    photos = make_photos(tmp_path / "photos", train=1, val=1)
+    arguments = ["--config", str(recipe), "--data", str(photos), "--run", str(tmp_path / "run"), *SMALL]
+    if "384" in recipe.stem:
+        import sgformer
+
+        model = sgformer.create_model(recipe.stem.replace("imagenet", "sgformer").removesuffix("_384"))
+        sgformer.save_model(model, tmp_path / "weights.safetensors")
+        arguments += ["--weights", str(tmp_path / "weights.safetensors")]
+    assert main(["train", "classify", *arguments]) == 0
+    assert (tmp_path / "run" / "report.md").exists()

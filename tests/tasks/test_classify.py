@@ -1,0 +1,141 @@
+"""The classification task on its own, and in somebody else's trainer."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sgformer.training.config import ClassifyConfig
+
+L = pytest.importorskip("lightning")
+from sgformer.tasks.classify import ClassificationTask, build_model  # noqa: E402
+
+
+def stub(classes=7):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, classes))
+    model.num_classes = classes
+    return model
+
+
+def batches(count, size, classes=7):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, 4, 4, generator=generator), torch.randint(classes, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def test_metrics_equal_counting_by_hand(tmp_path):
+    task, data = ClassificationTask(stub()), batches(3, 10)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    [values] = trainer.validate(task, torch.utils.data.DataLoader(data, batch_size=None), verbose=False)
+    with torch.no_grad():
+        logits = torch.cat([task.model(x) for x, _ in data]).numpy()
+    truth = torch.cat([y for _, y in data]).numpy()
+    rank = (-logits).argsort(1)
+    assert values["top1"] == pytest.approx((rank[:, 0] == truth).mean())
+    assert values["top5"] == pytest.approx((rank[:, :5] == truth[:, None]).any(1).mean())
+    loss = -np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(30), truth].mean()
+    assert values["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert task.confusion.sum() == 30 and np.trace(task.confusion) == (rank[:, 0] == truth).sum()
+
+
+def test_two_classes_have_a_top5(tmp_path):
+    task = ClassificationTask(stub(2))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    [values] = trainer.validate(task, torch.utils.data.DataLoader(batches(1, 8, 2), batch_size=None), verbose=False)
+    assert values["top5"] == 1
+
+
+def test_learns_in_a_plain_trainer(tmp_path):
+    config = ClassifyConfig(epochs=30, warmup_epochs=1, batch_size=16, lr=3.0, mixup=0, cutmix=0, smoothing=0)
+    torch.manual_seed(0)
+    task, data = ClassificationTask(stub(), config), batches(4, 16)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=30,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    before = trainer.validate(task, loader, verbose=False)[0]["top1"]
+    trainer.fit(task, loader, loader)
+    assert before < 0.4 < 0.8 < trainer.callback_metrics["top1"]
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(config.scaled(config.min_lr), rel=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_mixed_targets_are_shares(size):
+    task = ClassificationTask(stub(), ClassifyConfig(smoothing=0.1))
+    images, labels = torch.rand(size, 3, 4, 4), torch.randint(7, (size,))
+    before = images.clone()
+    mixed, targets = task.mix(images, labels)
+    assert mixed.shape == images.shape and targets.shape == (size, 7)
+    assert torch.allclose(targets.sum(1), torch.ones(size)) and targets.min() >= 0.1 / 7 - 1e-6
+    assert torch.equal(images, before)  # the batch itself is left alone
+    if size % 2:  # the odd one out is not mixed
+        assert torch.equal(mixed[-1], images[-1]) and targets[-1].argmax() == labels[-1]
+
+
+def test_without_mixing_the_loss_is_smoothed_cross_entropy():
+    task = ClassificationTask(stub(), ClassifyConfig(mixup=0, cutmix=0, smoothing=0.2))
+    [(images, labels)] = batches(1, 9)
+    expected = nn.functional.cross_entropy(task.model(images), labels, label_smoothing=0.2)
+    assert task.training_step((images, labels), 0).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def optimizer_of(model, **options):
+    task = ClassificationTask(model, ClassifyConfig(batch_size=256, **options), steps_per_epoch=10)
+    return task.configure_optimizers()
+
+
+def test_no_decay_on_norms_biases_and_the_position_table():
+    model = build_model("sgformer_n", 10)
+    optimizer = optimizer_of(model, weight_decay=0.05)["optimizer"]
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decayed) == len(list(model.parameters()))
+    free = model.no_weight_decay()
+    assert free
+    for name, p in model.named_parameters():
+        assert decayed[id(p)] == (0 if p.ndim <= 1 or name in free else 0.05), name
+
+
+def test_layer_decay_lowers_the_rate_of_early_layers():
+    model = build_model("sgformer_n", 10)
+    optimizer = optimizer_of(model, layer_decay=0.5, lr=1.0, warmup_epochs=0)["optimizer"]
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    stem = next(p for name, p in names.items() if name.startswith("stem"))
+    assert rate[id(names["head.fc.weight"])] == 0.25  # 1.0 x 256 / 1024
+    assert rate[id(stem)] < 0.1 * 0.25
+
+
+def test_schedule_warms_up_and_ends_low():
+    made = optimizer_of(stub(), lr=4.0, warmup_lr=0.04, min_lr=0.4, epochs=4, warmup_epochs=1, cooldown_epochs=1)
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    rates = []
+    for step in range(50):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.01) and 0.9 < max(rates) <= 1.0
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[40:] == [pytest.approx(0.1)] * 10
+
+
+def test_unknown_models_suggest_the_nearest():
+    from sgformer.errors import UserError
+
+    with pytest.raises(UserError, match="did you mean resnet50"):
+        build_model("resnet5O", 10)
+    with pytest.raises(UserError, match="sgformer_"):
+        build_model("sgfromer_s", 10)
+
+
+def test_drop_path_reaches_the_network():
+    rates = [m.drop_prob for m in build_model("pvt_v2_b0", 10, drop_path_rate=0.3).modules() if hasattr(m, "drop_prob")]
+    assert max(rates) == pytest.approx(0.3)
+    assert isinstance(build_model("resnet10t", 4), timm.models.ResNet)

@@ -1,0 +1,96 @@
+"""Settings: one source for Python, command line and YAML; wrong ones are named."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sgformer.errors import UserError
+from sgformer.training.config import ClassifyConfig, RunConfig, make_config, read_yaml, to_yaml
+from sgformer.training.detect_config import DetectConfig
+from sgformer.training.segment_config import SegmentConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_yaml_round_trip(tmp_path):
+    config = ClassifyConfig(data="photos", image_size=(96, 160), lr=3e-5, layer_decay=0.75, auto_augment=None)
+    (tmp_path / "config.yaml").write_text(to_yaml(config.to_dict()))
+    assert make_config(ClassifyConfig, read_yaml(tmp_path / "config.yaml", ClassifyConfig)) == config
+
+
+def test_rates_scale_with_the_batch():
+    assert ClassifyConfig(batch_size=1024).scaled(1e-3) == 1e-3
+    assert ClassifyConfig(batch_size=256).scaled(1e-3) == 2.5e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "--batch-size must be above 0, got 0"),
+        ({"lr": -1.0}, "--lr"),
+        ({"workers": -1}, "--workers"),
+        ({"drop_path": 1.0}, "--drop-path"),
+        ({"image_size": 16}, "--image-size must be 32"),
+        ({"image_size": (64, 16)}, "--image-size must be 32"),
+        ({"smoothing": 1.5}, "--smoothing"),
+        ({"batch_size": 10, "accumulate": 4}, "--accumulate 4"),
+        ({"bath_size": 10}, "did you mean batch_size"),
+    ],
+)
+def test_a_value_that_does_not_do_is_named(options, words):
+    with pytest.raises(UserError, match=words):
+        make_config(ClassifyConfig, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bacth_size: 3", "unknown key 'bacth_size', did you mean batch_size"),
+        ("- 1\n- 2", "expected lines of"),
+        ("lr: [1", "not a YAML file"),
+    ],
+)
+def test_a_recipe_that_does_not_do_is_named(tmp_path, text, words):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        read_yaml(file, ClassifyConfig)
+    assert str(file) in str(error.value)
+
+
+def test_keys_may_be_spelled_as_on_the_command_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("batch-size: 3")
+    assert read_yaml(tmp_path / "recipe.yaml", ClassifyConfig) == {"batch_size": 3}
+
+
+def test_every_field_is_explained():
+    for config_class in (RunConfig, ClassifyConfig):
+        for field in dataclasses.fields(config_class):
+            assert field.metadata["help"] and field.metadata["group"], field.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_hold(recipe):
+    kind = {"detect": DetectConfig, "segment": SegmentConfig}.get(recipe.stem.split("_")[0], ClassifyConfig)
+    config = make_config(kind, read_yaml(recipe, kind))
+    written = yaml.safe_load(recipe.read_text())
+    values = config.to_dict()
+    assert all(isinstance(values[name], type(value)) for name, value in written.items())
+    assert f"recipes/{recipe.name}" in recipe.read_text()  # says how to start it
+
+
+def test_the_paper_s_recipes():
+    facts = {"s": 0.1, "m": 0.2, "b": 0.4}
+    for size, drop_path in facts.items():
+        folder = Path(__file__).parents[2] / "recipes"
+        config = make_config(ClassifyConfig, read_yaml(folder / f"imagenet_{size}.yaml", ClassifyConfig))
+        assert (config.epochs, config.warmup_epochs, config.cooldown_epochs) == (300, 20, 10)
+        assert config.drop_path == drop_path
+        assert [config.scaled(r) for r in (config.lr, config.warmup_lr, config.min_lr)] == [1e-3, 1e-6, 1e-5]
+        tuned = make_config(ClassifyConfig, read_yaml(folder / f"imagenet_{size}_384.yaml", ClassifyConfig))
+        assert (tuned.image_size, tuned.epochs, tuned.warmup_epochs) == (384, 30, 5)
+        assert tuned.scaled(tuned.lr) == pytest.approx(2e-5 * tuned.batch_size / 512)
+        assert tuned.scaled(tuned.min_lr) == pytest.approx(2e-7)
+        assert tuned.weight_decay == 1e-8

@@ -1,0 +1,219 @@
+"""What a run leaves behind, and that its numbers are right."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from photos import CLASSES, QUICK, make_photos
+
+import sgformer
+from sgformer.api import Prediction, evaluate, predict, train_classifier
+from sgformer.checkpoint import read_safetensors
+from sgformer.errors import UserError
+from sgformer.training.report import Evaluation
+from sgformer.training.weights import load_weights, read_metadata
+
+pytest.importorskip("lightning")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    return train_classifier(data=str(photos), run=str(tmp_path_factory.mktemp("runs") / "run"), **QUICK).path
+
+
+def test_a_run_folder_holds_everything(run):
+    left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert left == {
+        *("config.yaml", "environment.json", "log.txt", "metrics.csv", "curves.png", "train_batch.png", "report.md"),
+        *("best.safetensors", "last.safetensors", "checkpoints/last.ckpt"),
+        *(f"validation/{name}" for name in ("metrics.json", "classes.csv", "confusion.csv", "confusion.png")),
+    }
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["seed"] == 0 and environment["device"] == "cpu" and environment["packages"]["torch"]
+    assert "x 4 / 1024" in (run / "log.txt").read_text()  # the scaled learning rate is told
+
+
+def test_one_row_per_update_and_epoch(run):
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    epochs = [row for row in rows if row["top1"]]
+    assert [float(row["epoch"]) for row in epochs] == [1, 2]
+    assert sorted({int(row["step"]) for row in rows}) == list(range(1, 9))
+
+
+def test_saved_weights_are_the_averaged_ones(run):
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    averaged, raw = state["callbacks"]["WeightAverage"]["model"], state["state_dict"]
+    last = read_safetensors(run / "last.safetensors")[0]
+    assert all(torch.equal(value, averaged[name]) for name, value in last.items())
+    assert any(not torch.equal(value, raw[f"model.{name}"]) for name, value in last.items())
+
+
+def test_best_weights_score_what_the_run_says(run, photos):
+    with (run / "metrics.csv").open() as file:
+        best = max((row for row in csv.DictReader(file) if row["top1"]), key=lambda row: float(row["top1"]))
+    metadata = read_metadata(run)
+    assert metadata["metrics"]["top1"] == pytest.approx(float(best["top1"]), abs=1e-5)
+    result = evaluate(run, photos, workers=0)
+    assert result.top1 == pytest.approx(metadata["metrics"]["top1"])
+    assert result.loss == pytest.approx(metadata["metrics"]["val_loss"], rel=1e-5)
+    again = Evaluation.read(run / "validation")
+    assert np.array_equal(again.confusion, result.confusion)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_evaluation_counts_every_image_once(run, photos, batch_size):
+    result = evaluate(run, photos, batch_size=batch_size, workers=0)
+    answers = predict(run, photos / "val")
+    truth = [answer.image.split("/")[-2] for answer in answers]
+    guesses = [answer.labels[0][0] for answer in answers]
+    assert result.images == len(answers) == 9
+    assert result.top1 == pytest.approx(np.mean([t == g for t, g in zip(truth, guesses, strict=True)]))
+    counts = np.zeros((3, 3), dtype=int)
+    np.add.at(counts, ([CLASSES.index(t) for t in truth], [CLASSES.index(g) for g in guesses]), 1)
+    assert np.array_equal(result.confusion, counts)
+    assert [row["correct"] for row in result.per_class()] == counts.diagonal().tolist()
+
+
+def test_prediction_is_softmax_of_the_network(run, photos):
+    from sgformer.data.image import read_image
+    from sgformer.data.transforms import eval_transform, preprocessing
+
+    image = photos / "val" / "bee" / "0.png"
+    [answer] = predict(run, image, top=2)
+    model, metadata = load_weights(run)
+    with torch.inference_mode():
+        shares = model(eval_transform(**preprocessing(metadata))(read_image(image))[None]).softmax(-1)[0]
+    expected = sorted(zip(CLASSES, shares.tolist(), strict=True), key=lambda pair: -pair[1])[:2]
+    assert isinstance(answer, Prediction) and [name for name, _ in answer.labels] == [name for name, _ in expected]
+    assert [p for _, p in answer.labels] == pytest.approx([p for _, p in expected], rel=1e-5)
+
+
+def test_the_seed_decides_a_run(run, photos, tmp_path):
+    again = train_classifier(data=str(photos), run=str(tmp_path / "run"), **QUICK).path
+    assert all(
+        torch.equal(value, read_safetensors(again / "best.safetensors")[0][name])
+        for name, value in read_safetensors(run / "best.safetensors")[0].items()
+    )
+
+
+def test_fine_tune_at_another_size_and_class_count(run, tmp_path):
+    others = make_photos(tmp_path / "photos", classes=("a", "b", "c", "d"))
+    settings = {**QUICK, "image_size": 64, "max_steps": 1, "lr": 1e-9, "warmup_lr": 0.0, "min_lr": 0.0, "ema": 0.0}
+    tuned = train_classifier(data=str(others), weights=str(run), run=str(tmp_path / "run"), **settings).path
+    before, after = read_safetensors(run / "best.safetensors")[0], read_safetensors(tuned / "last.safetensors")[0]
+    assert after["head.fc.weight"].shape[0] == 4 and read_metadata(tuned)["classes"] == ["a", "b", "c", "d"]
+    same = [name for name in before if before[name].shape == after[name].shape]
+    assert len(same) == len(before) - 3  # all but the classifier and the position table, which is resized
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in same)
+
+
+def test_weights_of_another_model_are_refused(run, photos, tmp_path):
+    with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
+        train_classifier(
+            data=str(photos), weights=str(run), run=str(tmp_path / "x"), **{**QUICK, "model": "sgformer_t"}
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_any_model_of_timm(photos, tmp_path):
+    settings = {**QUICK, "model": "resnet10t", "epochs": 1, "layer_decay": 0.8, "accumulate": 2}
+    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), **settings).path
+    assert evaluate(run, photos, workers=0).top1 == pytest.approx(read_metadata(run)["metrics"]["top1"])
+    tuned = train_classifier(data=str(photos), weights=str(run), run=str(tmp_path / "tuned"), max_steps=1, **settings)
+    assert read_metadata(tuned.path)["timm_model"] == "resnet10t"
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision(photos, tmp_path, precision):
+    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), precision=precision, max_steps=2, **QUICK).path
+    weights = read_safetensors(run / "last.safetensors")[0]
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+def test_accumulation_equals_the_whole_batch(photos, tmp_path):
+    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "max_steps": 2, "ema": 0.0, "lr": 10.0}
+    runs = [
+        train_classifier(data=str(photos), run=str(tmp_path / str(n)), **{**QUICK, **plain, "accumulate": n}).path
+        for n in (1, 2)
+    ]
+    whole, parts = (read_safetensors(run / "last.safetensors")[0] for run in runs)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+    losses = [next(csv.DictReader((run / "metrics.csv").open()))["train_loss"] for run in runs]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-4)
+
+
+def test_drop_path_zero_is_zero(photos, tmp_path):
+    settings = {**QUICK, "drop_path": 0.0}
+    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=1, **settings).path
+    assert sgformer.load_model(run / "last.safetensors").config.drop_path_rate == 0
+
+
+def test_a_run_folder_in_use_is_refused(run, photos):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match="not empty"):
+        train_classifier(data=str(photos), run=str(run), **QUICK)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    for file in ("train/ant/2.png", "val/bee/1.png"):
+        (tmp_path / "photos" / file).write_bytes(b"not a picture")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_stops_the_run_by_name(damaged, tmp_path, workers):
+    settings = {**QUICK, "workers": workers}
+    with pytest.raises(UserError, match=r"train/ant/2\.png") as error:
+        train_classifier(data=str(damaged), run=str(tmp_path / "run"), **settings)
+    assert "\n" not in str(error.value)
+    assert "train/ant/2.png" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_unreadable_images_are_skipped_and_counted(damaged, tmp_path):
+    run = train_classifier(data=str(damaged), run=str(tmp_path / "run"), bad_images="skip", **QUICK).path
+    assert "| Skipped images | 2 |" in (run / "report.md").read_text()
+    result = evaluate(run, damaged, workers=0, bad_images="skip")
+    assert result.images == 8 and len(result.skipped) == 1 and "val/bee/1.png" in result.skipped[0]
+    with pytest.raises(UserError, match=r"val/bee/1\.png"):
+        evaluate(run, damaged, workers=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
+    from sgformer.tasks.classify import ClassificationTask
+
+    step = ClassificationTask.training_step
+
+    def broken(task, batch, batch_idx):
+        loss = step(task, batch, batch_idx)
+        return loss * float("nan") if task.global_step == 2 else loss
+
+    monkeypatch.setattr(ClassificationTask, "training_step", broken)
+    with pytest.raises(UserError, match="the loss is nan at step 3"):
+        train_classifier(data=str(photos), run=str(tmp_path / "run"), checkpoint_every=2, **QUICK)
+    weights = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert weights["global_step"] == 2  # the state before it stands
+
+
+def test_unknown_classes_are_named(run, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos/val/bee").rename(tmp_path / "photos/val/dog")
+    with pytest.raises(UserError, match="dog"):
+        evaluate(run, tmp_path / "photos", workers=0)
+
+
+def test_the_weights_open_as_a_plain_model(run):
+    model = sgformer.load_model(run / "best.safetensors")
+    assert model.metadata["classes"] == list(CLASSES)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
