@@ -1,0 +1,573 @@
+"""The COCO layout: one JSON file of boxes and masks per split, and a folder of images.
+
+    listing = read_coco(*find_coco("photos", "train"))
+    dataset = CocoDataset(listing, transform, seed=0)      # dataset[i] or dataset[epoch, i] gives a Sample
+
+Files as users have them: category ids with gaps, crowd regions, polygons and both kinds of RLE, images without
+annotations. What cannot be used is left out and counted in `listing.notes`; what cannot be right is an error that names
+the file and the entry. Everything is checked before pycocotools sees it, because its C code trusts what it gets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from sgformer.data.image import MAX_PIXELS, probe_image, read_image
+from sgformer.data.imagefolder import Sample, seeded, some
+from sgformer.errors import UserError, require
+
+#: What the files and folders of a split may be called, in the order of preference.
+SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}
+#: A box's edge may stick out by so many pixels without being counted: annotation tools round.
+ROUNDING = 0.01
+
+CROWD = "crowd regions, not used in training"
+NO_AREA = "boxes without area, dropped"
+OUTSIDE = "boxes wholly outside the image, dropped"
+CLIPPED = "boxes partly outside the image, clipped"
+NO_MASK = "objects whose mask has no area, dropped"
+MASKLESS = "objects without a mask"
+ORPHANS = "annotations of images that are not listed, left out"
+EMPTY = "images without objects, left out"
+
+
+class Category(NamedTuple):
+    """A class: its id in the JSON and its name."""
+
+    id: int | str
+    name: str
+
+
+class CocoImage(NamedTuple):
+    """An image: its id in the JSON, its path below the image folder, its size in pixels."""
+
+    id: int | str
+    file_name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class CocoListing:
+    """One split, read and checked.
+
+    Attributes:
+        json: the annotation file.
+        folder: where the images are.
+        categories: the classes; class index 0 is the first one's.
+        own_ids: for each class its id in this very file; None for a class that the file has not.
+        images: the images.
+        objects: of each image, packed (see `objects_of`).
+        has_masks: whether every object has a mask.
+        notes: how many of what were left out or mended.
+    """
+
+    json: Path
+    folder: Path
+    categories: tuple[Category, ...]
+    own_ids: tuple[int | str | None, ...]
+    images: tuple[CocoImage, ...]
+    objects: tuple[bytes, ...]
+    has_masks: bool
+    notes: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the class indices."""
+        return tuple(category.name for category in self.categories)
+
+    def path(self, index: int) -> Path:
+        """Where image `index` is."""
+        return self.folder / self.images[index].file_name
+
+    def objects_of(self, index: int) -> list[tuple[int, list[float], Any]]:
+        """Objects of image `index`: (class index, [x1, y1, x2, y2] in pixels, COCO segmentation or None)."""
+        # Packed as text: millions of small Python objects would be copied into every worker, one page fault at a time.
+        return [(label, box, segmentation) for label, box, segmentation in json.loads(self.objects[index])]
+
+    def describe(self) -> str:
+        """A few words: file, images, objects, and what was left out."""
+        count = sum(len(self.objects_of(i)) for i in range(len(self)))
+        masks = "with" if self.has_masks else "without"
+        notes = [f"{number} {what}" for what, number in self.notes.items()]
+        return "; ".join([f"{self.json.name}: {len(self)} images, {count} objects {masks} masks", *notes])
+
+
+# -- finding and reading ----------------------------------------------------------------------------------------------
+
+
+def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | None = None) -> tuple[Path, list[Path]]:
+    """The annotation file of a split, and the folders where its images may be.
+
+    Args:
+        data: a folder with `annotations/instances_train2017.json` and `train2017/` (or without `2017`; also
+            `train/_annotations.coco.json` with the images beside it), or the JSON file itself.
+        split: "train" or "val"; of no matter where `data` is a file.
+        images: the image folder, where it is not in one of the usual places.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    data = Path(data)
+    names = SPLIT_NAMES.get(split, (split,))
+    if data.is_dir():
+        patterns = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+        files = [data / pattern.format(name) for name in names for pattern in patterns]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise UserError(
+                f"{data}: no annotations for {split!r}; expected {files[0]} and the images in {data / names[0]}, "
+                "or pass the JSON file itself"
+            )
+    elif data.is_file():
+        file = data
+        names = (file.stem.removeprefix("instances_"), *names)
+    else:
+        raise UserError(f"{data}: no such file or folder")
+    if images is not None:
+        if not Path(images).is_dir():
+            raise UserError(f"{images}: no such folder of images")
+        return file, [Path(images)]
+    roots = [data] if data.is_dir() else [file.parent, file.parent.parent]
+    places = [root / prefix / name for root in roots for name in names for prefix in ("", "images")]
+    places += [place for root in roots for place in (root / "images", root)]
+    return file, [place for place in dict.fromkeys([*places, file.parent]) if place.is_dir()]
+
+
+def read_coco(
+    file: str | os.PathLike,
+    folders: str | os.PathLike | Sequence[Path],
+    *,
+    categories: Sequence[Category] | None = None,
+    masks: bool | None = None,
+    drop_empty: bool = False,
+    check_files: bool = True,
+) -> CocoListing:
+    """Read and check one annotation file.
+
+    Args:
+        file: the JSON.
+        folders: of its images; of several, the first that has the first image.
+        categories: the classes in the order of their indices, e.g. those of the training split or of a trained model;
+            by default those of the file, by ascending id. The file's own are matched to them by name.
+        masks: whether masks are wanted; by default they are used if every object has one.
+        drop_empty: leave images without objects out (as the published recipes do in training).
+        check_files: look whether every image file exists.
+
+    Raises:
+        UserError: missing, malformed, contradictory, or with image paths that lead out of the folder.
+    """
+    file = Path(file)
+    folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    content = _load(file)
+    folder = _pick_folder(folders, content, file)
+    own = _categories(content, file)
+    index_of = _match(own, categories, file)
+    notes: Counter[str] = Counter()
+    images = _images(content, file, folder)
+    by_image: dict[Any, list[tuple[int, list[float], Any]]] = {image.id: [] for image in images}
+    sizes = {image.id: image for image in images}
+    maskless = ""
+    for place, entry in enumerate(_list_of(content, "annotations", file)):
+        where = _where(file, place, entry)
+        if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
+            raise UserError(f"{where}: needs image_id, category_id and bbox")
+        image = sizes.get(_key(entry["image_id"], where, "image_id"))
+        if image is None:
+            notes[ORPHANS] += 1
+            continue
+        if entry["category_id"] not in index_of:
+            raise UserError(f"{where}: category_id {entry['category_id']!r} is not among the categories")
+        segmentation = _segmentation(entry.get("segmentation"), image, where)
+        if entry.get("iscrowd") or entry.get("ignore"):
+            notes[CROWD] += 1
+            continue
+        box = _clip(_box(entry.get("bbox"), where), image, notes)
+        if box is None:
+            continue
+        if segmentation is None:
+            maskless = maskless or where
+            notes[MASKLESS] += 1
+        by_image[image.id].append((index_of[entry["category_id"]], box, segmentation))
+
+    total = sum(len(objects) for objects in by_image.values())
+    if masks and maskless:
+        raise UserError(
+            f"{maskless}: has no mask, like {notes[MASKLESS] - 1} others; pass --masks false for boxes only"
+        )
+    has_masks = bool(total and not maskless) if masks is None else masks
+    if notes[MASKLESS] in (0, total) or not total:
+        del notes[MASKLESS]
+    if has_masks:
+        for image_id, objects in by_image.items():
+            by_image[image_id] = [thing for thing in objects if thing[2] != []]
+            notes[NO_MASK] += len(objects) - len(by_image[image_id])
+    if drop_empty:
+        kept = [image for image in images if by_image[image.id]]
+        notes[EMPTY] += len(images) - len(kept)
+        images = kept
+    if not images:
+        raise UserError(f"{file}: no image to use in it")
+    listing = CocoListing(
+        file,
+        folder,
+        (known := tuple(categories or own)),
+        tuple({category.name: category.id for category in own}.get(category.name) for category in known),
+        tuple(images),
+        tuple(json.dumps([[c, b, s if has_masks else None] for c, b, s in by_image[i.id]]).encode() for i in images),
+        has_masks,
+        +notes,
+    )
+    if check_files:
+        missing = [image.file_name for i, image in enumerate(images) if not listing.path(i).is_file()]
+        if missing:
+            raise UserError(
+                f"{file}: {len(missing)} of {len(images)} images are not in {folder}: {some(missing)}; "
+                "name their folder with --images, or pass --bad-images skip"
+            )
+    return listing
+
+
+def _pick_folder(folders: list[Path], content: dict[str, Any], file: Path) -> Path:
+    first = next(iter(_list_of(content, "images", file)), None)
+    name = first.get("file_name") if isinstance(first, dict) else None
+    if isinstance(name, str):
+        name = _safe(name, file)
+        return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+    return folders[0]
+
+
+def ground_truth(listing: CocoListing) -> dict[str, Any]:
+    """The annotation file as pycocotools wants it for an evaluation, crowd regions and all.
+
+    What it cannot do without is filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching takes
+    an object with id 0 for none), polygons of less than three points are taken out. Nothing else changes.
+    """
+    content = _load(listing.json)
+    sizes = {image.id: image for image in _images(content, listing.json, listing.folder)}
+    annotations = []
+    for number, entry in enumerate(content["annotations"], 1):
+        image = sizes.get(entry["image_id"])
+        if image is None:
+            continue
+        box = [float(v) for v in _box(entry.get("bbox"), _where(listing.json, number - 1, entry))]
+        mask = _segmentation(entry.get("segmentation"), image, _where(listing.json, number - 1, entry))
+        done = {**entry, "id": number, "iscrowd": int(bool(entry.get("iscrowd"))), "bbox": box}
+        if listing.has_masks:
+            done["segmentation"] = mask or {"size": [image.height, image.width], "counts": [image.height * image.width]}
+        else:
+            done.pop("segmentation", None)
+        if not _is_number(entry.get("area")):
+            done["area"] = mask_area(mask, image.height, image.width) if mask and listing.has_masks else box[2] * box[3]
+        annotations.append(done)
+    images = [{"id": i.id, "file_name": i.file_name, "width": i.width, "height": i.height} for i in sizes.values()]
+    return {"info": {}, "images": images, "categories": content["categories"], "annotations": annotations}
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A checked COCO segmentation (polygons or RLE) as (height, width) uint8 of 0 and 1."""
+    return require("pycocotools.mask", "detect").decode(_rle(segmentation, height, width))
+
+
+def mask_area(segmentation: Any, height: int, width: int) -> float:
+    """The number of pixels of a checked COCO segmentation."""
+    return float(require("pycocotools.mask", "detect").area(_rle(segmentation, height, width)))
+
+
+def _rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    tools = require("pycocotools.mask", "detect")
+    if isinstance(segmentation, list):
+        return tools.merge(tools.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return tools.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def _segmentation(value: Any, image: CocoImage, where: str) -> Any:
+    """A segmentation that is safe to decode: polygons, RLE; [] if it has no area, None if there is none.
+
+    Raises:
+        UserError: it is neither, or does not belong to an image of this size.
+    """
+    if value is None or value == [] or value == {}:
+        return None
+    if isinstance(value, list):
+        reach = 10.0 * max(image.width, image.height)
+        for polygon in value:
+            if not isinstance(polygon, list) or len(polygon) % 2:
+                raise UserError(f"{where}: a polygon is a list [x1, y1, x2, y2, ...], got {_short(polygon)}")
+            if not all(_is_number(v) and abs(v) <= reach for v in polygon):
+                raise UserError(
+                    f"{where}: a polygon has points far outside the image, or no numbers: {_short(polygon)}"
+                )
+        return [polygon for polygon in value if len(polygon) >= 6]
+    if not isinstance(value, dict) or not isinstance(value.get("counts"), (list, str)):
+        raise UserError(f"{where}: segmentation is a list of polygons or RLE (size, counts), got {_short(value)}")
+    if value.get("size") != [image.height, image.width]:
+        raise UserError(f"{where}: the RLE is of size {value.get('size')}, its image [{image.height}, {image.width}]")
+    counts = value["counts"] if isinstance(value["counts"], list) else _runs(value["counts"])
+    if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != image.height * image.width:
+        raise UserError(f"{where}: the RLE's counts do not add up to the image's {image.height * image.width} pixels")
+    return {"size": value["size"], "counts": value["counts"]} if sum(counts[1::2]) else []
+
+
+def _runs(text: str) -> list[int]:
+    """The run lengths of a compressed RLE; [-1] if it is damaged. Its numbers are differences to the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for code in text.encode("utf-8", "replace"):
+        part = code - 48
+        if not 0 <= part < 64 or shift > 30:
+            return [-1]
+        value |= (part & 31) << shift
+        shift += 5
+        if part & 32:
+            continue
+        if part & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return [-1] if shift else runs
+
+
+# -- checking ---------------------------------------------------------------------------------------------------------
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"{file}: malformed JSON ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not COCO annotations: expected an object with images, annotations and categories")
+    return content
+
+
+def _list_of(content: dict[str, Any], key: str, file: Path) -> list[Any]:
+    value = content.get(key)
+    if not isinstance(value, list):
+        found = ", ".join(map(str, content)) or "nothing"
+        raise UserError(f"{file}: not COCO annotations: no list {key!r} in it (found: {found[:80]})")
+    return value
+
+
+def _categories(content: dict[str, Any], file: Path) -> list[Category]:
+    result = []
+    for place, entry in enumerate(_list_of(content, "categories", file)):
+        where = f"{file}: category {place}"
+        if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("name"), str):
+            raise UserError(f"{where} needs id and name, got {_short(entry)}")
+        result.append(Category(_key(entry["id"], where, "id"), entry["name"]))
+    for field in Category._fields:
+        twice = [str(k) for k, n in Counter(getattr(category, field) for category in result).items() if n > 1]
+        if twice:
+            raise UserError(f"{file}: categories with the same {field}: {some(twice)}")
+    if not result:
+        raise UserError(f"{file}: no categories in it")
+    return sorted(result, key=lambda category: (isinstance(category.id, str), category.id))
+
+
+def _match(own: Sequence[Category], known: Sequence[Category] | None, file: Path) -> dict[int | str, int]:
+    """Category id -> class index."""
+    index = {category.name: i for i, category in enumerate(known or own)}
+    unknown = [category.name for category in own if category.name not in index]
+    if unknown:
+        raise UserError(f"{file}: {len(unknown)} classes are not known from training: {some(unknown)}")
+    return {category.id: index[category.name] for category in own}
+
+
+def _images(content: dict[str, Any], file: Path, folder: Path) -> list[CocoImage]:
+    result: dict[int | str, CocoImage] = {}
+    for place, entry in enumerate(_list_of(content, "images", file)):
+        where = f"{file}: image {place}"
+        if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("file_name"), str):
+            raise UserError(f"{where} needs id and file_name, got {_short(entry)}")
+        key, name = _key(entry["id"], where, "id"), _safe(entry["file_name"], file)
+        if key in result:
+            raise UserError(f"{file}: two images have the id {key}: {result[key].file_name} and {name}")
+        if "width" in entry and "height" in entry:
+            width, height = entry["width"], entry["height"]
+        else:
+            width, height = probe_image(folder / name)[:2]
+        if not all(isinstance(v, int) and v > 0 for v in (width, height)) or width * height > MAX_PIXELS:
+            raise UserError(f"{where} ({name}): width and height are whole pixels, got {width!r} x {height!r}")
+        result[key] = CocoImage(key, name, width, height)
+    return list(result.values())
+
+
+def _safe(name: str, file: Path) -> str:
+    """A path below the image folder; an annotation file must not make us read anything else."""
+    clean = name.replace("\\", "/")
+    path = PurePosixPath(clean)
+    if not path.parts or path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", clean) or "\0" in clean:
+        raise UserError(f"{file}: file_name {_short(name)} leads out of the image folder: refused")
+    return str(path)
+
+
+def _box(value: Any, where: str) -> list[float]:
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
+        raise UserError(f"{where}: bbox is [x, y, width, height] in pixels, got {_short(value)}")
+    return value
+
+
+def _clip(box: list[float], image: CocoImage, notes: Counter[str]) -> list[float] | None:
+    """[x, y, w, h] -> [x1, y1, x2, y2] within the image, or None if nothing is left; what happens is counted."""
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        notes[NO_AREA] += 1
+        return None
+    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
+    if x2 <= x1 or y2 <= y1:
+        notes[OUTSIDE] += 1
+        return None
+    if max(x1 - x, y1 - y, x + w - x2, y + h - y2) > ROUNDING:
+        notes[CLIPPED] += 1
+    return [x1, y1, x2, y2]
+
+
+def _key(value: Any, where: str, name: str) -> int | str:
+    if not isinstance(value, (int, str)) or isinstance(value, bool):
+        raise UserError(f"{where}: {name} must be a whole number or a string, got {_short(value)}")
+    return value
+
+
+def _where(file: Path, place: int, entry: Any) -> str:
+    name = entry.get("id", f"number {place}") if isinstance(entry, dict) else f"number {place}"
+    return f"{file}: annotation {_short(name)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+class DetectionBatch(NamedTuple):
+    """Images of different sizes with their targets.
+
+    Attributes:
+        image: float tensors (3, H_i, W_i).
+        target: a dict per image: `boxes` (N, 4) float32 [x1, y1, x2, y2] and `labels` (N,) int64 from 1 (0 is no
+            object), `masks` (N, H_i, W_i) uint8 if the data has masks, and `size`, (height, width) of the file's image.
+        index: (B,) int64 positions in the listing.
+        skipped: one line for every image left out, naming the file and the reason.
+    """
+
+    image: list[torch.Tensor]
+    target: list[dict[str, Any]]
+    index: torch.Tensor
+    skipped: tuple[str, ...]
+
+
+class CocoDataset(Dataset):
+    """The images of a listing with their objects, transformed together.
+
+    Args:
+        listing: what `read_coco` returned.
+        transform: (image, target) -> (image, target), e.g. of torchvision's v2; the image is PIL RGB, the target has
+            `boxes`, `labels` and, if the data has masks, `masks` as tv_tensors. Seeded by (seed, epoch, index).
+        seed: of the transform's randomness.
+        bad_images: "stop" or "skip", as in `ImageFolderDataset`.
+        objects: whether targets have them; without, a target is just the image's `size`.
+    """
+
+    def __init__(
+        self,
+        listing: CocoListing,
+        transform: Callable | None = None,
+        *,
+        seed: int = 0,
+        bad_images: str = "stop",
+        objects: bool = True,
+    ):
+        if bad_images not in ("stop", "skip"):
+            raise UserError(f"bad_images is 'stop' or 'skip', got {bad_images!r}")
+        self.listing, self.transform, self.seed = listing, transform, seed
+        self.bad_images, self.objects = bad_images, objects
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            image = self._read(index)
+        except UserError as error:
+            if self.bad_images == "skip":
+                return Sample(None, {}, index, str(error))
+            raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from error
+        target = self.target(index)
+        if self.transform is not None:
+            with seeded(self.seed, epoch, index):
+                image, target = self.transform(image, target)
+        return Sample(image, target, index)
+
+    def _read(self, index: int) -> Any:
+        path, about = self.listing.path(index), self.listing.images[index]
+        image = read_image(path)
+        if image.size != (about.width, about.height):
+            raise UserError(
+                f"{path}: is {image.width} x {image.height} pixels as displayed, "
+                f"{self.listing.json.name} says {about.width} x {about.height}"
+            )
+        return image
+
+    def target(self, index: int) -> dict[str, Any]:
+        """The objects of image `index`, before any transform."""
+        about = self.listing.images[index]
+        size = (about.height, about.width)
+        if not self.objects:
+            return {"size": size}
+        objects = self.listing.objects_of(index)
+        boxes = torch.tensor([box for _, box, _ in objects], dtype=torch.float32).reshape(-1, 4)
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            "labels": torch.tensor([label + 1 for label, _, _ in objects], dtype=torch.int64),
+            "size": size,
+        }
+        if self.listing.has_masks:
+            masks = [decode_mask(segmentation, *size) for _, _, segmentation in objects]
+            target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, *size), np.uint8))
+        return target
+
+
+def collate(samples: Sequence[Sample]) -> DetectionBatch:
+    """A batch of the samples that have an image; the others are named in `batch.skipped`."""
+    good = [sample for sample in samples if sample.skipped is None]
+    return DetectionBatch(
+        [sample.image for sample in good],
+        [sample.target for sample in good],
+        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        tuple(sample.skipped for sample in samples if sample.skipped is not None),
+    )

@@ -1,0 +1,160 @@
+"""An image and its label map, changed together: the augmentation of semantic segmentation, and the evaluation input.
+
+Everything is a torchvision v2 transform on (`tv_tensors.Image` uint8, `tv_tensors.Mask`), so more can be composed with
+it. Random numbers come from torch's global generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+from sgformer.data.transforms import MEAN, STD
+
+DenseTransform = Callable[[Image.Image, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
+
+#: The long side is at most so many times the short side's target: 2048 for 512.
+LONG_TO_SHORT = 4
+
+
+def train_transform(
+    crop: tuple[int, int],
+    *,
+    short_side: int = 512,
+    scale: tuple[float, float] = (0.5, 2.0),
+    hflip: float = 0.5,
+    most_of_one_class: float = 0.75,
+    distortion: bool = True,
+    ignore: int = 255,
+) -> DenseTransform:
+    """Ratio resize, diverse crop, flip, photometric distortion, normalisation, padding to the crop's size.
+
+    Args:
+        crop: (height, width) in pixels.
+        short_side: see `RatioResize`.
+        scale: range of the factor on it.
+        hflip: probability of a mirror image.
+        most_of_one_class: see `DiverseCrop`.
+        distortion: whether colours are changed.
+        ignore: the label that stands for none; padding gets it too.
+
+    Returns:
+        (PIL RGB image, (H, W) integer label array) -> float32 (3, height, width), ImageNet mean and deviation removed,
+        and int64 (height, width).
+    """
+    return _on_arrays(
+        RatioResize(short_side, scale),
+        DiverseCrop(crop, most_of_one_class, ignore),
+        v2.RandomHorizontalFlip(hflip),
+        *([PhotometricDistortion()] if distortion else []),
+        *_normalized(),
+        PadTo(crop, {tv_tensors.Image: 0, tv_tensors.Mask: ignore}),  # after normalising: 0 is the mean colour
+    )
+
+
+def eval_transform() -> DenseTransform:
+    """Normalisation alone, at the size of the file. Returns what `train_transform` returns, of that size."""
+    return _on_arrays(*_normalized())
+
+
+def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
+    """The size at which an image's short side is `short_side * factor`, or its long side 4 times that if this is less.
+
+    Proportions stay; both sides are at least 32 pixels, which backbones need.
+    """
+    ratio = factor * min(short_side / min(height, width), LONG_TO_SHORT * short_side / max(height, width))
+    return max(32, int(height * ratio + 0.5)), max(32, int(width * ratio + 0.5))
+
+
+class RatioResize(v2.Transform):
+    """Resize by `fit_size` with a random factor, drawn uniformly from `scale`. Labels: the nearest pixel's."""
+
+    def __init__(self, short_side: int, scale: tuple[float, float]):
+        super().__init__()
+        self.short_side, self.scale = short_side, scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        factor = torch.empty(()).uniform_(*self.scale).item()
+        return {"size": fit_size(*flat_inputs[0].shape[-2:], self.short_side, factor)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            # "nearest" takes the pixel up and left of where the image is sampled; "nearest exact" takes the same place.
+            whole = inpt.as_subclass(torch.Tensor)[None]
+            exact = TF.resize_image(whole, list(params["size"]), InterpolationMode.NEAREST_EXACT)[0]
+            return tv_tensors.wrap(exact, like=inpt)
+        return TF.resize(inpt, list(params["size"]), InterpolationMode.BILINEAR, antialias=True)
+
+
+class DiverseCrop(v2.Transform):
+    """A random crop of which no class covers `most` or more of the labelled area; after 10 attempts any crop will do.
+
+    A side of the image that is shorter than the crop's stays as it is.
+    """
+
+    def __init__(self, size: tuple[int, int], most: float = 0.75, ignore: int = 255, attempts: int = 10):
+        super().__init__()
+        self.size, self.most, self.ignore, self.attempts = size, most, ignore, attempts
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        labels = next(x for x in flat_inputs if isinstance(x, tv_tensors.Mask)).as_subclass(torch.Tensor)
+        height, width = (min(wanted, have) for wanted, have in zip(self.size, labels.shape[-2:], strict=True))
+        for _ in range(self.attempts + 1):
+            top = int(torch.randint(labels.shape[-2] - height + 1, ()))
+            left = int(torch.randint(labels.shape[-1] - width + 1, ()))
+            counts = torch.bincount(labels[top : top + height, left : left + width].flatten())
+            counts[self.ignore : self.ignore + 1] = 0
+            if counts.max() < self.most * counts.sum():
+                break
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return TF.crop(inpt, **params)
+
+
+class PhotometricDistortion(v2.RandomPhotometricDistort):
+    """torchvision's (brightness, contrast, saturation, hue, each with probability .5) without its swapping of channels,
+    which belongs to detection: in a scene, colour tells sky from grass."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
+
+
+class PadTo(v2.Transform):
+    """Fill up on the right and below to at least `size` (height, width)."""
+
+    def __init__(self, size: tuple[int, int], fill: dict[type, int]):
+        super().__init__()
+        self.size, self.fill = size, fill
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        down, right = (max(0, want - have) for want, have in zip(self.size, inpt.shape[-2:], strict=True))
+        return TF.pad(inpt, [0, 0, right, down], fill=self.fill[type(inpt)]) if down or right else inpt
+
+
+def _normalized() -> list[v2.Transform]:
+    dtypes = {tv_tensors.Image: torch.float32, "others": None}
+    return [v2.ToDtype(dtypes, scale=True), v2.Normalize(list(MEAN), list(STD))]
+
+
+def _on_arrays(*transforms: v2.Transform) -> DenseTransform:
+    return ArrayTransform(v2.Compose(list(transforms)))
+
+
+class ArrayTransform:
+    """A v2 transform from a PIL image and a label array to plain tensors."""
+
+    def __init__(self, transform: v2.Transform):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = tv_tensors.Mask(torch.from_numpy(labels.astype(np.int64)))
+        pixels, mask = self.transform(tv_tensors.Image(TF.pil_to_tensor(image)), mask)
+        return pixels.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)

@@ -1,0 +1,87 @@
+"""From an image and its objects to what a detector sees: resize, crop, flip; boxes and masks go along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+# Sizes of the published recipes in pixels, for a short side of 800; other sizes scale all of them.
+SHORT, LONGEST = 800, 1333
+MULTI_SCALE = tuple(range(480, 801, 32))
+BEFORE_CROP = (400, 500, 600)
+CROP = (384, 600)
+
+
+def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`--image-size` of a detector: the short side, and a bound on the long one (1333 for 800, in proportion)."""
+    if isinstance(image_size, int):
+        return image_size, round(image_size * LONGEST / SHORT)
+    return image_size
+
+
+def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip: float = 0.5) -> v2.Transform:
+    """Resize, flip, and with `multi_scale` the 3x recipes' policy.
+
+    Multi-scale: half of the images get a short side of 480 to 800 in steps of 32; the others first a short side of 400,
+    500 or 600, then a crop of 384 to 600 in each direction, then the same resize. Sizes are in proportion to
+    `image_size`. Objects of which less than a pixel is left are dropped.
+
+    Args:
+        image_size: see `short_and_longest`.
+        hflip: chance of a mirror image.
+
+    Returns:
+        (PIL RGB, target) -> (float (3, H, W) in 0..1, target), random numbers from torch.
+    """
+    short, longest = short_and_longest(image_size)
+
+    def scaled(*sizes: int) -> list[int]:
+        return [max(1, round(size * short / SHORT)) for size in sizes]
+
+    if multi_scale:
+        resize = v2.RandomShortestSize(scaled(*MULTI_SCALE), longest)
+        crop = RangeCrop(*scaled(*CROP))
+        steps = [v2.RandomChoice([resize, v2.Compose([v2.RandomShortestSize(scaled(*BEFORE_CROP)), crop, resize])])]
+    else:
+        steps = [v2.RandomShortestSize([short], longest)]
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(hflip), *_to_tensors()])
+
+
+def eval_transform(image_size: int | tuple[int, int]) -> v2.Transform:
+    """Resize to `image_size`; no randomness. As `train_transform` otherwise; works on an image alone, too."""
+    short, longest = short_and_longest(image_size)
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+    return v2.Compose([v2.RandomShortestSize([short], longest), *to_tensor])
+
+
+def _to_tensors() -> list[nn.Module]:
+    return [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.ClampBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(),
+        v2.ToPureTensor(),
+    ]
+
+
+class RangeCrop(v2.Transform):
+    """A crop of random height and width between `least` and `most` pixels (or the image's own), anywhere."""
+
+    def __init__(self, least: int, most: int):
+        super().__init__()
+        self.least, self.most = least, most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        def draw(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, ()))
+
+        height, width = v2.query_size(flat_inputs)
+        h, w = (draw(min(side, self.least), min(side, self.most)) for side in (height, width))
+        return {"top": draw(0, height - h), "left": draw(0, width - w), "height": h, "width": w}
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        return F.crop(inpt, **params)

@@ -1,0 +1,71 @@
+"""UPerNet: pyramid pooling, a feature pyramid on top of it, all levels fused (Xiao et al., ECCV 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgformer.heads.common import ConvNormAct, PixelClassifier, resize
+
+
+class PyramidPooling(nn.Module):
+    """The map itself beside its averages over 1, 2 x 2, 3 x 3 and 6 x 6 cells: (B, C, H, W) -> (B, dim, H, W)."""
+
+    def __init__(self, dim_in: int, dim: int, pools: Sequence[int]):
+        super().__init__()
+        self.pools = tuple(pools)
+        self.reduce = nn.ModuleList(ConvNormAct(dim_in, dim, 1) for _ in self.pools)
+        self.fuse = ConvNormAct(dim_in + len(self.pools) * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [conv(F.adaptive_avg_pool2d(x, n)) for n, conv in zip(self.pools, self.reduce, strict=True)]
+        return self.fuse(torch.cat([x, *(resize(p, x) for p in pooled)], dim=1))
+
+
+class UPerNet(nn.Module):
+    """Four maps to class logits at the first one's resolution, with an auxiliary FCN head on the third map.
+
+    Args:
+        channels: of the maps, finest first.
+        strides: of the maps in pixels; only their order matters here.
+        num_classes: of the logits.
+        dim: width of every convolution; the auxiliary head is half as wide.
+        pools: cells per side of the pyramid pooling.
+        dropout: probability that a channel is dropped before a classifier.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        dim: int = 512,
+        pools: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if sorted(strides) != list(strides):
+            raise ValueError(f"feature maps come finest first (got strides {list(strides)})")
+        self.pooling = PyramidPooling(channels[-1], dim, pools)
+        self.lateral = nn.ModuleList(ConvNormAct(c, dim, 1) for c in channels[:-1])
+        self.smooth = nn.ModuleList(ConvNormAct(dim, dim) for _ in channels[:-1])
+        self.fuse = ConvNormAct(len(channels) * dim, dim)
+        self.classifier = PixelClassifier(dim, num_classes, dropout)
+        self.fcn = nn.Sequential(ConvNormAct(channels[2], dim // 2), PixelClassifier(dim // 2, num_classes, dropout))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """(B, C_i, H_i, W_i), finest first -> (B, num_classes, H_0, W_0)."""
+        levels = [conv(x) for conv, x in zip(self.lateral, features[:-1], strict=True)]
+        levels.append(self.pooling(features[-1]))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1])
+        levels = [*(conv(x) for conv, x in zip(self.smooth, levels[:-1], strict=True)), levels[-1]]
+        fused = self.fuse(torch.cat([levels[0], *(resize(x, levels[0]) for x in levels[1:])], dim=1))
+        return self.classifier(fused)
+
+    def auxiliary(self, features: Sequence[Tensor]) -> Tensor:
+        """The auxiliary head's logits, for training only: (B, num_classes, H_2, W_2)."""
+        return self.fcn(features[2])

@@ -1,0 +1,56 @@
+"""A COCO data set small enough to be solved by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def rectangle(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    """A rectangle as COCO polygons."""
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def thing(image: Any, category: Any, box: list[float], **more: Any) -> dict[str, Any]:
+    """An annotation with a rectangular mask; ids come with `write_coco`."""
+    return {
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "area": box[2] * box[3],
+        "iscrowd": 0,
+        "segmentation": rectangle(*box),
+        **more,
+    }
+
+
+def content(
+    annotations: list[dict[str, Any]], images: int = 2, size: tuple[int, int] = (64, 48), **more: Any
+) -> dict[str, Any]:
+    """A file's content: images 10, 20 ... of (width, height), classes cat (3) and dog (7): ids with gaps."""
+    return {
+        "images": [
+            {"id": 10 * i, "file_name": f"{10 * i}.png", "width": size[0], "height": size[1]}
+            for i in range(1, images + 1)
+        ],
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+        "annotations": [{"id": i, **a} for i, a in enumerate(annotations, 1)],
+        **more,
+    }
+
+
+def write_coco(root: Path, data: dict[str, Any], split: str = "train") -> Path:
+    """Write `annotations/instances_SPLIT.json` and noise images in `SPLIT/`; returns the JSON's path."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / split).mkdir(parents=True, exist_ok=True)
+    for image in data["images"]:
+        size = (image.get("height", 48), image.get("width", 64), 3)
+        pixels = np.random.default_rng(len(image["file_name"])).integers(0, 255, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(root / split / image["file_name"])
+    file = root / "annotations" / f"instances_{split}.json"
+    file.write_text(json.dumps(data))
+    return file

@@ -1,0 +1,203 @@
+import lightning as L
+import pytest
+import torch
+from coco_scene import content, thing, write_coco
+
+pytest.importorskip("pycocotools")
+
+from sgformer.data.coco import CocoDataset, collate, ground_truth, read_coco
+from sgformer.data.detection_transforms import eval_transform, train_transform
+from sgformer.data.imagefolder import EpochSampler
+from sgformer.errors import UserError
+from sgformer.tasks.detect import DetectionTask, Detector, coco_results, new_detector
+from sgformer.tasks.pyramid import pyramid_backbone
+from sgformer.training.detect_config import DetectConfig
+from sgformer.training.detect_report import CocoMetric
+from sgformer.training.trainer import build_trainer, quiet
+
+QUICK = {"model": "sgformer_n", "image_size": 64, "batch_size": 2, "head_width": 16, "rois": 16, "drop_path": 0.0}
+
+
+def config(**more):
+    return DetectConfig(**{**QUICK, **more})
+
+
+def small(name="sgformer_n", classes=2, masks=True):
+    return Detector(pyramid_backbone(name), classes, masks, width=16, rois=16)
+
+
+def certain(model):
+    """Let everything through the score threshold."""
+    model.eval().heads.roi_heads.score_thresh = 0.0
+    return model
+
+
+@pytest.fixture
+def listing(tmp_path):
+    annotations = [thing(10, 3, [4, 4, 24, 24]), thing(10, 7, [36, 10, 20, 30]), thing(20, 7, [10, 8, 30, 30])]
+    return read_coco(write_coco(tmp_path, content(annotations, images=4)), tmp_path / "train")
+
+
+def task_of(model, listing, settings, **more):
+    metric = CocoMetric(ground_truth(listing), listing.classes, listing.own_ids, listing.has_masks)
+    ids = [image.id for image in listing.images]
+    return DetectionTask(model, settings, metric=metric, image_ids=ids, category_ids=listing.own_ids, **more)
+
+
+def loader(listing, settings, train):
+    transform = train_transform(settings.image_size, settings.multi_scale) if train else eval_transform(64)
+    dataset = CocoDataset(listing, transform, objects=train)
+    sampler = EpochSampler(len(dataset), settings.batch_size, train=train)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_training_logs_every_loss_and_ap(tmp_path, masks):
+    more = {} if masks else {"segmentation": []}
+    file = write_coco(tmp_path, content([thing(10, 3, [4, 4, 24, 24], **more)], images=3))
+    listing = read_coco(file, tmp_path / "train")
+    settings = config(epochs=1)
+    task = task_of(new_detector(settings, 2, listing.has_masks), listing, settings)
+    parts = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, *_):
+            parts.append((outputs["loss"], outputs["parts"]))
+
+    with quiet():
+        trainer = build_trainer(max_epochs=1, device="cpu", callbacks=[Watch()])
+        trainer.fit(task, loader(listing, settings, True), loader(listing, settings, False))
+    loss, named = parts[0]
+    assert len(named) == (5 if masks else 4) and loss == pytest.approx(sum(named.values()).item())
+    assert task.monitor == ("mask_ap" if masks else "box_ap") and task.monitor in trainer.callback_metrics
+    assert sorted(task.seen) == [0, 1, 2] and task.result.images == 3
+
+
+@pytest.mark.slow
+def test_it_learns_two_pictures_by_heart(listing):
+    settings = config(epochs=40, batch_size=2, lr=8e-2, lr_drops=(30,), head_width=32, rois=32, hflip=0.0)
+    torch.manual_seed(0)
+    task = task_of(new_detector(settings, 2, True), listing, settings)
+    with quiet():
+        trainer = build_trainer(max_epochs=40, device="cpu", gradient_clip_val=1.0)
+        trainer.fit(task, loader(listing, settings, True))
+        trainer.validate(task, loader(listing, settings, False), verbose=False)
+    assert task.result.box["AP50"] > 0.5 and task.result.mask["AP50"] > 0.5
+
+
+def test_a_batch_is_its_images():
+    model = certain(small())
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        both = model(images)
+        for i, image in enumerate(images):
+            alone = model([image])[0]
+            assert torch.allclose(alone["boxes"][:5], both[i]["boxes"][:5], atol=1e-3)
+            assert torch.allclose(alone["scores"][:5], both[i]["scores"][:5], atol=1e-5)
+
+
+def test_boxes_refer_to_the_size_asked_for():
+    model = certain(small())
+    image = torch.rand(3, 40, 64)
+    with torch.no_grad():
+        own, twice = model([image])[0], model([image], sizes=[(80, 192)])[0]
+    assert torch.allclose(twice["boxes"], own["boxes"] * torch.tensor([3.0, 2, 3, 2]))
+    assert twice["boxes"][:, 2].max() <= 192 and twice["boxes"][:, 3].max() <= 80
+
+
+def test_images_are_normalised_then_padded_with_zeros_to_32():
+    batch = small().batch([torch.ones(3, 33, 64), torch.zeros(3, 20, 70)])
+    assert batch.shape == (2, 3, 64, 96)
+    assert torch.allclose(batch[0, :, 0, 0], torch.tensor([2.2489, 2.4286, 2.6400]), atol=1e-4)
+    assert not batch[0, :, 33:].any() and not batch[0, :, :, 64:].any() and not batch[1, :, 20:].any()
+
+
+@pytest.mark.parametrize(("name", "masks"), [("sgformer_n", True), ("pvt_v2_b0", False)])
+def test_weights_come_back(tmp_path, name, masks):
+    model = certain(small(name, masks=masks))
+    path = tmp_path / "w.safetensors"
+    model.save(path, {"classes": ["a", "b"]})
+    again, metadata = Detector.load(path)
+    certain(again)
+    assert metadata["classes"] == ["a", "b"] and metadata["task"] == "detect"
+    x = [torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        for key, value in model(x)[0].items():
+            assert torch.equal(value, again(x)[0][key])
+
+
+def test_a_detector_goes_on_with_other_classes(tmp_path):
+    path = tmp_path / "w.safetensors"
+    model = small()
+    model.save(path, {})
+    same = new_detector(config(weights=str(path)), 2, True).state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
+    other = new_detector(config(weights=str(path)), 5, True)
+    held = model.state_dict()
+    fresh = {
+        name for name, value in other.state_dict().items() if not (name in held and value.shape == held[name].shape)
+    }
+    assert fresh and all("predictor" in name for name in fresh)
+    assert torch.equal(other.heads.fpn.inner_blocks[0][0].weight, model.heads.fpn.inner_blocks[0][0].weight)
+    boxes = new_detector(config(weights=str(path)), 2, False)
+    assert not boxes.masks
+    with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
+        new_detector(config(weights=str(path), model="sgformer_t"), 2, True)
+
+
+def test_the_rate_warms_up_and_drops():
+    settings = DetectConfig(lr_drops=(8, 11))
+    rate = [settings.rate(step, 7000, 84000) for step in (0, 500, 1000, 55999, 56000, 76999, 77000)]
+    assert rate == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
+    assert DetectConfig(batch_size=4).scaled(1e-4) == pytest.approx(0.25e-4)
+    short = [settings.rate(step, 1, 12) for step in (0, 1)]  # a tenth of twelve steps, not a thousand
+    assert short == pytest.approx([0.001, 1])
+
+
+def test_the_rate_reaches_the_optimiser(listing):
+    settings = config(epochs=3, lr_drops=(2,), warmup_steps=2, warmup_factor=0.5)
+    task = task_of(small(), listing, settings)
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, task, *_):
+            rates.append({group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    with quiet():
+        build_trainer(max_epochs=3, device="cpu", callbacks=[Watch()]).fit(task, loader(listing, settings, True))
+    peak = 1e-4 * 2 / 16
+    assert [r.pop() / peak for r in rates] == pytest.approx([0.5, 0.75, 1, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr_drops": (0,)}, "--lr-drops"),
+        ({"image_size": (800, 400)}, r"\[SHORT,LONGEST\]"),
+        ({"freeze_stages": 5}, "--freeze-stages"),
+        ({"rois": 0}, "--rois must be above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        DetectConfig(**options)
+
+
+def test_results_are_in_the_file_s_own_terms():
+    found = {
+        "boxes": torch.tensor([[1.0, 2, 11, 22], [0, 0, 4, 4]]),
+        "labels": torch.tensor([1, 0]),
+        "scores": torch.tensor([0.5, 0.25]),
+        "masks": torch.ones(2, 1, 28, 28),
+    }
+    (result,) = coco_results(found, "img", [None, 7], (40, 30))
+    assert (result["image_id"], result["category_id"], result["bbox"], result["score"]) == (
+        "img",
+        7,
+        [1, 2, 10, 20],
+        0.5,
+    )
+    from pycocotools import mask
+
+    assert result["segmentation"]["size"] == [40, 30]
+    assert abs(int(mask.area(result["segmentation"])) - 200) <= 60

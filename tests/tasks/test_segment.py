@@ -1,0 +1,294 @@
+"""Numbers on scenes solved by hand; inference that covers, averages and mirrors as it says; weights that come back."""
+
+import itertools
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+
+import sgformer
+from sgformer.errors import UserError
+from sgformer.tasks.pyramid import pyramid_backbone
+from sgformer.tasks.segment import (
+    MULTI_SCALE,
+    Inference,
+    SegmentationTask,
+    Segmenter,
+    _spans,
+    class_probabilities,
+    new_segmenter,
+    slide,
+)
+from sgformer.training.segment_config import SegmentConfig
+from sgformer.training.segment_report import SegmentationEvaluation
+
+HEADS = ("semantic-fpn", "upernet")
+
+
+class Pointwise(nn.Module):
+    """A stand-in network whose logits are a linear map of each pixel's colour."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape[-2:]))
+        return {"out": self.conv(images)}
+
+
+def small(head="semantic-fpn", classes=3, name="sgformer_n"):
+    return Segmenter(pyramid_backbone(name), head, classes)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_scene_solved_by_hand():
+    # Rows are true, columns predicted; class 3 is neither there nor predicted, class 2 is predicted but not there.
+    counts = np.array([[6, 2, 0, 0], [1, 3, 4, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    result = SegmentationEvaluation(counts, 0.5, 1, ("a", "b", "c", "d"))
+    assert np.allclose(result.iou, [6 / 9, 3 / 10, 0, np.nan], equal_nan=True)
+    assert np.allclose(result.accuracy, [6 / 8, 3 / 8, np.nan, np.nan], equal_nan=True)
+    assert result.miou == pytest.approx((6 / 9 + 3 / 10 + 0) / 3)
+    assert result.macc == pytest.approx((6 / 8 + 3 / 8) / 2)
+    assert result.pixel_accuracy == pytest.approx(9 / 16)
+    assert [row["taken_for"] for row in result.per_class()] == ["b", "c", "", ""]
+
+
+def test_evaluation_survives_writing(tmp_path):
+    counts = np.array([[5, 1], [0, 0]])
+    result = SegmentationEvaluation(counts, 0.25, 3, ("a, b", 'c "d"'), ("x.png: cut",))
+    result.write(tmp_path, picture=False)
+    again = SegmentationEvaluation.read(tmp_path)
+    assert np.array_equal(again.confusion, counts) and again.summary() == result.summary()
+    assert again.class_names == result.class_names
+    assert json.loads((tmp_path / "metrics.json").read_text())["miou"] == pytest.approx(5 / 12)
+    assert (tmp_path / "classes.csv").read_text().splitlines()[0] == "class,pixels,iou,accuracy,taken_for"
+
+
+def run_validation(task, batches):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.validate(task, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_validation_equals_counting_pixels_by_hand():
+    """Images of several sizes in one batch, pixels without a class, an image with none at all."""
+    task = SegmentationTask(Pointwise(), SegmentConfig(image_size=40), class_names=("a", "b", "c"))
+    torch.manual_seed(1)
+    sizes = [(40, 48), (64, 40), (40, 48), (33, 90)]
+    images = [torch.randn(3, *size) for size in sizes]
+    targets = [torch.randint(0, 3, size) for size in sizes]
+    for target in targets:
+        target[:5] = 255
+    targets[3][:] = 255
+    batches = [(images[:3], targets[:3], torch.arange(3), ()), (images[3:], targets[3:], torch.arange(1), ())]
+    trainer = run_validation(task, batches)
+
+    counts, losses = np.zeros((3, 3), dtype=int), []
+    jaccard = torchmetrics.classification.MulticlassJaccardIndex(3, ignore_index=255)
+    for image, target in zip(images, targets, strict=True):
+        with torch.no_grad():
+            shares = class_probabilities(task.model, image[None], Inference(40))
+        guess = shares.argmax(1)
+        jaccard.update(guess, target[None])
+        for true, predicted in zip(target.flatten().tolist(), guess.flatten().tolist(), strict=True):
+            if true != 255:
+                counts[true, predicted] += 1
+        known = target != 255
+        losses.extend(-shares[0].gather(0, target.clamp(max=2)[None])[0][known].log())
+    assert np.array_equal(task.result.confusion, counts) and task.result.images == 4
+    hits = np.diag(counts)
+    miou = (hits / (counts.sum(0) + counts.sum(1) - hits)).mean()
+    assert trainer.callback_metrics["miou"].item() == pytest.approx(miou) == pytest.approx(jaccard.compute().item())
+    assert trainer.callback_metrics["pixel_accuracy"].item() == pytest.approx(hits.sum() / counts.sum())
+    assert trainer.callback_metrics["val_loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+def test_loss_is_the_mean_over_pixels_with_a_class():
+    task = SegmentationTask(Pointwise())
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    targets = torch.randint(0, 3, (2, 4, 4))
+    targets[0] = 255
+    expected = nn.functional.cross_entropy(logits[1:], targets[1:])
+    assert torch.allclose(task.pixel_loss(logits, targets), expected)
+    nothing = task.pixel_loss(logits, torch.full_like(targets, 255))
+    nothing.backward()
+    assert nothing.item() == 0 and (logits.grad == 0).all()
+
+
+def test_auxiliary_loss_has_its_weight():
+    model = small("upernet").train()
+    batch = (torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
+    losses = {}
+    for weight in (0.0, 0.4, 1.0):
+        torch.manual_seed(0)
+        losses[weight] = SegmentationTask(model, SegmentConfig(auxiliary=weight)).training_step(batch, 0).item()
+    auxiliary = losses[1.0] - losses[0.0]
+    assert auxiliary > 0.1 and losses[0.4] == pytest.approx(losses[0.0] + 0.4 * auxiliary, rel=1e-5)
+
+
+# -- schedule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("power", "warmup"), [(0.9, 0), (1.0, 15)])
+def test_rate_follows_the_polynomial_over_steps(power, warmup):
+    config = SegmentConfig(lr=1e-2, batch_size=8, steps=100, power=power, warmup_steps=warmup)
+    parts = SegmentationTask(small(), config).configure_optimizers()
+    scheduler, group = parts["lr_scheduler"]["scheduler"], parts["optimizer"].param_groups[0]
+    for step in (0, 5, 15, 50, 99, 100):
+        scheduler.step_update(step)
+        peak = 1e-2 * 8 / 16
+        expected = peak * (1 - step / 100) ** power
+        if step < warmup:
+            expected = peak * step / warmup
+        assert group["lr"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_norms_and_position_table_do_not_decay():
+    model = small("upernet")
+    optimizer = SegmentationTask(model, SegmentConfig(weight_decay=0.01)).configure_optimizers()["optimizer"]
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        exempt = "norm" in name or "position" in name
+        assert decays[id(parameter)] == (0 if exempt else 0.01), name
+    assert any("position" in name for name, _ in model.named_parameters())
+
+
+# -- inference --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "side"), [(10, 20), (20, 20), (21, 20), (100, 30), (96, 32)])
+def test_windows_cover_and_end_flush(length, side):
+    spans = _spans(length, side)
+    assert spans[0][0] == 0 and spans[-1][1] == length
+    assert all(end - start == min(side, length) for start, end in spans)
+    assert all(b[0] <= a[1] and a[0] < b[0] for a, b in itertools.pairwise(spans))
+    assert len(set(spans)) == len(spans)
+
+
+def test_sliding_gives_each_pixel_its_mean_over_windows():
+    images, model = torch.randn(2, 3, 50, 71), Pointwise()
+    with torch.no_grad():
+        assert torch.allclose(slide(model, images, (32, 40)), model(images)["out"], atol=1e-6)
+        assert len(model.seen) > 4 and set(model.seen[:-1]) == {(32, 40)}
+
+    class Corner(nn.Module):
+        """Says 1 in its window's first column, else 0."""
+
+        def forward(self, x):
+            out = torch.zeros(1, 1, *x.shape[-2:])
+            out[..., 0] = 1
+            return {"out": out}
+
+    # Windows of 6 start at 0, 4 and 6: two windows see columns 4 to 9.
+    seen = slide(Corner(), torch.zeros(1, 3, 6, 12), (6, 6))[0, 0, 0].tolist()
+    assert seen == [1, 0, 0, 0, 0.5, 0, pytest.approx(0.5), 0, 0, 0, 0, 0]
+
+
+def test_scales_and_mirror_images_are_averaged_as_probabilities():
+    model, images = Pointwise(), torch.randn(1, 3, 64, 80)
+    how = Inference(short_side=64, scales=(0.5, 1.0), flip=True)
+    shares = class_probabilities(model, images, how)
+    assert model.seen == [(32, 40), (32, 40), (64, 80), (64, 80)]
+    with torch.no_grad():
+        low = nn.functional.interpolate(images, (32, 40), mode="bilinear", antialias=True)
+        up = nn.functional.interpolate(model.conv(low), (64, 80), mode="bilinear")
+        # A pixelwise network is blind to mirroring, so both directions agree.
+        expected = (up.softmax(1) + model.conv(images).softmax(1)) / 2
+    assert torch.allclose(shares, expected, atol=1e-5)
+    assert torch.allclose(shares.sum(1), torch.ones(1, 64, 80), atol=1e-5)
+    assert MULTI_SCALE == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+def test_mirrored_logits_are_turned_back():
+    class Left(nn.Module):
+        """Sees class 1 in the left half of whatever it is shown."""
+
+        def forward(self, x):
+            out = torch.zeros(1, 2, *x.shape[-2:])
+            out[:, 1, :, : x.shape[-1] // 2] = 50
+            return {"out": out}
+
+    shares = class_probabilities(Left(), torch.zeros(1, 3, 32, 32), Inference(32, flip=True))
+    # Where it says 1 looking straight it says "either" looking at the mirror, and the other way round.
+    assert torch.allclose(shares[0, 1], torch.full((32, 32), 0.75), atol=1e-4)
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["sgformer_n", "pvt_v2_b0"])
+def test_weights_come_back_to_the_bit(tmp_path, head, name):
+    model = small(head, 4, name).eval()
+    model.save(tmp_path / "w.safetensors", {"classes": ["a", "b", "c", "d"]})
+    again, metadata = Segmenter.load(tmp_path / "w.safetensors")
+    assert metadata["classes"] == ["a", "b", "c", "d"] and metadata["task"] == "segment" and not again.training
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        out = model(x)
+        assert torch.equal(out["out"], again(x)["out"])
+    assert out["out"].shape == (1, 4, 64, 96) and set(out) == {"out"}
+
+
+def test_every_parameter_learns():
+    model = small("upernet").train()
+    task = SegmentationTask(model)
+    task.training_step((torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))), 0).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_backbone_weights_from_a_classifier(tmp_path):
+    classifier = sgformer.create_model("sgformer_n", num_classes=7)
+    sgformer.save_model(classifier, tmp_path / "c.safetensors", {"model": "sgformer_n", "task": "classify"})
+    config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "c.safetensors"))
+    model = new_segmenter(config, 5)
+    own = dict(classifier.named_parameters())
+    for name, parameter in model.backbone.network.named_parameters():
+        assert torch.equal(parameter, own[name])
+
+
+def test_a_whole_segmenter_goes_on_with_other_classes(tmp_path):
+    model = small("semantic-fpn", 3)
+    model.save(tmp_path / "s.safetensors", {})
+    config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "s.safetensors"))
+    same, other = new_segmenter(config, 3), new_segmenter(config, 5)
+    for new in (same, other):
+        for name, tensor in model.state_dict().items():
+            if new is same or not name.startswith("head.classifier"):
+                assert torch.equal(new.state_dict()[name], tensor), name
+    assert other.state_dict()["head.classifier.conv.weight"].shape[0] == 5
+    with pytest.raises(
+        UserError, match=r"holds sgformer_n with semantic-fpn of .*, not --model sgformer_n --head upernet"
+    ):
+        new_segmenter(SegmentConfig(model="sgformer_n", head="upernet", weights=str(tmp_path / "s.safetensors")), 3)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(UserError, match="two classes"):
+        SegmentationTask(small(classes=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "--steps"),
+        ({"classes": 1}, "--classes"),
+        ({"scale_max": 0.3}, "--scale-max"),
+        ({"hflip": 2}, "--hflip"),
+        ({"short_side": 8}, "--short-side"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(options, says):
+    with pytest.raises(UserError, match=says):
+        SegmentConfig(**options)
