@@ -130,8 +130,9 @@ def prepare_classifier(config: ClassifyConfig, batch: int, rank: int, world: int
         draw_batch(pixels, torch.stack(targets).numpy(), train.classes, out, config.smoothing)
 
     def evaluation(skipped: Sequence[str]) -> Evaluation:
-        values = [float(task.trainer.callback_metrics[name]) for name in ("top1", "top5", "val_loss")]
-        return Evaluation(*values, task.confusion, train.classes, tuple(skipped))
+        top1, top5, loss = (float(task.trainer.callback_metrics[name]) for name in ("top1", "top5", "val_loss"))
+        assert task.confusion is not None
+        return Evaluation(top1, top5, loss, task.confusion, train.classes, tuple(skipped))
 
     return Job(
         task=task,

@@ -153,12 +153,12 @@ def inference(
     from sgformer.tasks.segment import MULTI_SCALE, Inference
 
     short, window = int(metadata["short_side"]), metadata["image_size"]
-    if image_size is not None:
-        if isinstance(image_size, int) or sliding:
-            window = image_size
-        else:
-            raise UserError(f"--image-size is one number, the short side, for whole images; got {image_size}")
-        short = short if sliding else int(image_size)
+    if image_size is not None and sliding:
+        window = image_size
+    elif isinstance(image_size, int):
+        short = image_size
+    elif image_size is not None:
+        raise UserError(f"--image-size is one number, the short side, for whole images; got {image_size}")
     size = (window, window) if isinstance(window, int) else (window[0], window[1])
     if min(short, *size) < 32:
         raise UserError(f"--image-size must be 32 pixels or more, got {image_size}")
@@ -242,13 +242,14 @@ def draw_examples(
     order = sorted(by_image, key=lambda i: by_image[i])
     chosen = order if len(order) <= 2 * each else order[:each] + order[-each:]
     samples = [dataset[i] for i in chosen]
+    images = [s.image for s in samples if s.image is not None]
     where = next(model.parameters()).device
     draw_comparison(
-        [denormalize(s.image).permute(1, 2, 0).numpy() for s in samples],
-        [s.target.numpy() for s in samples],
-        [class_probabilities(model, s.image[None].to(where), how)[0].argmax(0).cpu().numpy() for s in samples],
+        [denormalize(image).permute(1, 2, 0).numpy() for image in images],
+        [s.target.numpy() for s in samples if s.target is not None],
+        [class_probabilities(model, image[None].to(where), how)[0].argmax(0).cpu().numpy() for image in images],
         dataset.listing.classes,
-        out,
+        Path(out),
         [f"{100 * by_image[i]:.0f} % right" for i in chosen],
     )
 

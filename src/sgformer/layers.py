@@ -69,6 +69,7 @@ class Stem(nn.Module):
         self.position = PositionTable(dim, (-(-img_size[0] // 4), -(-img_size[1] // 4)))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # so that the tokens come out in place, without a copy
         x = self.conv3(self.conv2(self.conv1(x)))
         return self.position(self.norm(x.permute(0, 2, 3, 1)))
 

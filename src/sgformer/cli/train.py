@@ -38,7 +38,7 @@ def detect(arguments: list[str]) -> int:
         "detect",
         DetectConfig,
         "Train Mask R-CNN, or Faster R-CNN where there are no masks, on a data set in the COCO layout.",
-        "--data coco --config recipes/detect_s_1x.yaml --weights sgformer_s.safetensors",
+        "--data coco --config recipes/detect_s_1x.yaml --weights runs/imagenet",
         "sgformer.api_detect:train_detector",
     )
 
@@ -52,7 +52,7 @@ def segment(arguments: list[str]) -> int:
         "segment",
         SegmentConfig,
         "Train a network that tells the class of every pixel, on label maps in the ADE20K layout.",
-        "--data photos --model sgformer_t --head semantic-fpn --steps 2000 --val-every 200",
+        "--data photos --model sgformer_t --head semantic-fpn --steps 2000",
         "sgformer.api_segment:train_segmenter",
     )
 

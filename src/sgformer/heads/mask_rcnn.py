@@ -50,7 +50,7 @@ class RCNNHeads(nn.Module):
         self.num_classes, self.masks = num_classes, masks
         self.fpn = FeaturePyramidNetwork(list(channels), width, LastLevelMaxPool())
         stub = nn.Identity()
-        stub.out_channels = width  # type: ignore[assignment] - all that torchvision asks of the backbone here
+        stub.out_channels = width  # type: ignore[assignment] # all that torchvision asks of the backbone here
         mask_parts = {
             "mask_head": MaskRCNNHeads(width, (width,) * 4, dilation=1),
             "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),

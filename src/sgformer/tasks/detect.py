@@ -37,6 +37,9 @@ class Detector(nn.Module):
         architecture: a plain dict from which `Detector.build` makes the same network.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: Pyramid, num_classes: int, masks: bool = True, width: int = 256, **options: Any):
         super().__init__()
         self.architecture = {

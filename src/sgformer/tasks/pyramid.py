@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from json import dumps
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -63,7 +62,8 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))."""
-        return self.network.forward_intermediates(x, indices=self.places, output_fmt="NCHW", intermediates_only=True)
+        run = self.network.forward_intermediates
+        return run(x, indices=self.places, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> Pyramid:
         """Training mode, but not of frozen parts: there neither batch statistics nor drop path move."""
@@ -132,7 +132,7 @@ def pyramid_backbone(
         else:
             network = _fresh(source["model"], **options)
     if grad_checkpointing:
-        network.set_grad_checkpointing(True)
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
     return Pyramid(network, freeze_stages).train()
 
 
@@ -164,10 +164,10 @@ def load_dense(path: str | os.PathLike[str], task: str) -> tuple[dict[str, Tenso
 
 def is_dense(path: str | os.PathLike[str], task: str) -> bool:
     """Whether a run folder or weights file holds a whole network for this task (and not a backbone alone)."""
-    path: Path = find_weights(path)
-    if path.suffix != ".safetensors" or checkpoint.read_header(path).get("format") != DENSE:
+    file = find_weights(path)
+    if file.suffix != ".safetensors" or checkpoint.read_header(file).get("format") != DENSE:
         return False
-    return checkpoint.read_metadata(path).get("task") == task
+    return checkpoint.read_metadata(file).get("task") == task
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

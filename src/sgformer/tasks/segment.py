@@ -187,7 +187,7 @@ class SegmentationTask(L.LightningModule):
         self.by_image: dict[int, float] = {}
         self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
         if self.config.opt.lower() not in list_optimizers():
-            raise UserError(f"unknown --opt {self.config.opt}{nearest(self.config.opt, list_optimizers())}")
+            raise UserError(f"unknown --opt {self.config.opt}{nearest(self.config.opt, map(str, list_optimizers()))}")
         if model.num_classes < 2:
             raise UserError("segmentation needs two classes or more; for one, label everything else as a second class")
         self.confusion = torchmetrics.classification.MulticlassConfusionMatrix(
@@ -260,7 +260,7 @@ class SegmentationTask(L.LightningModule):
         for metric in (self.val_loss, self.images, self.confusion):
             metric.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         config = self.config
         rate = config.scaled(config.lr)
         groups = decay_groups(self.model, config.weight_decay)

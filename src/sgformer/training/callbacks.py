@@ -216,6 +216,8 @@ class RunLog(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         losses = self._mean_losses(trainer)
         self._row(trainer, **losses, images_per_second=self.images_per_second, **metrics)
+        if not self.writes:
+            return
         done, left = self._step - self._first_step, self.total_steps - self._step
         eta = (time.monotonic() - self._start) / done * left if done else 0
         shown = [f"{name} {100 * value:.2f}" for name, value in metrics.items() if "loss" not in name]

@@ -32,6 +32,7 @@ NOISE = (
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler goes on where it was
     r".*Grad strides do not match bucket view strides.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # frozen stages
 )
 
 

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+
+from sgformer.viz.detection import (
+    Example,
+    Objects,
+    draw_detections,
+    draw_examples,
+    draw_precision_recall,
+    draw_training_images,
+    overlay,
+)
+from sgformer.viz.segmentation import palette
+
+NAMES = ("cat", "dog")
+
+
+def objects(**more):
+    masks = np.zeros((2, 60, 80), bool)
+    masks[0, 10:30, 10:40] = True
+    masks[1, 40:55, 50:70] = True
+    boxes = np.array([[10, 10, 40, 30], [50, 40, 70, 55]])
+    return Objects(
+        **{"boxes": boxes, "labels": np.array([0, 1]), "scores": np.array([0.9, 0.4]), "masks": masks, **more}
+    )
+
+
+def test_masks_and_boxes_are_drawn_where_they_are():
+    grey = np.full((600, 800, 3), 100, np.uint8)
+    masks = np.repeat(np.repeat(objects().masks, 10, 1), 10, 2)
+    drawn = overlay(grey, objects(boxes=objects().boxes * 10, masks=masks), NAMES)
+    assert drawn.shape == grey.shape
+    colours = palette(NAMES)
+    assert np.abs(drawn[200, 250] - (0.5 * 100 + 0.5 * colours[0])).max() <= 1  # inside the first mask
+    assert (drawn[200, 100] == colours[0]).all() and (drawn[450, 500] == colours[1]).all()  # on the boxes' left edges
+    assert (drawn[590, 10] == 100).all()
+
+
+def test_small_images_are_enlarged_and_nothing_is_fine_too():
+    image = np.zeros((60, 80, 3), np.uint8)
+    assert overlay(image, objects(), NAMES).shape == (420, 560, 3)
+    nothing = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), None)
+    assert not overlay(image, nothing, NAMES).any()
+
+
+def test_only_confident_ones():
+    kept = objects().above(0.5)
+    assert len(kept.boxes) == len(kept.masks) == 1 and kept.labels.tolist() == [0]
+    assert objects(scores=None).above(0.5).scores is None
+
+
+def test_files_are_written(tmp_path):
+    image = np.zeros((60, 80, 3), np.uint8)
+    draw_detections(image, objects(), NAMES, tmp_path / "a.png")
+    draw_training_images([image] * 5, [objects(scores=None)] * 5, NAMES, tmp_path / "b.png")
+    example = Example(image, objects(scores=None), objects(), "F1 50 %")
+    draw_examples([example], [example] * 4, NAMES, tmp_path / "c.png")
+    curves = np.array([np.linspace(1, 0, 101), np.full(101, np.nan)])
+    draw_precision_recall({"box": curves, "mask": curves}, NAMES, tmp_path / "d.png")
+    for name in "abcd":
+        assert min(Image.open(tmp_path / f"{name}.png").size) > 100
+    assert not list(tmp_path.glob("*.tmp"))
