@@ -290,6 +290,7 @@ def test_read_idx(tmp_path):
 @pytest.mark.parametrize(
     "data",
     [b"", b"\0\0", b"text, not IDX", idx(np.zeros(9, np.uint8))[:-1], gzip.compress(idx(np.zeros(99, np.uint8)))[:-9]],
+    ids=["empty", "short", "text", "cut", "cut gzip"],
 )
 def test_broken_idx_files_are_named(tmp_path, data):
     (tmp_path / "broken").write_bytes(data)

@@ -74,15 +74,21 @@ def test_training_logs_every_loss_and_ap(tmp_path, masks):
 
 
 @pytest.mark.slow
-def test_it_learns_two_pictures_by_heart(listing):
-    settings = config(epochs=40, batch_size=2, lr=8e-2, lr_drops=(30,), head_width=32, rois=32, hflip=0.0)
-    torch.manual_seed(0)
+def test_it_learns(listing):
+    settings = config(epochs=30, lr=1.6e-2, lr_drops=(30,), hflip=0.0)
     task = task_of(new_detector(settings, 2, True), listing, settings)
+    losses = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, *_):
+            losses.append({**outputs["parts"], "loss": outputs["loss"]})
+
     with quiet():
-        trainer = build_trainer(max_epochs=40, device="cpu", gradient_clip_val=1.0)
+        trainer = build_trainer(max_epochs=30, device="cpu", gradient_clip_val=1.0, callbacks=[Watch()])
         trainer.fit(task, loader(listing, settings, True))
-        trainer.validate(task, loader(listing, settings, False), verbose=False)
-    assert task.result.box["AP50"] > 0.5 and task.result.mask["AP50"] > 0.5
+    for name in ("loss", "loss_mask", "loss_objectness"):
+        first, last = (sum(float(part[name]) for part in some) for some in (losses[:6], losses[-6:]))
+        assert last < 0.75 * first, name
 
 
 def test_a_batch_is_its_images():

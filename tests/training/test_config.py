@@ -94,3 +94,9 @@ def test_the_paper_s_recipes():
         assert tuned.scaled(tuned.lr) == pytest.approx(2e-5 * tuned.batch_size / 512)
         assert tuned.scaled(tuned.min_lr) == pytest.approx(2e-7)
         assert tuned.weight_decay == 1e-8
+
+
+def test_an_option_of_sgformer_is_refused_for_other_networks():
+    with pytest.raises(UserError, match="pvt_v2_b0"):
+        ClassifyConfig(data="photos", model="pvt_v2_b0", coarse="window")
+    assert ClassifyConfig(data="photos", model="sgformer_n", coarse="window").coarse == "window"

@@ -90,6 +90,8 @@ class RunConfig:
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
         self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")
         self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
+        if self.coarse != "global" and not self.model.startswith("sgformer_"):
+            raise UserError(f"--coarse {self.coarse} is for sgformer models; {self.model} has no coarse heads")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
 
