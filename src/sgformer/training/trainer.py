@@ -31,6 +31,7 @@ NOISE = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler goes on where it was
+    r".*Our suggested max number of worker.*",  # the number is the user's to choose
     r".*Grad strides do not match bucket view strides.*",
     r".*module\(s\) in eval mode at the start of training.*",  # frozen stages
 )
