@@ -1,0 +1,37 @@
+"""On a CUDA device: the same numbers as on the CPU, and half precision that stays finite."""
+
+import pytest
+import torch
+
+import sgformer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (97, 150)])
+@pytest.mark.parametrize("coarse", ["global", "window"])
+def test_forward_and_backward_equal_the_cpu_s(size, coarse):
+    model = sgformer.create_model("sgformer_n", num_classes=10, coarse=coarse, dtype=torch.float64)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+
+    def run(device):
+        model.to(device).zero_grad()
+        logits = model(x.to(device))
+        logits.square().sum().backward()
+        return logits.detach().cpu(), [p.grad.cpu().clone() for p in model.parameters()]
+
+    (logits, gradients), (logits_there, gradients_there) = run("cpu"), run("cuda")
+    torch.testing.assert_close(logits_there, logits, rtol=1e-8, atol=1e-10)
+    for here, there in zip(gradients, gradients_there, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains(dtype):
+    model = sgformer.create_model("sgformer_n", num_classes=10).cuda().train()
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    with torch.autocast("cuda", dtype):
+        seen = model.inspect(torch.randn(4, 3, 224, 224, device="cuda"))
+    assert all(s.dtype == torch.float32 and s.isfinite().all() for s in seen.significance.values())
+    scaler.scale(seen.logits.float().square().mean()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
