@@ -7,13 +7,14 @@ them is ever executed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +83,23 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     Raises:
         UserError: the file is missing, cut short, or no safetensors file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: not a readable safetensors file ({_first_line(e)})") from None
+    with _opened(path) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
     """The header alone: quick, whatever the file's size. Raises like :func:`read_safetensors`."""
-    path = Path(path)
-    if not path.is_file():
+    with _opened(path) as f:
+        return f.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}
+            yield f
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: not a readable safetensors file ({_first_line(e)})") from None
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 
 from sgformer import api_detect
 from sgformer.api import open_image
+from sgformer.cli.output import own_stem, write_json
 
 MOST = 8  # objects of an image that are told on the terminal
 
@@ -52,17 +50,9 @@ def predict(weights: str, images: list[str], json_out: str | None, out: str | No
             more = f"   and {len(found.results) - MOST} more" if len(found.results) > MOST else ""
             print(f"{found.image}  {objects}{more}", flush=True)
         if out:
-            stem = Path(found.image).stem
-            stems[stem] += 1
-            own = stem if stems[stem] == 1 else f"{stem}-{stems[stem]}"  # images of one name from several folders
+            own = own_stem(found.image, stems)
             pixels = np.asarray(open_image(Path(found.image)))
             draw_detections(pixels, found.objects(names), names, Path(out) / f"{own}.png")
     if json_out:
-        text = json.dumps(api_detect.as_coco(told, metadata["category_ids"], names), indent=1) + "\n"
-        if json_out == "-":
-            sys.stdout.write(text)
-        else:
-            unfinished = Path(f"{json_out}.tmp")
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, json_out)
+        write_json(api_detect.as_coco(told, metadata["category_ids"], names), json_out, indent=1)
     return 0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json as json_module
-import os
-import sys
 from pathlib import Path
 
+from sgformer.cli.output import write_json
 from sgformer.cli.tasks import options_of_task, task_of
 from sgformer.errors import UserError
 
@@ -61,13 +59,7 @@ def predict(
 
     predictions = api.predict(weights, images, **options)
     if json:
-        text = json_module.dumps([p.to_dict() for p in predictions], indent=2) + "\n"
-        if json == "-":
-            sys.stdout.write(text)
-        else:
-            unfinished = Path(f"{json}.tmp")
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, json)
+        write_json([p.to_dict() for p in predictions], json)
     if json != "-":
         wide = min(60, max(len(p.image) for p in predictions))
         for p in predictions:

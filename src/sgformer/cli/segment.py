@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 
 from sgformer import api_segment
 from sgformer.api import open_image
+from sgformer.cli.output import own_stem, write_json
 
 
 def evaluate(weights: str, data: str, folder: Path, **options: Any) -> int:
@@ -47,16 +45,8 @@ def predict(weights: str, images: list[str], json_out: str | None, out: str | No
             shares = "   ".join(f"{name} {100 * share:.1f} %" for name, share in segments.shares()[:5])
             print(f"{segments.image}  {shares}", flush=True)
         if out:
-            stem = Path(segments.image).stem
-            stems[stem] += 1
-            own = stem if stems[stem] == 1 else f"{stem}-{stems[stem]}"  # images of one name from several folders
+            own = own_stem(segments.image, stems)
             segments.write(out, np.asarray(open_image(Path(segments.image))), own)
     if json_out:
-        text = json.dumps(told, indent=2) + "\n"
-        if json_out == "-":
-            sys.stdout.write(text)
-        else:
-            unfinished = Path(f"{json_out}.tmp")
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, json_out)
+        write_json(told, json_out)
     return 0

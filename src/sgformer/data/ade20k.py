@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sgformer.data.dense_transforms import DenseTransform
-from sgformer.data.image import IMAGE_EXTENSIONS, _open, read_image
+from sgformer.data.image import IMAGE_EXTENSIONS, opened, read_image
 from sgformer.data.imagefolder import EpochSampler, seeded
 from sgformer.data.progress import track
 from sgformer.errors import UserError
@@ -204,7 +204,7 @@ def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         UserError: unreadable, or more than one channel.
     """
-    with _open(path, None) as image:
+    with opened(path, None) as image:
         rawmode = image.tile[0][3] if image.tile else ""
         image.load()
         mode, values = image.mode, np.asarray(image)

@@ -72,7 +72,7 @@ def read_image(source: ImageSource, name: str | None = None) -> Image.Image:
     Raises:
         UserError: missing, empty, truncated, not an image, or more than `MAX_PIXELS` pixels; names the file.
     """
-    with _open(source, name) as image:
+    with opened(source, name) as image:
         image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
@@ -85,7 +85,7 @@ def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
     Raises:
         UserError: as `read_image`, for what can be seen without decoding.
     """
-    with _open(source, name) as image:
+    with opened(source, name) as image:
         orientation = _orientation(image)
         width, height = image.size
         # Pillow itself swaps the sides of a rotated TIFF when it opens it, and turns it when it loads it.
@@ -95,7 +95,7 @@ def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
 
 
 @contextmanager
-def _open(source: ImageSource, name: str | None) -> Iterator[Image.Image]:
+def opened(source: ImageSource, name: str | None) -> Iterator[Image.Image]:
     """Open an image lazily within the pixel bound; whatever fails in the block becomes a UserError that names it."""
     if name is None:
         path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
