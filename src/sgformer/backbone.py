@@ -78,39 +78,40 @@ class HybridScaleAttention(nn.Module):
         r = self.reduction
         image = F.pad(x.permute(0, 3, 1, 2), (0, -W % r, 0, -H % r))
         reduced = F.gelu(self.reduce_norm(self.reduce(image).permute(0, 2, 3, 1)))  # (B, ceil(H/r), ceil(W/r), C)
-        small = reduced.shape[1], reduced.shape[2]
         if self.coarse == "global":
-            key_window, query_window, queries = small, (H, W), H * W
+            key_window, query_window = (reduced.shape[1], reduced.shape[2]), (H, W)
         else:
             key_window, query_window = (self.window, self.window), (self.window * r, self.window * r)
-            queries = (self.window * r) ** 2
         out, received = self._attend_windows(q, self.kv_coarse(reduced), query_window, key_window)
-        significance = ops.merge(received[..., None], key_window, small)[..., 0] / queries
+        significance = received / (query_window[0] * query_window[1])
         significance = significance.repeat_interleave(r, 1).repeat_interleave(r, 2)[:, :H, :W]  # nearest
         return out, significance
 
     def look_near(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        window, grid = (self.window, self.window), (qkv.shape[1], qkv.shape[2])
+        window = (self.window, self.window)
         q, kv = qkv.split((qkv.shape[-1] // 3, 2 * qkv.shape[-1] // 3), dim=-1)
         out, received = self._attend_windows(q, kv, window, window)
-        return out, ops.merge(received[..., None], window, grid)[..., 0] / self.window**2
+        return out, received / self.window**2
 
     def _attend_windows(
         self, q: Tensor, kv: Tensor, q_window: tuple[int, int], kv_window: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Queries (B, H, W, C/2) meet keys and values (B, H', W', C) window by window; padding is masked on both sides.
 
-        Returns the output (B, H, W, C/2) and the attention each key received, summed over queries: (B * n, M).
+        Returns the output (B, H, W, C/2) and the attention each key received, summed over queries: (B, H', W').
         """
-        grid = q.shape[1], q.shape[2]
+        B, grid, kv_grid = q.shape[0], q.shape[1:3], kv.shape[1:3]
+        # Where a window sticks out on its own, its padding is left out: the same sums, less to compute.
+        q_window = min(q_window[0], grid[0]), min(q_window[1], grid[1])
+        kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])
         real_q = ops.valid_tokens(grid, q_window, q.device)
-        real_k = ops.valid_tokens((kv.shape[1], kv.shape[2]), kv_window, q.device)
-        B = q.shape[0]
+        real_k = ops.valid_tokens(kv_grid, kv_window, q.device)
         q = split_heads(ops.partition(q, q_window), self.heads)
         k, v = (split_heads(t, self.heads) for t in ops.partition(kv, kv_window).chunk(2, dim=-1))
         real_q, real_k = (None if m is None else m.repeat(B, 1) for m in (real_q, real_k))
         out, received = ops.attention_and_received(q, k, v, real_k, real_q)
-        return ops.merge(join_heads(out), q_window, grid), received
+        out = ops.merge(join_heads(out), q_window, grid)
+        return out, ops.merge(received[..., None], kv_window, kv_grid)[..., 0]
 
 
 class SelfGuidedAttention(nn.Module):

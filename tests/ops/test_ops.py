@@ -33,19 +33,17 @@ def test_windows(H, W, h, w, B):
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans(),
-    st.sampled_from([1, 7, 1 << 24]),
+    st.sampled_from([1, 7, 1 << 24]), st.sampled_from([0, 4, 64]),
 )  # fmt: skip
-def test_attention_and_received(B, h, N, M, pad, grad, slice_entries):
+def test_attention_and_received(B, h, N, M, pad, grad, slice_entries, kept_keys):
     q, k, v = (torch.randn(B, h, n, 4, dtype=torch.float64, requires_grad=grad) for n in (N, M, M))
     valid, real = (torch.rand(B, M) > 0.4, torch.rand(B, N) > 0.4) if pad else (None, None)
     if pad:
         valid[:, 0] = real[:, 0] = True
-    before = attention_module.SLICE_ENTRIES
-    attention_module.SLICE_ENTRIES = slice_entries  # also the ways taken for matrices too large for memory
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # also the ways taken for matrices too large for memory
+        patch.setattr(attention_module, "SLICE_ENTRIES", slice_entries)
+        patch.setattr(attention_module, "KEPT_KEYS", kept_keys)
         out, received = ops.attention_and_received(q, k, v, valid, real)
-    finally:
-        attention_module.SLICE_ENTRIES = before
     slow_out, slow_received = reference.attention_and_received(q, k, v, valid, real)
     torch.testing.assert_close(out, slow_out)
     torch.testing.assert_close(received, slow_received)

@@ -12,6 +12,10 @@ from torch import Tensor
 #: Attention matrices up to this many entries are held in memory at once; larger ones are visited in slices of queries.
 SLICE_ENTRIES = 1 << 24
 
+#: Up to this many keys the attention matrix is always kept: it is about as large as a query and a key, and keeping it
+#: spares the second pass, half of the forward time. With more keys memory would grow with tokens x keys.
+KEPT_KEYS = 64
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v.
@@ -34,8 +38,8 @@ def attention_and_received(
     """Attention, and the attention each key received: the column sums of the softmax, averaged over heads.
 
     No gradient flows through the received attention, so it need not come from the matrix that autograd would keep:
-    when a gradient is wanted or the matrix is large, the output takes the fused kernel and the column sums a second
-    pass over queries and keys in bounded slices.
+    with many keys, when a gradient is wanted or the matrix is large, the output takes the fused kernel and the column
+    sums a second pass over queries and keys in bounded slices.
 
     Args:
         q: (B, h, N, d).
@@ -47,10 +51,11 @@ def attention_and_received(
         out (B, h, N, d) in q's dtype; received (B, M), float32 (float64 for float64 input) whatever the autocast dtype.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if needs_grad or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > SLICE_ENTRIES:
+    B, h, N, M = *q.shape[:3], k.shape[2]
+    if M > KEPT_KEYS and (needs_grad or B * h * N * M > SLICE_ENTRIES):
         return attend(q, k, v, valid), _received(q, k, valid, valid_queries)
     weights = _softmax(q, k, valid)
-    return weights.to(v.dtype) @ v, _column_mean(weights, valid_queries)
+    return weights.to(v.dtype) @ v, _column_mean(weights.detach(), valid_queries)
 
 
 @torch.no_grad()
@@ -75,6 +80,6 @@ def _softmax(q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _column_mean(weights: Tensor, valid_queries: Tensor | None) -> Tensor:
-    if valid_queries is not None:
-        weights = weights * valid_queries[:, None, :, None]
-    return weights.sum(2).mean(1)  # (B, M)
+    if valid_queries is None:
+        return weights.sum(2).mean(1)  # (B, M)
+    return (valid_queries[:, None, None].to(weights.dtype) @ weights).squeeze(2).mean(1)
