@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sgformer.errors import require
-from sgformer.training.report import _table, _write
+from sgformer.training.report import class_tables, csv_text, show, write_text
 from sgformer.viz.detection import draw_precision_recall
 
 #: The twelve numbers in pycocotools' order: average precision and recall, by IoU, object size and detections per image.
@@ -100,14 +100,16 @@ class DetectionEvaluation:
         """`metrics.json`, `classes.csv`, `results_box.json` (and `_mask`), and on request `precision_recall.png`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "metrics.json", json.dumps(self.summary(), indent=2) + "\n")
+        write_text(folder / "metrics.json", json.dumps(self.summary(), indent=2) + "\n")
         if self.classes:
-            _write(folder / "classes.csv", _table(list(self.classes[0]), [list(r.values()) for r in self.classes]))
+            write_text(
+                folder / "classes.csv", csv_text(list(self.classes[0]), [list(r.values()) for r in self.classes])
+            )
         for kind, results in self.results.items():
-            _write(folder / f"results_{kind}.json", json.dumps(results))
+            write_text(folder / f"results_{kind}.json", json.dumps(results))
         if self.image_scores:
             rows = [[key, _blank(value)] for key, value in self.image_scores.items()]
-            _write(folder / "images.csv", _table(["image_id", "f1"], rows))
+            write_text(folder / "images.csv", csv_text(["image_id", "f1"], rows))
         if self.precision:
             names = [row["class"] for row in self.classes]
             for kind, precision in self.precision.items():
@@ -115,7 +117,7 @@ class DetectionEvaluation:
                     [name, *(_blank(v) for v in line)] for name, line in zip(names, precision.tolist(), strict=True)
                 ]
                 header = ["class \\ recall", *(f"{r:.2f}" for r in np.linspace(0, 1, 101))]
-                _write(folder / f"precision_{kind}.csv", _table(header, rows))
+                write_text(folder / f"precision_{kind}.csv", csv_text(header, rows))
             if picture:
                 draw_precision_recall(self.precision, names, folder / "precision_recall.png")
 
@@ -276,21 +278,12 @@ def report(
     ]
     kind = "mask" if result.mask else "box"
     ranked = sorted((r for r in result.classes if r[f"{kind}_AP"] is not None), key=lambda r: r[f"{kind}_AP"])
-    tables = [("Classes, hardest first", ranked)]
-    if len(ranked) > 20:
-        tables = [("Hardest classes", ranked[:10]), ("Easiest classes", ranked[:-11:-1])]
     columns = [column for column in (result.classes[0] if result.classes else ()) if column not in ("class", "objects")]
-    for title, rows in tables:
-        lines += [f"## {title}", "", "| Class | Objects | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
-        lines += ["|---|---|" + "---|" * len(columns)]
-        for row in rows:
-            lines.append(
-                f"| {row['class']} | {row['objects']} | " + " | ".join(_percent(row[c]) for c in columns) + " |"
-            )
-        lines.append("")
-    for title, file in pictures:
-        lines += [f"## {title}", "", f"![{title}]({file})", ""]
-    return "\n".join(lines)
+    lines += class_tables(
+        ["Class", "Objects", *(c.replace("_", " ") for c in columns)],
+        [[r["class"], r["objects"], *(_percent(r[c]) for c in columns)] for r in ranked],
+    )
+    return "\n".join([*lines, *show(pictures)])
 
 
 def _index(dataset: dict[str, Any]) -> Any:

@@ -59,45 +59,26 @@ class Evaluation:
         rows = []
         for i, name in enumerate(self.class_names):
             counts = self.confusion[i]
-            others = np.where(np.arange(len(counts)) == i, 0, counts)
             rows.append(
                 {
                     "class": name,
                     "images": int(counts.sum()),
                     "correct": int(counts[i]),
                     "accuracy": float(counts[i] / counts.sum()) if counts.sum() else None,
-                    "taken_for": self.class_names[int(others.argmax())] if others.any() else "",
+                    "taken_for": taken_for(self.confusion, self.class_names, i),
                 }
             )
         return rows
 
     def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None:
         """`metrics.json`, `classes.csv`, `confusion.csv` and, on request, `confusion.png` in `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "metrics.json", json.dumps(self.summary(), indent=2) + "\n")
-        rows = self.per_class()
-        _write(folder / "classes.csv", _table(list(rows[0]), [list(row.values()) for row in rows]))
-        counts = [[name, *line] for name, line in zip(self.class_names, self.confusion.tolist(), strict=True)]
-        _write(folder / "confusion.csv", _table(["true \\ predicted", *self.class_names], counts))
-        if picture:
-            draw_confusion(self.confusion, self.class_names, folder / "confusion.png")
+        write_confusion(self, Path(folder), "images" if picture else None)
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Evaluation:
         """What `write` left in `folder`."""
-        folder = Path(folder)
-        numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        with (folder / "confusion.csv").open(newline="", encoding="utf-8") as file:
-            header, *lines = csv.reader(file)
-        return cls(
-            top1=numbers["top1"],
-            top5=numbers["top5"],
-            loss=numbers["loss"],
-            confusion=np.array([line[1:] for line in lines], dtype=np.int64),
-            class_names=tuple(header[1:]),
-            skipped=tuple(numbers["skipped"]),
-        )
+        numbers, counts, names = read_confusion(Path(folder))
+        return cls(numbers["top1"], numbers["top5"], numbers["loss"], counts, names, tuple(numbers["skipped"]))
 
 
 def report(model: str, evaluation: Evaluation, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
@@ -116,19 +97,59 @@ def report(model: str, evaluation: Evaluation, facts: Mapping[str, Any], picture
         "",
     ]
     ranked = sorted((row for row in evaluation.per_class() if row["images"]), key=lambda row: row["accuracy"])
+    lines += class_tables(
+        ["Class", "Images", "Correct", "Mostly taken for"],
+        [[r["class"], r["images"], f"{100 * r['accuracy']:.1f} %", r["taken_for"]] for r in ranked],
+    )
+    return "\n".join([*lines, *show(pictures)])
+
+
+def taken_for(confusion: np.ndarray, names: Sequence[str], i: int) -> str:
+    """What class `i` was mostly taken for instead; "" if it never was."""
+    others = np.where(np.arange(len(confusion)) == i, 0, confusion[i])
+    return names[int(others.argmax())] if others.any() else ""
+
+
+def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
+    """The files of a result that has `summary()`, `per_class()`, `confusion` and `class_names`; a picture if `unit`
+    says what was counted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metrics.json", json.dumps(result.summary(), indent=2) + "\n")
+    rows = result.per_class()
+    write_text(folder / "classes.csv", csv_text(list(rows[0]), [list(row.values()) for row in rows]))
+    counts = [[name, *line] for name, line in zip(result.class_names, result.confusion.tolist(), strict=True)]
+    write_text(folder / "confusion.csv", csv_text(["true \\ predicted", *result.class_names], counts))
+    if unit:
+        draw_confusion(result.confusion, result.class_names, folder / "confusion.png", unit)
+
+
+def read_confusion(folder: Path) -> tuple[dict[str, Any], np.ndarray, tuple[str, ...]]:
+    """The summary, the counts and the class names that `write_confusion` left in `folder`."""
+    numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    with (folder / "confusion.csv").open(newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    return numbers, np.array([line[1:] for line in lines], dtype=np.int64), tuple(header[1:])
+
+
+def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list[str]:
+    """Markdown of classes from the hardest to the easiest; the ten at both ends if there are more than twenty."""
     tables = [("Classes, hardest first", ranked)]
     if len(ranked) > 20:
         tables = [("Hardest classes", ranked[:10]), ("Easiest classes", ranked[:-11:-1])]
+    lines = []
     for title, rows in tables:
-        lines += [f"## {title}", "", "| Class | Images | Correct | Mostly taken for |", "|---|---|---|---|"]
-        lines += [f"| {r['class']} | {r['images']} | {100 * r['accuracy']:.1f} % | {r['taken_for']} |" for r in rows]
+        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
         lines.append("")
-    for title, file in pictures:
-        lines += [f"## {title}", "", f"![{title}]({file})", ""]
-    return "\n".join(lines)
+    return lines
 
 
-def _table(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
+def show(pictures: Sequence[tuple[str, str]]) -> list[str]:
+    """Markdown of pictures, (title, file) each."""
+    return [line for title, file in pictures for line in (f"## {title}", "", f"![{title}]({file})", "")]
+
+
+def csv_text(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -136,7 +157,7 @@ def _table(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

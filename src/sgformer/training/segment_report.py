@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sgformer.training.report import _table, _write
-from sgformer.viz.confusion import draw_confusion
+from sgformer.training.report import class_tables, read_confusion, show, taken_for, write_confusion
 
 
 @dataclass(frozen=True)
@@ -83,39 +80,26 @@ class SegmentationEvaluation:
         """One row per class: pixels, IoU, accuracy, and what its pixels were mostly taken for instead."""
         rows = []
         for i, name in enumerate(self.class_names):
-            others = np.where(np.arange(len(self.confusion)) == i, 0, self.confusion[i])
             rows.append(
                 {
                     "class": name,
                     "pixels": int(self.confusion[i].sum()),
                     "iou": None if np.isnan(self.iou[i]) else float(self.iou[i]),
                     "accuracy": None if np.isnan(self.accuracy[i]) else float(self.accuracy[i]),
-                    "taken_for": self.class_names[int(others.argmax())] if others.any() else "",
+                    "taken_for": taken_for(self.confusion, self.class_names, i),
                 }
             )
         return rows
 
     def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None:
         """`metrics.json`, `classes.csv`, `confusion.csv` and, on request, `confusion.png` in `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "metrics.json", json.dumps(self.summary(), indent=2) + "\n")
-        rows = self.per_class()
-        _write(folder / "classes.csv", _table(list(rows[0]), [list(row.values()) for row in rows]))
-        counts = [[name, *line] for name, line in zip(self.class_names, self.confusion.tolist(), strict=True)]
-        _write(folder / "confusion.csv", _table(["true \\ predicted", *self.class_names], counts))
-        if picture:
-            draw_confusion(self.confusion, self.class_names, folder / "confusion.png", "pixels")
+        write_confusion(self, Path(folder), "pixels" if picture else None)
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> SegmentationEvaluation:
         """What `write` left in `folder`."""
-        folder = Path(folder)
-        numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        with (folder / "confusion.csv").open(newline="", encoding="utf-8") as file:
-            header, *lines = csv.reader(file)
-        counts = np.array([line[1:] for line in lines], dtype=np.int64)
-        return cls(counts, numbers["loss"], numbers["images"], tuple(header[1:]), tuple(numbers["skipped"]))
+        numbers, counts, names = read_confusion(Path(folder))
+        return cls(counts, numbers["loss"], numbers["images"], names, tuple(numbers["skipped"]))
 
 
 def report(
@@ -137,18 +121,15 @@ def report(
         "",
     ]
     ranked = sorted((row for row in result.per_class() if row["iou"] is not None), key=lambda row: row["iou"])
-    tables = [("Classes, hardest first", ranked)]
-    if len(ranked) > 20:
-        tables = [("Hardest classes", ranked[:10]), ("Easiest classes", ranked[:-11:-1])]
-    for title, rows in tables:
-        lines += [f"## {title}", "", "| Class | Pixels | IoU | Accuracy | Mostly taken for |", "|---|---|---|---|---|"]
-        for r in rows:
-            accuracy = "" if r["accuracy"] is None else f"{100 * r['accuracy']:.1f} %"
-            lines.append(f"| {r['class']} | {r['pixels']} | {100 * r['iou']:.1f} % | {accuracy} | {r['taken_for']} |")
-        lines.append("")
-    for title, file in pictures:
-        lines += [f"## {title}", "", f"![{title}]({file})", ""]
-    return "\n".join(lines)
+    lines += class_tables(
+        ["Class", "Pixels", "IoU", "Accuracy", "Mostly taken for"],
+        [[r["class"], r["pixels"], _percent(r["iou"]), _percent(r["accuracy"]), r["taken_for"]] for r in ranked],
+    )
+    return "\n".join([*lines, *show(pictures)])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _divide(a: Any, b: Any) -> np.ndarray:
