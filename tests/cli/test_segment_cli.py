@@ -156,16 +156,19 @@ def test_how_images_are_looked_at():
     assert inference(metadata, multi_scale=True, flip=True).scales == MULTI_SCALE
 
 
+STEPS = {"80k": 80000, "160k": 160000, "scenes": 1000}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_starts(recipe, beach):
     """Two updates of the recipe's own network, at reduced size."""
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 7
     small = {"data": str(beach), "image_size": 32, "batch_size": 2, "head_width": 16, "workers": 0, "precision": "fp32"}
     values = read_yaml(recipe, SegmentConfig)
     assert values["model"] == f"sgformer_{recipe.stem.split('_')[1]}"
     job = prepare_segmenter(make_config(SegmentConfig, {**values, **small}), 2, 0, 1)
-    assert job.task.class_names == CLASSES and job.total_steps == (80000 if "80k" in recipe.stem else 160000)
+    assert job.task.class_names == CLASSES and job.total_steps == STEPS[recipe.stem.split("_")[-1]]
     optimizer = job.task.configure_optimizers()["optimizer"]
     job.task.train()
     batches = iter(job.train_sampler)
