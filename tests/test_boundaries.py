@@ -19,7 +19,7 @@ ALLOWED = {
     "ops": set(),
     "layers": set(),
     "guidance": {"ops", "config"},
-    "backbone": {"ops", "config", "layers", "guidance"},
+    "backbone": {"ops", "config", "layers", "guidance", "explanations"},  # the last one inside `explain` only
     "checkpoint": {"backbone", "config", "errors", "layers"},
     "timm_models": {"backbone", "checkpoint", "config", "layers"},
     "data": {"errors"},
