@@ -18,7 +18,8 @@ ALLOWED = {
     "config": set(),
     "ops": set(),
     "layers": set(),
-    "backbone": {"ops", "config", "layers"},
+    "guidance": {"ops", "config"},
+    "backbone": {"ops", "config", "layers", "guidance", "explanations"},  # the last one inside `explain` only
     "checkpoint": {"backbone", "config", "errors", "layers"},
     "timm_models": {"backbone", "checkpoint", "config", "layers"},
     "data": {"errors"},

@@ -121,7 +121,14 @@ class Detector(nn.Module):
         tensors, metadata = load_dense(path, "detect")
         model = cls.build(metadata["architecture"])
         model.load_state_dict(tensors)
+        model.metadata = metadata
         return model.eval(), metadata
+
+    def explain(self, image: Any, image_size: int | tuple[int, int] | None = None) -> Any:
+        """Where the backbone looked on an image, and what was found; see `sgformer.explanations.explain_image`."""
+        from sgformer.explanations import explain_image
+
+        return explain_image(self, image, image_size)
 
 
 def new_detector(config: DetectConfig, num_classes: int, masks: bool) -> Detector:
@@ -145,6 +152,7 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool) -> Detecto
         weights=None if whole else config.weights,
         drop_path=config.drop_path,
         coarse=config.coarse,
+        guidance=config.guidance,
         freeze_stages=config.freeze_stages,
         grad_checkpointing=config.grad_checkpointing,
     )

@@ -88,7 +88,14 @@ class Segmenter(nn.Module):
         tensors, metadata = load_dense(path, "segment")
         model = cls.build(metadata["architecture"])
         model.load_state_dict(tensors)
+        model.metadata = metadata
         return model.eval(), metadata
+
+    def explain(self, image: Any, image_size: int | None = None) -> Any:
+        """Where the backbone looked on an image, and what was found; see `sgformer.explanations.explain_image`."""
+        from sgformer.explanations import explain_image
+
+        return explain_image(self, image, image_size)
 
 
 @dataclass(frozen=True)
@@ -305,6 +312,7 @@ def new_segmenter(config: SegmentConfig, num_classes: int) -> Segmenter:
         weights=None if whole else config.weights,
         drop_path=config.drop_path,
         coarse=config.coarse,
+        guidance=config.guidance,
         grad_checkpointing=config.grad_checkpointing,
     )
     model = Segmenter(backbone, config.head, num_classes, config.head_width)

@@ -6,7 +6,7 @@ Everything drawn comes from arrays that a forward pass returned; nothing is comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,28 @@ class Explanation:
     Attributes:
         image: (H, W, 3) uint8, as the network got it.
         title: a line or two about it, e.g. its name and what the network said.
-        logits: (classes,) float32, the network's answer.
-        significance, coarse, fine: per hybrid-scale block, (h, w) float32; ``significance = coarse + fine``.
+        significance: per hybrid-scale block, (h, w) float32, what the self-guided block after it sorted by.
+        coarse, fine: per hybrid-scale block, (h, w) float32, the attention received from coarse and from fine heads;
+            their sum is significance, unless the network is guided by something else.
         regions: per self-guided block, (h, w) int: the region of each token, 0 the least significant.
         tokens: per self-guided block, (h, w) int: the key/value token each token went into.
         rates: per self-guided block, how many tokens of each region make one key/value token.
+        logits: (classes,) float32, a classifier's answer.
+        overlay: (h, w, 3) uint8, a dense answer over the image: boxes, masks or classes of pixels.
+        answer: a dense answer: `labels` (H, W); or `boxes` (N, 4), `labels`, `scores` (N,), `masks` (N, H, W).
     """
 
     image: np.ndarray
     title: str
-    logits: np.ndarray
     significance: Mapping[str, np.ndarray]
     coarse: Mapping[str, np.ndarray]
     fine: Mapping[str, np.ndarray]
     regions: Mapping[str, np.ndarray]
     tokens: Mapping[str, np.ndarray]
     rates: Mapping[str, Sequence[int]]
+    logits: np.ndarray | None = None
+    overlay: np.ndarray | None = None
+    answer: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def density(self, block: str) -> np.ndarray:
         """(h, w) float: key/value tokens spent per token of the grid in a self-guided block."""
@@ -49,77 +55,153 @@ class Explanation:
         return 1 / sizes[self.tokens[block]]
 
     def save_arrays(self, path: str | Path) -> None:
-        """Everything as one .npz: ``image``, ``logits``, ``significance/1.0``, ``tokens/1.1`` ..."""
-        kinds = ("significance", "coarse", "fine", "regions", "tokens")
+        """Everything as one .npz: ``image``, ``logits``, ``significance/1.0``, ``tokens/1.1``, ``density/1.1`` ..."""
+        kinds = ("significance", "coarse", "fine", "regions", "tokens", "answer")
         arrays = {f"{kind}/{key}": value for kind in kinds for key, value in getattr(self, kind).items()}
-        np.savez_compressed(path, image=self.image, logits=self.logits, **arrays)
+        arrays |= {f"density/{key}": self.density(key) for key in self.tokens}
+        arrays |= {name: getattr(self, name) for name in ("logits", "overlay") if getattr(self, name) is not None}
+        np.savez_compressed(path, image=self.image, **arrays)
+
+
+#: What the columns of a sheet show; the `None`s are colour bars.
+COLUMNS = ("coarse heads", "fine heads", "significance", None, "regions", "tokens spent", None, "pixels of one token")
 
 
 def draw_explanation(seen: Explanation, out: str | Path) -> None:
     """One sheet: a row per stage with its last pair of blocks, and below them significance through the depth.
 
-    Columns: coarse term, fine term and their sum as multiples of the mean, the regions, key/value tokens spent per
-    area, and for each region one key/value token with the pixels that share it.
+    Columns: the attention received from coarse and from fine heads and what tokens were ranked by, all as multiples of
+    their mean; the regions; key/value tokens spent per place; and of each region one key/value token with all pixels
+    that share it. Made for the width of a page: letters are as large as those of a caption there.
     """
-    last = {guided.split(".")[0]: guided for guided in seen.tokens}
+    last = {guided.split(".")[0]: guided for guided in seen.tokens} or {k.split(".")[0]: "" for k in seen.significance}
     strip = list(seen.significance)
-    columns, per_line = 6, 8
-    lines = -(-len(strip) // per_line)
-    aspect = seen.image.shape[0] / seen.image.shape[1]
-    cell = 1.75 * aspect
-    height = (cell + 0.28) * len(last) + (1.32 * aspect + 0.3) * lines + 0.75
-    with figure(out, 1.75 * columns + 2.3, height) as fig:
-        parts = fig.subfigures(2, 1, height_ratios=[len(last) * (cell + 0.28), lines * (1.32 * aspect + 0.3) + 0.3])
-        left, right = parts[0].subfigures(1, 2, width_ratios=[2.0, 1.75 * columns])
-        photo = left.subplots()
-        photo.imshow(seen.image)
-        photo.set_anchor("N")
-        _clear(photo)
-        photo.set_title(seen.title, fontsize=9, loc="left")
-        grid = right.subplots(len(last), columns, squeeze=False)
+    per_line = 9
+    lines = -(-len(strip) // per_line) if len(strip) > len(last) else 0
+    aspect = float(np.clip(seen.image.shape[0] / seen.image.shape[1], 0.3, 2.5))
+    cell, photo = 1.32, 1.75
+    widths = [photo, 0.28, *(cell if name else 0.34 for name in COLUMNS)]
+    small = (sum(widths) - 0.4) / per_line
+    tall = max(cell * aspect, 0.5)
+    upper = len(last) * (tall + 0.32) + 0.15
+    lower = lines * (min(small, cell) * aspect + 0.32) + (0.25 if lines else 0)
+    with figure(out, sum(widths) + 0.6, upper + lower) as fig:
+        fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+        parts = fig.subfigures(2, 1, height_ratios=[upper, lower]) if lines else [fig.subfigures(1, 1)]
+        grid = parts[0].add_gridspec(len(last), len(widths), width_ratios=widths)
+        _photos(parts[0], grid, seen)
         for i, (stage, guided) in enumerate(last.items()):
-            _row(right, grid[i], seen, stage, hybrid_of(guided), guided, first=i == 0)
-        below = parts[1].subplots(lines, per_line, squeeze=False)
-        for axes in below.flat:
-            axes.axis("off")
-        for axes, key in zip(below.flat, strip, strict=False):
-            stage, block = key.split(".")
-            axes.imshow(seen.significance[key], cmap=MAP, interpolation="nearest")
-            _clear(axes, f"stage {stage}, block {int(block) + 1}")
-        parts[1].suptitle("Significance through the depth, each map on its own scale", fontsize=8, x=0.005, ha="left")
+            hybrid = hybrid_of(guided) if guided else next(k for k in reversed(strip) if k.startswith(f"{stage}."))
+            axes = [parts[0].add_subplot(grid[i, column]) for column in range(2, len(widths))]
+            _row(parts[0], axes, seen, hybrid, guided)
+            if i == 0:
+                for one, name in zip(axes, COLUMNS, strict=True):
+                    if name and (guided or name in COLUMNS[:3]):
+                        one.set_title(name, fontsize=9, pad=4, loc="center")
+        if lines:
+            below = parts[1].subplots(lines, per_line, squeeze=False)
+            for axes in below.flat:
+                axes.axis("off")
+            for axes, key in zip(below.flat, strip, strict=False):
+                stage, block = key.split(".")
+                axes.imshow(seen.significance[key], cmap=MAP, interpolation="nearest")
+                axes.set_title(f"stage {stage}, block {int(block) + 1}", fontsize=8, pad=3, loc="center")
+            parts[1].suptitle(
+                "Significance through the depth, each map on a scale of its own", fontsize=9, x=0.01, ha="left"
+            )
 
 
-def _row(fig: Any, row: Any, seen: Explanation, stage: str, hybrid: str, guided: str, first: bool) -> None:
-    far, near, both, regions, density, shared = row
-    shown = [_relative(terms[hybrid]) for terms in (seen.coarse, seen.fine, seen.significance)]
-    span = min(values.min() for values in shown), max(values.max() for values in shown)
-    for axes, values, name in zip(row, shown, ("coarse heads", "fine heads", "significance"), strict=False):
-        drawn = axes.imshow(values, cmap=MAP, vmin=span[0], vmax=span[1], interpolation="nearest")
-        _clear(axes, name if first else "")
-    bar = fig.colorbar(drawn, ax=[far, near, both], shrink=0.85, pad=0.01, aspect=18)
-    bar.set_label("x mean", fontsize=7, labelpad=1)
-    bar.ax.tick_params(labelsize=6)
-    bar.outline.set_visible(False)
+def _photos(fig: Any, grid: Any, seen: Explanation) -> None:
+    """The image, and below it the answer as a picture or what the colours of regions mean."""
+    rows = grid.nrows
+    first = fig.add_subplot(grid[: max(1, rows // 2) if seen.overlay is not None else rows, 0])
+    first.imshow(seen.image)
+    first.set_anchor("N")
+    _clear(first)
+    first.set_title("\n".join(_short(line) for line in seen.title.split("\n")), fontsize=9, loc="left", pad=4)
+    legend = first
+    if seen.overlay is not None and rows > 1:
+        legend = fig.add_subplot(grid[max(1, rows // 2) :, 0])
+        legend.imshow(seen.overlay)
+        legend.set_anchor("N")
+        _clear(legend)
+    if seen.rates:
+        from matplotlib.patches import Patch
 
-    rates = seen.rates[guided]
+        count = max(len(rates) for rates in seen.rates.values())
+        names = {1: ["all"], 2: ["dull", "salient"], 3: ["dull", "middle", "salient"]}.get(
+            count, ["dull", *[""] * (count - 2), "salient"]
+        )
+        legend.legend(
+            handles=[Patch(facecolor=c, label=n) for c, n in zip(region_colours(count), names, strict=True)],
+            title="regions", loc="upper left", bbox_to_anchor=(0, -0.02), fontsize=8, title_fontsize=8, borderaxespad=0,
+            handlelength=1, handleheight=1, alignment="left", labelspacing=0.3,
+        )  # fmt: skip
+
+
+def _row(fig: Any, axes: Sequence[Any], seen: Explanation, hybrid: str, guided: str) -> None:
+    far, near, ranked, bar, regions, density, bar2, shared = axes
+    h, w = seen.significance[hybrid].shape
+    far.set_ylabel(f"stage {hybrid.split('.')[0]}\n{h} x {w}", fontsize=9)
+    added = np.allclose(seen.significance[hybrid], seen.coarse[hybrid] + seen.fine[hybrid], rtol=1e-3, atol=0)
+    shown = [_relative(terms[hybrid]) for terms in (seen.coarse, seen.fine)]
+    shown += [_relative(seen.significance[hybrid]) if added else _ranks(seen.significance[hybrid])]
+    common = shown if added else shown[:2]
+    span = min(values.min() for values in common), max(values.max() for values in common)
+    for one, values in zip((far, near, ranked), shown, strict=True):
+        low, high = span if one is not ranked or added else (0, 1)
+        drawn = one.imshow(values, cmap=MAP, vmin=low, vmax=high, interpolation="nearest")
+        _clear(one)
+    if not added:  # what ranks the tokens is no attention: only its order means anything
+        ranked.set_xlabel("rank", fontsize=8, labelpad=2)
+    _bar(fig, far.images[0], bar, "x mean")
+    if not guided:
+        for one in (regions, density, bar2, shared):
+            one.axis("off")
+        return
+
+    rates = list(seen.rates[guided])
     colours = region_colours(len(rates))
-    colour_map = _listed(colours)
-    regions.imshow(seen.regions[guided], cmap=colour_map, vmin=-0.5, vmax=len(rates) - 0.5, interpolation="nearest")
-    _clear(regions, "regions" if first else "")
-    regions.set_xlabel("  ".join(f"{n}:1" for n in rates), fontsize=7, labelpad=2)
+    regions.imshow(
+        seen.regions[guided], cmap=_listed(colours), vmin=-0.5, vmax=len(rates) - 0.5, interpolation="nearest"
+    )
+    _clear(regions)
+    regions.set_xlabel(", ".join(map(str, rates)) + " : 1", fontsize=8, labelpad=2)
 
     drawn = density.imshow(seen.density(guided), cmap="magma", norm=_log_norm(rates), interpolation="nearest")
-    _clear(density, "tokens spent" if first else "")
-    bar = fig.colorbar(drawn, ax=density, shrink=0.85, pad=0.02, aspect=18)
-    bar.set_label("per grid token", fontsize=7, labelpad=1)
-    bar.ax.tick_params(labelsize=6, which="both", length=0)
-    bar.outline.set_visible(False)
+    _clear(density)
+    density.set_xlabel(f"{len(np.unique(seen.tokens[guided]))} for {h * w}", fontsize=8, labelpad=2)
+    bar_ = _bar(fig, drawn, bar2, "per place")
+    ticks = sorted({1, *rates})
+    bar_.set_ticks([1 / n for n in ticks], labels=["1" if n == 1 else f"1/{n}" for n in ticks])
+    bar_.ax.minorticks_off()
 
     shared.imshow(provenance(seen, guided), interpolation="nearest")
-    _clear(shared, "pixels of one token" if first else "")
-    shared.set_xlabel("one per region", fontsize=7, labelpad=2)
-    h, w = seen.significance[hybrid].shape
-    far.set_ylabel(f"stage {stage}, {h} x {w}", fontsize=8)
+    _clear(shared)
+    shared.set_xlabel("one per region", fontsize=8, labelpad=2)
+
+
+def _bar(fig: Any, drawn: Any, axes: Any, label: str) -> Any:
+    """A colour bar at the left of its column."""
+    axes.axis("off")
+    bar = fig.colorbar(drawn, cax=axes.inset_axes((0.0, 0.04, 0.26, 0.92)))
+    bar.ax.tick_params(labelsize=8, length=0, which="both", pad=2)
+    bar.ax.grid(False)
+    bar.outline.set_visible(False)
+    bar.ax.set_xlabel(label, fontsize=8, labelpad=2, loc="left")
+    return bar
+
+
+def _short(line: str, most: int = 28) -> str:
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 0 for the least to 1 for the most significant token."""
+    order = np.argsort(values, axis=None, kind="stable")
+    ranks = np.empty(values.size)
+    ranks[order] = np.linspace(0, 1, values.size)
+    return ranks.reshape(values.shape)
 
 
 def provenance(seen: Explanation, block: str) -> np.ndarray:
