@@ -30,14 +30,14 @@ demo/run/best.safetensors:
 
 demo-dense: demo/run/best.safetensors  ## then detect, outline and segment the digits (20 minutes on 2 cores)
 	rm -rf demo/dense
-	$(BIN)/sgformer data scenes demo/dense/coco --layout coco --train 2000 --val 200 --image-size 128 --workers 2
+	$(BIN)/sgformer data scenes demo/dense/coco --layout coco --train 1600 --val 200 --image-size 128 --workers 2
 	$(BIN)/sgformer data scenes demo/dense/ade20k --layout ade20k --train 2000 --val 200 --image-size 128 --workers 2
 	$(BIN)/sgformer train detect --config recipes/detect_n_scenes.yaml --data demo/dense/coco --weights demo/run --run demo/dense/detect --device cpu --devices 2
 	$(BIN)/sgformer train segment --config recipes/segment_n_scenes.yaml --data demo/dense/ade20k --weights demo/run --run demo/dense/segment --device cpu --devices 2
 	$(BIN)/sgformer eval demo/dense/detect --data demo/dense/coco --out demo/dense/detect-eval
 	$(BIN)/sgformer eval demo/dense/segment --data demo/dense/ade20k --out demo/dense/segment-eval
-	$(BIN)/sgformer predict demo/dense/detect demo/dense/coco/val2017/00000[0-9].jpg --out demo/dense/detect-seen
-	$(BIN)/sgformer predict demo/dense/segment demo/dense/ade20k/images/validation/00000[0-9].jpg --out demo/dense/segment-seen
+	$(BIN)/sgformer predict demo/dense/detect demo/dense/coco/val2017/00000000000[1-9].jpg --out demo/dense/detect-seen
+	$(BIN)/sgformer predict demo/dense/segment demo/dense/ade20k/images/validation/0000000[1-9].jpg --out demo/dense/segment-seen
 	@echo 'Open demo/dense/detect/report.md, demo/dense/segment/report.md and the pictures in demo/dense/*-seen.'
 
 # Two processes of one thread each are quicker on two cores than one process of two.

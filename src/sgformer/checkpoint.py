@@ -400,4 +400,4 @@ def _some(names: list[str], limit: int = 4) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]

@@ -174,7 +174,8 @@ def test_convert_keeps_the_network(tmp_path, capsys):
 
     model = sgformer.create_model("sgformer_s", num_classes=3)
     torch.save({"state_dict": to_released(model)}, tmp_path / "released.pth")
-    assert main(["convert", str(tmp_path / "released.pth"), str(tmp_path / "out.safetensors")]) == 0
+    # A switch before a file does not swallow it.
+    assert main(["convert", "--raw", str(tmp_path / "released.pth"), str(tmp_path / "out.safetensors")]) == 0
     again = sgformer.load_model(tmp_path / "out.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 

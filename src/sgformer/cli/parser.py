@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
@@ -16,6 +17,7 @@ from sgformer.errors import UserError
 from sgformer.training.config import RunConfig, dashed, nearest
 
 WIDTH = 100
+TRUTH = ("true", "false", "yes", "no")  # values that a switch takes
 
 
 class HelpShown(Exception):
@@ -119,9 +121,15 @@ class Parser:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in flags and name != "--":
                 raise UserError(f"unknown option {name}{nearest(name, flags)} (sgformer {self.command} --help-all)")
+        # A switch takes the next word only where that is a truth value: `convert --raw FILE` must not lose its file.
+        switches = {f"--{dashed(o.name)}" for o in self.options if o.kind is bool}
+        arguments = [
+            f"{a}=true" if a in switches and after.lower() not in TRUTH else a
+            for a, after in pairwise([*arguments, ""])
+        ]
         try:
             start = self.parser.parse_object(dict(values)) if values else Namespace()
-            parsed = self.parser.parse_args(list(arguments), namespace=start if values else None)
+            parsed = self.parser.parse_args(arguments, namespace=start if values else None)
         except ArgumentError as error:
             raise UserError(self._explain(str(error))) from None
         return dict(parsed.as_dict())

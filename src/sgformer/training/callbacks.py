@@ -6,6 +6,7 @@ after any update and go on later as if nothing had happened, as all randomness d
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import logging
@@ -162,18 +163,18 @@ class RunLog(Callback):
         self.steps_per_pass, self.schedule, self.unit = steps_per_pass, schedule, unit
         self.images_per_second = 0.0
         self.seconds = 0.0  # of training and validation, over all sessions
-        self._losses: dict[str, list[torch.Tensor]] = {}  # since the last validation, one per batch
-        self._earlier: dict[str, tuple[float, int]] = {}  # their sum and number before the last row or resume
+        self._losses: dict[str, list[torch.Tensor]] = {}  # one per batch, not yet summed
+        self._since: dict[str, dict[str, tuple[float, int]]] = {"row": {}, "validation": {}}  # sum and number
         self._step = -1
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        for total, _ in self._earlier.values():
+        for total, _ in self._since["row"].values():
             self._check(total, self._step)  # a broken state must not replace a good one
-        return {"losses": self._earlier, "seconds": self._elapsed()}
+        return {"losses": copy.deepcopy(self._since), "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._earlier = {name: tuple(values) for name, values in state_dict["losses"].items()}
+        self._since = copy.deepcopy(state_dict["losses"])
         self.seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -186,7 +187,7 @@ class RunLog(Callback):
             self._write(rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
-        self._losses, self._earlier = {}, {}
+        self._losses, self._since["validation"] = {}, {}
         self._pace = (time.monotonic(), trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
@@ -205,7 +206,7 @@ class RunLog(Callback):
         if self._step % self.every == 0:
             since, step = self._pace
             self.images_per_second = self.images_per_step * (self._step - step) / (time.monotonic() - since)
-            self._row(trainer, **self._mean_losses(trainer), images_per_second=self.images_per_second)
+            self._row(trainer, **self._mean_losses(trainer, "row"), images_per_second=self.images_per_second)
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.state.fn == "fit":
@@ -214,8 +215,9 @@ class RunLog(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        losses = self._mean_losses(trainer)
+        losses = self._mean_losses(trainer, "row") or self._mean_losses(trainer, "validation")
         self._row(trainer, **losses, images_per_second=self.images_per_second, **metrics)
+        losses = self._mean_losses(trainer, "validation")
         if not self.writes:
             return
         done, left = self._step - self._first_step, self.total_steps - self._step
@@ -242,18 +244,24 @@ class RunLog(Callback):
     def _settle(self) -> None:
         """Move the losses from the device into plain sums."""
         for name, losses in self._losses.items():
-            total, count = self._earlier.get(name, (0.0, 0))
-            self._earlier[name] = (total + torch.stack(losses).double().sum().item(), count + len(losses))
+            for sums in self._since.values():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + torch.stack(losses).double().sum().item(), count + len(losses))
         self._losses = {}
 
-    def _mean_losses(self, trainer: L.Trainer) -> dict[str, float]:
+    def _mean_losses(self, trainer: L.Trainer, since: str) -> dict[str, float]:
+        """Of all processes, since the last row (this one begins the next) or validation; {} if there are none."""
         self._settle()
-        names, device = list(self._earlier), trainer.strategy.root_device
-        means = torch.tensor([total / max(1, count) for total, count in self._earlier.values()], device=device)
+        sums, device = self._since[since], trainer.strategy.root_device
+        if not sums:
+            return {}
+        if since == "row":
+            self._since["row"] = {}
+        means = torch.tensor([total / count for total, count in sums.values()], device=device)
         values = trainer.strategy.reduce(means, reduce_op="mean").tolist()  # type: ignore[union-attr]
         for value in values:
             self._check(value, self._step)
-        return dict(zip(names, values, strict=True))
+        return dict(zip(sums, values, strict=True))
 
     def _check(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
