@@ -85,13 +85,13 @@ def draw_animation(
 def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = "epoch") -> None:
     """`evolution.csv` over time: rank correlation with the record before, and salient tokens inside objects."""
     known = any(row.get("salient_inside") not in (None, "") for row in rows)
-    with figure(out, 4.6 * (1 + known), 2.9) as fig:
+    with figure(out, 4.2 * (1 + known) + 1.2, 2.9) as fig:
         panels = fig.subplots(1, 1 + known, squeeze=False)[0]
         x = [float(row[unit]) for row in rows]
         columns = [name for name in rows[0] if name.startswith("rank_correlation_stage")]
         _lines(panels[0], x, rows, "rank_correlation", columns)
         panels[0].set_title("Rank correlation with the record before")
-        panels[0].set_ylim(top=1.02)
+        panels[0].set_ylim(min(0, panels[0].get_ylim()[0]), 1.03)
         if known:
             columns = [name for name in rows[0] if name.startswith("salient_inside_stage")]
             _lines(panels[1], x, rows, "salient_inside", columns, scale=100)
@@ -101,7 +101,8 @@ def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = 
             panels[1].set_ylim(bottom=0)
         for axes in panels:
             axes.set_xlabel(unit)
-            axes.legend(fontsize=8)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        fig.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def _lines(
@@ -131,8 +132,9 @@ def draw_landing(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
                 axes.plot(
                     value, place, marker, color=colour, markersize=size, markeredgewidth=1.8 if marker == "|" else 0
                 )
-            bound = f"p {'=' if row['p'] > 1.5e-4 else '<'} {max(row['p'], 1e-4):.2g}"
-            axes.annotate(bound, (max(marks), place), (9, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"p = {row['p']:.1g}", (max(marks), place), (9, 0), textcoords="offset points", va="center", fontsize=8
+            )
         axes.set_yticks(range(len(rows)), [_block_name(row["block"]) for row in rows])
         axes.invert_yaxis()
         axes.grid(axis="x")
