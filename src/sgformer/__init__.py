@@ -20,6 +20,7 @@ __all__ = [
     "Inspection",
     "SGFormer",
     "SGFormerConfig",
+    "SelfGuidedAttention1d",
     "StageConfig",
     "UserError",
     "__version__",
@@ -40,6 +41,7 @@ _LATER = {
     "evaluate": "sgformer.api",
     "predict": "sgformer.api",
     "explain": "sgformer.explanations",
+    "SelfGuidedAttention1d": "sgformer.sequence",
 }
 
 

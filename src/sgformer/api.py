@@ -158,7 +158,18 @@ def prepare_classifier(config: ClassifyConfig, batch: int, rank: int, world: int
         report=report,
         scores=("top1", "top5"),
         pictures=[("Confusion", "validation/confusion.png")],
+        objects=lambda index: _scene_objects(val, index, transforms[1]),
     )
+
+
+def _scene_objects(listing: Any, index: int, transform: Any) -> np.ndarray | None:
+    """Objects' pixels on a validation sample, where the data are composed scenes; else None."""
+    if not (listing.root / "scenes.json").is_file():
+        return None
+    from sgformer.data.scenes import scene_objects
+
+    mask = scene_objects(listing.path(index))
+    return (denormalize(transform(Image.fromarray(mask).convert("RGB")))[0] > 0.5).numpy()
 
 
 def _new_model(config: ClassifyConfig, classes: int) -> nn.Module:

@@ -55,6 +55,7 @@ def prepare_detector(config: DetectConfig, batch: int, rank: int, world: int) ->
     require("pycocotools", extra="detect")
     from sgformer.data.coco import CocoDataset, collate
     from sgformer.data.imagefolder import EpochSampler
+    from sgformer.data.objects import annotated_pixels
     from sgformer.tasks.detect import DetectionTask, new_detector
     from sgformer.training.detect_report import DetectionEvaluation, report
     from sgformer.training.fit import Job
@@ -96,6 +97,10 @@ def prepare_detector(config: DetectConfig, batch: int, rank: int, world: int) ->
         assert task.result is not None
         return task.result.but(skipped)
 
+    def objects(index: int) -> np.ndarray:
+        sample = CocoDataset(val, transforms[1])[index]
+        return annotated_pixels(sample.target, tuple(sample.image.shape[-2:]))
+
     short, longest = short_and_longest(config.image_size)
     return Job(
         task=task,
@@ -125,6 +130,7 @@ def prepare_detector(config: DetectConfig, batch: int, rank: int, world: int) ->
             ("Best and worst images", "validation/examples.png"),
         ],
         finish=lambda folder: draw_examples(folder, val),
+        objects=objects,
     )
 
 

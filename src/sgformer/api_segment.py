@@ -54,6 +54,7 @@ def prepare_segmenter(config: SegmentConfig, batch: int, rank: int, world: int) 
     """What semantic segmentation brings to a run; see `training.fit.run_training`."""
     from sgformer.data.ade20k import LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
     from sgformer.data.imagefolder import EpochSampler
+    from sgformer.data.objects import object_pixels
     from sgformer.tasks.segment import SegmentationTask, Segmenter, new_segmenter
     from sgformer.training.fit import Job
     from sgformer.training.segment_report import SegmentationEvaluation, report
@@ -127,6 +128,7 @@ def prepare_segmenter(config: SegmentConfig, batch: int, rank: int, world: int) 
         ],
         finish=finish,
         unit="step",
+        objects=lambda index: object_pixels(val_set[index].target.numpy(), val.classes, val.ignore),
     )
 
 

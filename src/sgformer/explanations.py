@@ -113,6 +113,10 @@ class Looker:
             return eval_transform((image.height, image.width), 1.0)(image)
         return eval_transform(**preprocessing(self.metadata))(image)
 
+    def read_mask(self, mask: np.ndarray) -> Tensor:
+        """Pixels (H, W) bool of an image as `read` moves them: what `mask` takes."""
+        return denormalize(self.read(Image.fromarray(mask).convert("RGB")))[0] > 0.5
+
     def see(self, x: Tensor) -> Explanation:
         """One forward pass of one image (3, H, W), and what it saw."""
         training = self.model.training
@@ -191,6 +195,9 @@ class DetectorLooker(Looker):
         from sgformer.data.detection_transforms import eval_transform
 
         return eval_transform(self.metadata.get("image_size", (min(image.size), max(image.size))))(image)
+
+    def read_mask(self, mask: np.ndarray) -> Tensor:
+        return self.read(Image.fromarray(mask).convert("RGB"))[0] > 0.5
 
     def _see(self, x: Tensor) -> Explanation:
         from sgformer.heads.mask_rcnn import paste_masks
@@ -283,7 +290,7 @@ def explain_image(model: nn.Module, image: Picture, image_size: int | tuple[int,
     """
     asked = looker(model)
     if image_size is not None:
-        asked.metadata |= _sized(asked, image_size)
+        asked.metadata |= sized(asked, image_size)
     if isinstance(image, Tensor):
         x = image[0] if image.ndim == 4 and len(image) == 1 else image
         if x.ndim != 3:
@@ -301,7 +308,8 @@ def explain_image(model: nn.Module, image: Picture, image_size: int | tuple[int,
     return asked.see(x)
 
 
-def _sized(asked: Looker, image_size: int | tuple[int, int]) -> dict[str, Any]:
+def sized(asked: Looker, image_size: int | tuple[int, int]) -> dict[str, Any]:
+    """What a looker's metadata has to say for another size; UserError where it does not do."""
     least = image_size if isinstance(image_size, int) else min(image_size)
     if least < 32:
         raise UserError(f"--image-size must be 32 pixels or more, got {image_size}")
@@ -340,7 +348,7 @@ def explain(
         sources = [sources[i * len(sources) // limit] for i in range(limit)]
     asked = load_looker(weights, device)
     if image_size is not None:
-        asked.metadata |= _sized(asked, image_size)
+        asked.metadata |= sized(asked, image_size)
     for source in sources:
         seen = asked.see(asked.read(open_image(source)))
         name = "" if isinstance(source, Image.Image) else source.name

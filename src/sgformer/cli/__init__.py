@@ -21,6 +21,8 @@ COMMANDS = {
     "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
     "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
     "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
+    "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
+    "landing": ("sgformer.cli.landing", "landing", "measure whether salient tokens land on the objects"),
     "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
     "data scenes": (

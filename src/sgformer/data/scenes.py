@@ -26,7 +26,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -647,3 +647,41 @@ def _provenance(sources, counts, size, seed, layout, sprites) -> dict:
 
 def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
     path.write_text(json.dumps(value, indent=indent) + "\n")
+
+
+# --- where the objects are -------------------------------------------------------------------------------------------
+
+#: A scene composed again differs from its JPEG by the compression alone: so many grey levels at most, on average.
+SAME = 6.0
+
+
+def scene_objects(path: str | os.PathLike[str]) -> np.ndarray:
+    """The pixels of the object in a scene of the imagenet layout, (H, W) bool.
+
+    Its files hold no masks; the scene is composed again from what `scenes.json` says, and compared with the file.
+
+    Args:
+        path: of the image, `DATA/{train,val}/CLASS/000000.jpg`.
+
+    Raises:
+        UserError: not such a file, or other versions of the packages compose another scene from the same numbers.
+    """
+    path = Path(path)
+    root, split = path.parents[2], path.parents[1].name
+    try:
+        made = json.loads((root / "scenes.json").read_text(encoding="utf-8"))["generator"]
+        index, size, seed, sprites = int(path.stem), int(made["image_size"]), int(made["seed"]), made["sprites"]
+        if made["layout"] != "imagenet" or split not in SPLITS:
+            raise ValueError
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{path}: no scene of `sgformer data scenes` in the imagenet layout") from None
+    sources = _cached_sources(split, sprites)
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    image, (thing,) = compose(rng, sources, size, index % len(sources.classes))
+    stored = np.asarray(read_image(path), dtype=np.float32)
+    if stored.shape[:2] != (size, size) or np.abs(stored - np.asarray(image)).mean() > SAME:
+        raise UserError(f"{path}: composed again it looks different: made with other versions (see {root}/scenes.json)")
+    return thing.mask
+
+
+_cached_sources = lru_cache(maxsize=2)(load_sources)

@@ -5,6 +5,7 @@ Legend: B batch, N tokens, C channels; region i holds L_i sorted tokens and make
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -57,13 +58,13 @@ class TokenGroups:
     """Where every key/value token of a self-guided block came from.
 
     Attributes:
-        grid: (H, W) of the token grid; a token's index is row * W + column.
+        grid: (H, W) of the token grid, where a token's index is row * W + column; or (N,) of a sequence.
         indices: one (B, G_i, r_i) int64 tensor a region, least significant region first: the tokens of each group.
         weights: one (r_i,) tensor a region: what each position of a group is multiplied with.
         bias: one 0-d tensor a region, added to every group of it.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     indices: list[Tensor]
     weights: list[Tensor]
     bias: list[Tensor]
@@ -84,7 +85,7 @@ class TokenGroups:
 
     def _paint(self, labels: list[Tensor]) -> Tensor:
         B = self.indices[0].shape[0]
-        canvas = torch.full((B, self.grid[0] * self.grid[1]), -1, device=self.indices[0].device)
+        canvas = torch.full((B, math.prod(self.grid)), -1, device=self.indices[0].device)
         for index, label in zip(self.indices, labels, strict=True):
             canvas.scatter_(1, index.flatten(1), label.flatten(1))
         return canvas.view(B, *self.grid)

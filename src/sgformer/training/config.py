@@ -89,6 +89,9 @@ class RunConfig:
     bad_images: Literal["stop", "skip"] = option("stop", "Logging", "at an unreadable image: stop, or skip and count")
     log_every: int = option(50, "Logging", "updates between rows of metrics.csv")
     checkpoint_every: int = option(1000, "Logging", "updates between checkpoints; also at each epoch")
+    record_significance: int = option(
+        0, "Logging", "keep sheets of 4 validation images every so many epochs (segmentation: validations); 0: never"
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, list):  # YAML and JSON know no tuples
@@ -104,7 +107,7 @@ class RunConfig:
             "checkpoint_every",
         ):
             self._check(name, lambda v: v > 0, "must be above 0")
-        for name in ("workers", "seed", "weight_decay"):
+        for name in ("workers", "seed", "weight_decay", "record_significance"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         for name in ("drop_path", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
@@ -119,6 +122,8 @@ class RunConfig:
         for name in GUIDANCE:
             if getattr(self, name) is not None and not self.model.startswith("sgformer_"):
                 raise UserError(f"--{name} is for sgformer models; {self.model} reallocates no tokens")
+        if self.record_significance and (not self.model.startswith("sgformer_") or self.pairs not in (None, "guided")):
+            raise UserError("--record-significance is for sgformer models with self-guided blocks")
         self.guidance  # noqa: B018 - bad values are named here
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")

@@ -60,6 +60,7 @@ class Job:
         pictures: (title, file in the run's folder) for the report.
         finish: called by the first process at the end with the folder of the best validation, to add to it.
         unit: what the log counts in, "epoch" or "step".
+        objects: the objects' pixels (H, W) bool of a validation sample by index, or None where they are not known.
     """
 
     task: Any
@@ -82,6 +83,7 @@ class Job:
     val_collate: Callable[[Sequence[Any]], Any] | None = None
     finish: Callable[[Path], None] = field(default=lambda folder: None)
     unit: str = "epoch"
+    objects: Callable[[int], Any] = field(default=lambda index: None)
 
 
 #: (config, images per forward pass, rank, world) -> what the task brings.
@@ -128,6 +130,13 @@ def run_training(
             folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+        recorder = []
+        if config.record_significance:
+            from sgformer.training.recorder import SignificanceRecorder
+
+            recorder = [
+                SignificanceRecorder(folder, config.record_significance, job.val, job.metadata, job.objects, job.unit)
+            ]
         bar = [cb.ProgressBar(batch * world)] if first and sys.stdout.isatty() else []
         trainer = build_trainer(
             **trainer_options(config),
@@ -141,6 +150,7 @@ def run_training(
                 *averaging,
                 *bar,
                 run_log,
+                *recorder,
                 cb.Checkpoints(
                     folder,
                     job.metadata,
@@ -193,6 +203,8 @@ def run_training(
             pictures = [
                 ("Curves", "curves.png"),
                 *job.pictures,
+                ("How significance grew", "significance/evolution.png"),
+                ("Significance of a validation image", "significance/00.png"),
                 ("A training batch as the network sees it", "train_batch.png"),
             ]
             pictures = [(title, file) for title, file in pictures if (folder.path / file).exists()]

@@ -1,0 +1,98 @@
+"""Which pixels of an image belong to objects, whatever the layout: to ask whether a network looks there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sgformer.data.ade20k import LabelledFolder, read_label_map
+from sgformer.data.coco import CocoDataset
+from sgformer.data.image import read_image
+from sgformer.errors import UserError
+
+#: Classes that are no objects.
+GROUND = frozenset({"background", "other", "void", "unlabeled", "unlabelled"})
+
+
+class Objects:
+    """Images with known objects.
+
+    Args:
+        length: how many there are.
+        read: index -> RGB image and its objects' pixels, (H, W) bool.
+        what: how the objects are known, for reports.
+    """
+
+    def __init__(self, length: int, read: Callable[[int], tuple[Image.Image, np.ndarray]], what: str):
+        self.length, self.read, self.what = length, read, what
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        return self.read(index)
+
+
+def find_objects(data: str | os.PathLike[str], split: str = "val") -> Objects:
+    """The images of a split with their objects.
+
+    Layouts: COCO (masks, or boxes where there are none), ADE20K (pixels of a class that is no ground), and the imagenet
+    layout of `sgformer data scenes` (each scene is composed again).
+
+    Raises:
+        UserError: none of these, or files that cannot be read.
+    """
+    root = Path(data)
+    if (root / "images").is_dir() and (root / "annotations").is_dir() and not list(root.glob("annotations/*.json")):
+        from sgformer.data.ade20k import scan
+
+        listing = scan(root, "validation" if split == "val" else split)
+        return Objects(len(listing), lambda i: _labelled(listing, i), "label maps")
+    if root.is_file() or (root / "annotations").is_dir():
+        from sgformer.data.coco import find_coco, read_coco
+
+        coco = CocoDataset(read_coco(*find_coco(root, split)))
+        return Objects(len(coco), lambda i: _annotated(coco, i), "masks" if coco.listing.has_masks else "boxes")
+    if (root / "scenes.json").is_file():
+        from sgformer.data.imagefolder import scan as scan_images
+        from sgformer.data.scenes import scene_objects
+
+        images = scan_images(root, split)
+        return Objects(
+            len(images), lambda i: (read_image(images.path(i)), scene_objects(images.path(i))), "composed again"
+        )
+    raise UserError(
+        f"{root}: where the objects are is known of the COCO and ADE20K layouts and of `sgformer data scenes`; "
+        "this is none of them"
+    )
+
+
+def object_pixels(labels: np.ndarray, classes: tuple[str, ...], ignore: int) -> np.ndarray:
+    """Class indices (H, W) -> bool: pixels of a class that is no ground."""
+    ground = [i for i, name in enumerate(classes) if name.lower() in GROUND]
+    return (labels != ignore) & ~np.isin(labels, ground)
+
+
+def _labelled(listing: LabelledFolder, index: int) -> tuple[Image.Image, np.ndarray]:
+    labels = listing.class_indices(index, read_label_map(listing.labels[index]))
+    return read_image(listing.images[index]), object_pixels(labels, listing.classes, listing.ignore)
+
+
+def _annotated(dataset: CocoDataset, index: int) -> tuple[Image.Image, np.ndarray]:
+    sample = dataset[index]
+    image = Image.fromarray(np.asarray(sample.image))
+    return image, annotated_pixels(sample.target, (image.height, image.width))
+
+
+def annotated_pixels(target: dict, size: tuple[int, int]) -> np.ndarray:
+    """Masks or, without them, boxes of a COCO sample's target -> the pixels of any object, (H, W) bool."""
+    if "masks" in target:
+        return np.asarray(target["masks"]).astype(bool).any(0).reshape(size)
+    covered = np.zeros(size, bool)
+    for x1, y1, x2, y2 in np.asarray(target["boxes"]).reshape(-1, 4).round().astype(int).tolist():
+        covered[max(0, y1) : y2, max(0, x1) : x2] = True
+    return covered
