@@ -74,21 +74,16 @@ def test_training_logs_every_loss_and_ap(tmp_path, masks):
 
 
 @pytest.mark.slow
-def test_it_learns(listing):
-    settings = config(epochs=30, lr=1.6e-2, lr_drops=(30,), hflip=0.0)
+def test_it_learns_its_images_by_heart(listing):
+    torch.manual_seed(0)
+    more = {"image_size": 96, "head_width": 32, "rois": 64, "hflip": 0.0}
+    settings = config(epochs=60, lr=3e-2, lr_drops=(48,), opt="muon", **more)
     task = task_of(new_detector(settings, 2, True), listing, settings)
-    losses = []
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer, task, outputs, *_):
-            losses.append({**outputs["parts"], "loss": outputs["loss"]})
-
     with quiet():
-        trainer = build_trainer(max_epochs=30, device="cpu", gradient_clip_val=1.0, callbacks=[Watch()])
+        trainer = build_trainer(max_epochs=60, device="cpu", gradient_clip_val=1.0)
         trainer.fit(task, loader(listing, settings, True))
-    for name in ("loss", "loss_mask", "loss_objectness"):
-        first, last = (sum(float(part[name]) for part in some) for some in (losses[:6], losses[-6:]))
-        assert last < 0.75 * first, name
+        trainer.validate(task, loader(listing, settings, False), verbose=False)
+    assert task.result.box["AP50"] > 0.9 and task.result.mask["AP50"] > 0.9
 
 
 def test_a_batch_is_its_images():

@@ -83,12 +83,12 @@ def test_stopping_and_resuming_changes_nothing(whole, shapes, tmp_path, stop, wo
 
 @pytest.mark.slow
 def test_it_learns_squares_it_has_not_seen(shapes, tmp_path):
-    schedule = {"steps": 160, "val_every": 160, "opt": "muon", "lr": 1.6e-2, "power": 1.0, "ema": 0}
+    schedule = {"steps": 100, "val_every": 100, "opt": "muon", "lr": 1.6e-2, "power": 1.0, "ema": 0}
     plain = {"drop_path": 0.0, "distortion": False, "scale_min": 1.0, "scale_max": 1.0, "hflip": 0.0}
     options = {**QUICK, "head": "semantic-fpn", "head_width": 16, **schedule, **plain}
     run = train_segmenter(data=str(shapes), run=str(tmp_path / "run"), **options).path
     result = json.loads((run / "validation/metrics.json").read_text())
-    assert result["miou"] > 0.7  # calling everything ground gives 0.2
+    assert result["miou"] > 0.6  # calling everything ground gives 0.2
 
 
 def test_accumulated_parts_and_passes(shapes, tmp_path):

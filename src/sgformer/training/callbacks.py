@@ -165,6 +165,7 @@ class RunLog(Callback):
         self.seconds = 0.0  # of training and validation, over all sessions
         self._losses: dict[str, list[torch.Tensor]] = {}  # one per batch, not yet summed
         self._since: dict[str, dict[str, tuple[float, int]]] = {"row": {}, "validation": {}}  # sum and number
+        self._row_losses: dict[str, float] = {}  # of the last row
         self._step = -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,7 +207,8 @@ class RunLog(Callback):
         if self._step % self.every == 0:
             since, step = self._pace
             self.images_per_second = self.images_per_step * (self._step - step) / (time.monotonic() - since)
-            self._row(trainer, **self._mean_losses(trainer, "row"), images_per_second=self.images_per_second)
+            self._row_losses = self._mean_losses(trainer, "row")
+            self._row(trainer, **self._row_losses, images_per_second=self.images_per_second)
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.state.fn == "fit":
@@ -215,7 +217,8 @@ class RunLog(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        losses = self._mean_losses(trainer, "row") or self._mean_losses(trainer, "validation")
+        # A validation right after a row repeats that row's losses.
+        losses = self._mean_losses(trainer, "row") or self._row_losses or self._mean_losses(trainer, "validation")
         self._row(trainer, **losses, images_per_second=self.images_per_second, **metrics)
         losses = self._mean_losses(trainer, "validation")
         if not self.writes:

@@ -35,8 +35,9 @@ def draw_curves(table: str | Path, out: str | Path, scores: tuple[str, ...] = ("
     }
     with figure(out, 11, 3.2) as fig:
         for axes, (title, lines) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
+            lines = [line for line in lines if line[0] in series]
             for colour, (name, label, factor) in zip(COLOURS, lines, strict=False):
-                points = series.get(name, [])
+                points = series[name]
                 x, y = [p[0] for p in points], [p[1] * factor for p in points]
                 axes.plot(x, y, color=colour, label=label, marker="o" if len(points) < 2 else None, markersize=4)
             axes.set_title(title)
