@@ -14,6 +14,7 @@ from sgformer.backbone import Inspection, SGFormer
 from sgformer.checkpoint import load_model, load_released, save_model
 from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
 from sgformer.errors import UserError
+from sgformer.guidance import register_significance
 
 __all__ = [
     "Inspection",
@@ -28,6 +29,7 @@ __all__ = [
     "load_model",
     "load_released",
     "predict",
+    "register_significance",
     "save_model",
     "train_classifier",
 ]

@@ -167,7 +167,7 @@ def _new_model(config: ClassifyConfig, classes: int) -> nn.Module:
 
     options: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if config.model in VARIANTS:
-        options |= {"coarse": config.coarse, "img_size": config.image_hw}
+        options |= {"coarse": config.coarse, "img_size": config.image_hw, **config.guidance}
     elif not config.drop_path:
         options = {}  # not every network of timm knows the word
     if config.weights is None:

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sgformer import ops
-from sgformer.config import SGFormerConfig, StageConfig
+from sgformer.config import Region, SGFormerConfig, StageConfig
+from sgformer.guidance import AGGREGATIONS, gate, make_source
 from sgformer.layers import DepthwiseConv, Downsample, Mlp, Stem, created_on, init_module
-from sgformer.ops import TokenGroups
+from sgformer.ops import MergedTokens, TokenGroups
 
 
 @dataclass
@@ -35,8 +36,9 @@ class Inspection:
     Attributes:
         logits: (B, num_classes), or the pooled features (B, C) of a model without classifier.
         features: the four stages' outputs, (B, C_s, H_s, W_s), stride 4, 8, 16, 32.
-        significance: of every hybrid-scale block, (B, H, W) float32; no gradient.
-        coarse, fine: its two terms (``significance = coarse + fine``).
+        significance: of every hybrid-scale block, (B, H, W) float32; no gradient. What the self-guided block after it
+            sorted by: ``coarse + fine``, unless the config names another source.
+        coarse, fine: the attention that tokens received from its coarse and fine heads.
         tokens: of every self-guided block, which tokens made each key/value token and with what weight.
     """
 
@@ -45,7 +47,7 @@ class Inspection:
     significance: dict[str, Tensor] = field(default_factory=dict)
     coarse: dict[str, Tensor] = field(default_factory=dict)
     fine: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, TokenGroups] = field(default_factory=dict)
+    tokens: dict[str, TokenGroups | MergedTokens] = field(default_factory=dict)
 
 
 class HybridScaleAttention(nn.Module):
@@ -67,87 +69,117 @@ class HybridScaleAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, H, W, C) -> output of the same shape, and the coarse and fine terms of significance, each (B, H, W)."""
         C = x.shape[-1]
-        q_coarse, qkv_fine, local = self.proj_in(x).split((C // 2, 3 * C // 2, C), dim=-1)
-        far, far_significance = self.look_far(q_coarse, x)
-        near, near_significance = self.look_near(qkv_fine)
+        q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
+        reduced = reduce_grid(x, self.reduce, self.reduce_norm)  # (B, ceil(H / r), ceil(W / r), C)
+        far, far_significance = look(
+            q_coarse, self.kv_coarse(reduced), self.heads, self.reduction, self.window, self.coarse == "global"
+        )
+        near, near_significance = look(q_fine, kv_fine, self.heads, 1, self.window)
         out = torch.cat([far, near], dim=-1) + self.local(local)
         return self.proj(out), far_significance, near_significance
 
-    def look_far(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, H, W, _ = x.shape
-        r = self.reduction
-        image = F.pad(x.permute(0, 3, 1, 2), (0, -W % r, 0, -H % r))
-        reduced = F.gelu(self.reduce_norm(self.reduce(image).permute(0, 2, 3, 1)))  # (B, ceil(H/r), ceil(W/r), C)
-        if self.coarse == "global":
-            key_window, query_window = (reduced.shape[1], reduced.shape[2]), (H, W)
-        else:
-            key_window, query_window = (self.window, self.window), (self.window * r, self.window * r)
-        out, received = self._attend_windows(q, self.kv_coarse(reduced), query_window, key_window)
-        significance = received / (query_window[0] * query_window[1])
-        significance = significance.repeat_interleave(r, 1).repeat_interleave(r, 2)[:, :H, :W]  # nearest
-        return out, significance
 
-    def look_near(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        window = (self.window, self.window)
-        q, kv = qkv.split((qkv.shape[-1] // 3, 2 * qkv.shape[-1] // 3), dim=-1)
-        out, received = self._attend_windows(q, kv, window, window)
-        return out, received / self.window**2
+class MultiScaleAttention(nn.Module):
+    """The paper's general form (section 3.2): head group j reads keys and values from a grid reduced s_j times.
 
-    def _attend_windows(
-        self, q: Tensor, kv: Tensor, q_window: tuple[int, int], kv_window: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Queries (B, H, W, C/2) meet keys and values (B, H', W', C) window by window; padding is masked on both sides.
+    With the scales (r, 1) it is :class:`HybridScaleAttention`, with its parameters laid out by group.
+    """
 
-        Returns the output (B, H, W, C/2) and the attention each key received, summed over queries: (B, H', W').
-        """
-        B, grid, kv_grid = q.shape[0], q.shape[1:3], kv.shape[1:3]
-        # Where a window sticks out on its own, its padding is left out: the same sums, less to compute.
-        q_window = min(q_window[0], grid[0]), min(q_window[1], grid[1])
-        kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])
-        real_q = ops.valid_tokens(grid, q_window, q.device)
-        real_k = ops.valid_tokens(kv_grid, kv_window, q.device)
-        q = split_heads(ops.partition(q, q_window), self.heads)
-        k, v = (split_heads(t, self.heads) for t in ops.partition(kv, kv_window).chunk(2, dim=-1))
-        real_q, real_k = (None if m is None else m.repeat(B, 1) for m in (real_q, real_k))
-        out, received = ops.attention_and_received(q, k, v, real_k, real_q)
-        out = ops.merge(join_heads(out), q_window, grid)
-        return out, ops.merge(received[..., None], kv_window, kv_grid)[..., 0]
+    def __init__(self, dim: int, heads: int, scales: Sequence[int], window: int, coarse: str):
+        super().__init__()
+        self.scales, self.heads, self.window, self.coarse = tuple(scales), heads // len(scales), window, coarse
+        self.reduce = nn.ModuleList(nn.Conv2d(dim, dim, s, s) if s > 1 else nn.Identity() for s in scales)
+        self.reduce_norm = nn.ModuleList(nn.LayerNorm(dim, eps=1e-5) if s > 1 else nn.Identity() for s in scales)
+        self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim // len(scales)) for _ in scales)
+        self.proj_in = nn.Linear(dim, 2 * dim)  # queries of all groups, local term
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of :class:`HybridScaleAttention`; coarse is the sum over groups with s_j > 1, fine over those with 1."""
+        C = x.shape[-1]
+        queries, local = self.proj_in(x).split((C, C), dim=-1)
+        outs, coarse, fine = [], x.new_zeros(()), x.new_zeros(())
+        groups = zip(
+            self.scales, queries.chunk(len(self.scales), -1), self.reduce, self.reduce_norm, self.kv, strict=True
+        )
+        for scale, q, reduce, norm, kv in groups:
+            seen = x if scale == 1 else reduce_grid(x, reduce, norm)
+            out, received = look(q, kv(seen), self.heads, scale, self.window, scale > 1 and self.coarse == "global")
+            outs.append(out)
+            coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
+        out = torch.cat(outs, dim=-1) + self.local(local)
+        return self.proj(out), coarse.expand_as(received), fine.expand_as(received)
+
+
+def reduce_grid(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C): strided convolution of the zero-padded grid, norm, GELU."""
+    _, H, W, _ = x.shape
+    r = conv.kernel_size[0]
+    image = F.pad(x.permute(0, 3, 1, 2), (0, -W % r, 0, -H % r))
+    return F.gelu(norm(conv(image).permute(0, 2, 3, 1)))
+
+
+def look(q: Tensor, kv: Tensor, heads: int, scale: int, window: int, everywhere: bool = False) -> tuple[Tensor, Tensor]:
+    """Heads of one scale: queries (B, H, W, D) meet keys and values (B, ceil(H / scale), ceil(W / scale), 2 D).
+
+    They meet everywhere, or in windows of ``window`` x ``window`` keys and the queries these stand for. Returns the
+    output (B, H, W, D) and the significance of every token (B, H, W): the attention that its key received.
+    """
+    grid = q.shape[1:3]
+    if everywhere:
+        key_window, query_window = (kv.shape[1], kv.shape[2]), (grid[0], grid[1])
+    else:
+        key_window, query_window = (window, window), (window * scale, window * scale)
+    out, received = ops.attend_windows(q, kv, heads, query_window, key_window)
+    significance = received / (query_window[0] * query_window[1])
+    if scale > 1:  # nearest
+        significance = significance.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, : grid[0], : grid[1]]
+    return out, significance
 
 
 class SelfGuidedAttention(nn.Module):
     """All tokens look at few, and the few are dense where significance is high (section 3.3).
 
     Tokens are sorted by significance and cut into regions; in region i every r_i neighbours in sorted order become one
-    key/value token by a learned linear map over positions.
+    key/value token, by a learned linear map over positions or what else ``aggregation`` names (guidance.py).
+
+    Args:
+        dim: channels; a multiple of ``heads``.
+        regions: least significant first.
+        aggregation, attention: as of :class:`~sgformer.config.SGFormerConfig`.
+        local: the class of the local term's convolution; it decides whether tokens come in (H, W) or (N,).
     """
 
-    def __init__(self, dim: int, stage: StageConfig):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        regions: Sequence[Region],
+        aggregation: str = "linear",
+        attention: str = "softmax",
+        local: type[nn.Module] = DepthwiseConv,
+    ):
         super().__init__()
-        self.heads = stage.heads
-        self.shares = [region.share for region in stage.regions]
-        self.rates = [region.rate for region in stage.regions]
-        self.aggregate = nn.ModuleList(nn.Linear(rate, 1) for rate in self.rates)
+        self.heads = heads
+        self.attend = ops.attend if attention == "softmax" else ops.attend_linearly
+        self.aggregate = AGGREGATIONS[aggregation](regions)
         self.proj_in = nn.Linear(dim, 2 * dim)  # queries, local term
         self.kv = nn.Linear(dim, 2 * dim)
-        self.local = DepthwiseConv(dim)
+        self.local = local(dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, H, W, C) and (B, H, W) -> output (B, H, W, C), and the token groups that were condensed."""
-        _, H, W, C = x.shape
+        """(B, H, W, C) and (B, H, W) -> output (B, H, W, C), and how the tokens were grouped, for ``describe``."""
+        C = x.shape[-1]
         q, local = self.proj_in(x).split((C, C), dim=-1)
-        groups = ops.group_tokens(ops.sort_tokens(significance.flatten(1)), self.shares, self.rates)
-        few = ops.aggregate(
-            x.flatten(1, 2), groups, [m.weight for m in self.aggregate], [m.bias for m in self.aggregate]
-        )
-        k, v = (split_heads(t, self.heads) for t in self.kv(few).chunk(2, dim=-1))
-        out = ops.attend(split_heads(q.flatten(1, 2), self.heads), k, v)
-        out = join_heads(out).unflatten(1, (H, W)) + self.local(local)
-        return self.proj(out), groups
+        few, grouped = self.aggregate(x.flatten(1, -2), significance.flatten(1))
+        k, v = (ops.split_heads(t, self.heads) for t in self.kv(few).chunk(2, dim=-1))
+        out = self.attend(ops.split_heads(q.flatten(1, -2), self.heads), k, v)
+        return self.proj(ops.join_heads(out).view_as(x) + self.local(local)), grouped
 
-    def describe(self, groups: list[Tensor], grid: tuple[int, int]) -> TokenGroups:
-        weights = [m.weight.detach()[0] for m in self.aggregate]
-        return TokenGroups(grid, groups, weights, [m.bias.detach()[0] for m in self.aggregate])
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups | MergedTokens:
+        return self.aggregate.describe(grouped, grid)
 
 
 class PlainAttention(nn.Module):
@@ -163,16 +195,8 @@ class PlainAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, C = x.shape
         qkv, local = self.proj_in(x).split((3 * C, C), dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in qkv.flatten(1, 2).chunk(3, dim=-1))
-        return self.proj(join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + self.local(local))
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, h, N, d)
-
-
-def join_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)  # (B, h, N, d) -> (B, N, C)
+        q, k, v = (ops.split_heads(t, self.heads) for t in qkv.flatten(1, 2).chunk(3, dim=-1))
+        return self.proj(ops.join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + self.local(local))
 
 
 class Block(nn.Module):
@@ -198,9 +222,19 @@ class HybridBlock(Block):
 
 
 class GuidedBlock(Block):
-    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        out, groups = self.attn(self.norm1(x), significance)
-        return self.add(x, out), groups
+    """Also chooses what is significant: by default the two terms of the hybrid-scale block before, added."""
+
+    def __init__(self, dim: int, attn: nn.Module, config: SGFormerConfig, drop_path: float):
+        super().__init__(dim, attn, config, drop_path)
+        self.source = make_source(config.significance, dim)
+
+    def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        significance = self.source(x, coarse, fine)
+        tokens = self.norm1(x)
+        if isinstance(self.source, nn.Module):
+            tokens = gate(tokens, significance)
+        out, grouped = self.attn(tokens, significance)
+        return self.add(x, out), significance, grouped
 
 
 class PlainBlock(Block):
@@ -219,31 +253,36 @@ class Stage(nn.Module):
         for i, rate in enumerate(drop_path):
             if r is None:
                 self.blocks.append(PlainBlock(dim, PlainAttention(dim, stage.heads), config, rate))
-            elif i % 2 == 0:
-                hybrid = HybridScaleAttention(dim, stage.heads, r, config.window, config.coarse)
-                self.blocks.append(HybridBlock(dim, hybrid, config, rate))
-            else:
-                self.blocks.append(GuidedBlock(dim, SelfGuidedAttention(dim, stage), config, rate))
+            elif i % 2 == 0 or config.pairs == "hybrid":
+                self.blocks.append(HybridBlock(dim, self._hybrid(stage, config), config, rate))
+            elif config.pairs == "guided":
+                guided = SelfGuidedAttention(dim, stage.heads, stage.regions, config.aggregation, config.attention)
+                self.blocks.append(GuidedBlock(dim, guided, config, rate))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, seen: Inspection | None = None, name: str = "") -> Tensor:
         x = self.downsample(x)
-        significance = None
         for i, block in enumerate(self.blocks):
+            key = f"{name}.{i}"
             if isinstance(block, HybridBlock):
                 x, coarse, fine = self._run(block, x)
-                significance = coarse + fine
                 if seen is not None:
-                    key = f"{name}.{i}"
-                    seen.significance[key], seen.coarse[key], seen.fine[key] = significance, coarse, fine
+                    seen.significance[key], seen.coarse[key], seen.fine[key] = coarse + fine, coarse, fine
             elif isinstance(block, GuidedBlock):
-                x, groups = self._run(block, x, significance)
+                x, significance, grouped = self._run(block, x, coarse, fine)
                 if seen is not None:
-                    seen.tokens[f"{name}.{i}"] = block.attn.describe(groups, (x.shape[1], x.shape[2]))
+                    seen.significance[f"{name}.{i - 1}"] = significance.detach()
+                    seen.tokens[key] = block.attn.describe(grouped, (x.shape[1], x.shape[2]))
             else:
                 x = self._run(block, x)
         return self.norm(x)
+
+    @staticmethod
+    def _hybrid(stage: StageConfig, config: SGFormerConfig) -> nn.Module:
+        if stage.scales:
+            return MultiScaleAttention(stage.dim, stage.heads, stage.scales, config.window, config.coarse)
+        return HybridScaleAttention(stage.dim, stage.heads, stage.reduction, config.window, config.coarse)
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.grad_checkpointing and self.training:

@@ -36,6 +36,8 @@ class StageConfig:
         reduction: r, the coarse heads' reduction: one reduced token stands for r x r tokens. None makes the stage one
             of plain global-attention blocks.
         regions: least significant first; the shares sum to 1. Empty for a plain stage.
+        scales: one per head group, e.g. (8, 4, 1): the heads are dealt out evenly, and group j looks at a grid reduced
+            s_j times (1: windows of the grid itself). Empty: the published two groups, (reduction, 1).
     """
 
     dim: int
@@ -43,16 +45,22 @@ class StageConfig:
     depth: int
     reduction: int | None = None
     regions: tuple[Region, ...] = ()
+    scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", tuple(Region(*r) for r in self.regions))
+        object.__setattr__(self, "scales", tuple(self.scales))
         _require(self.dim > 0 and self.heads > 0 and self.depth > 0, "dim, heads and depth must be positive", self)
         _require(self.dim % self.heads == 0, "dim must be a multiple of heads", self)
         if self.reduction is None:
-            _require(not self.regions, "a plain stage (reduction=None) has no regions", self)
+            _require(
+                not self.regions and not self.scales, "a plain stage (reduction=None) has no regions, scales", self
+            )
             return
         _require(self.reduction >= 1, "reduction must be at least 1", self)
-        _require(self.heads % 2 == 0, "heads must be even: half are coarse, half fine", self)
+        _require(bool(self.scales) or self.heads % 2 == 0, "heads must be even: half are coarse, half fine", self)
+        _require(all(s >= 1 for s in self.scales), "scales must be at least 1", self)
+        _require(self.heads % max(1, len(self.scales)) == 0, "heads must divide into the groups of scales", self)
         _require(self.depth % 2 == 0, "depth must be even: blocks come in hybrid/guided pairs", self)
         _require(bool(self.regions), "a hybrid/guided stage needs regions", self)
         _require(all(r.share > 0 and r.rate >= 1 for r in self.regions), "shares and rates must be positive", self)
@@ -72,6 +80,12 @@ class SGFormerConfig:
         coarse: "global": every query sees every reduced token (the published code); "window": windows of
             ``window`` x ``window`` reduced tokens, so that cost stays linear in pixels and the coarse term of
             significance keeps its mean of 1 / 49 at every size (the paper's text). They agree at 224 pixels.
+        significance: what self-guided blocks sort tokens by: "hybrid" (the paper), another name of
+            :data:`SIGNIFICANCE`, or one added with ``sgformer.register_significance``.
+        aggregation: how a group of sorted tokens becomes one key/value token: a name of :data:`AGGREGATION`.
+        attention: of self-guided blocks, over the few tokens: "softmax" (the paper) or "linear".
+        pairs: what follows a hybrid-scale block: "guided", a self-guided one (the paper); "hybrid", another hybrid one,
+            for as much depth without reallocated tokens; "single", nothing.
         mlp_ratio: hidden width of the MLP as a multiple of C.
         drop_rate: dropout before the classifier, probability.
         drop_path_rate: stochastic depth of the last block, probability; grows linearly from 0 at the first.
@@ -83,6 +97,10 @@ class SGFormerConfig:
     img_size: tuple[int, int] = (224, 224)
     window: int = 7
     coarse: str = "global"
+    significance: str = "hybrid"
+    aggregation: str = "linear"
+    attention: str = "softmax"
+    pairs: str = "guided"
     mlp_ratio: float = 4.0
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
@@ -97,7 +115,12 @@ class SGFormerConfig:
         _require(self.in_chans >= 1, "in_chans must be at least 1", self.in_chans)
         _require(self.num_classes >= 0, "num_classes must be 0 or more", self.num_classes)
         _require(self.window >= 1, "window must be at least 1", self.window)
-        _require(self.coarse in COARSE, f"coarse must be one of {', '.join(COARSE)}", self.coarse)
+        for name, known in CHOICES.items():
+            _require(getattr(self, name) in known, f"{name} must be one of {', '.join(known)}", getattr(self, name))
+        if self.pairs != "guided":
+            for name, default in (("significance", "hybrid"), ("aggregation", "linear"), ("attention", "softmax")):
+                value = getattr(self, name)
+                _require(value == default, f"{name} is of self-guided blocks, and pairs={self.pairs} has none", value)
         _require(self.stages[0].dim % 4 == 0, "the first stage's dim must be a multiple of 4", self.stages[0].dim)
         for name in ("drop_rate", "drop_path_rate"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
@@ -112,7 +135,10 @@ class SGFormerConfig:
         return {
             **dataclasses.asdict(self),
             "img_size": list(self.img_size),
-            "stages": [{**dataclasses.asdict(s), "regions": [list(r) for r in s.regions]} for s in self.stages],
+            "stages": [
+                {**dataclasses.asdict(s), "regions": [list(r) for r in s.regions], "scales": list(s.scales)}
+                for s in self.stages
+            ],
         }
 
     @classmethod
@@ -125,6 +151,75 @@ class SGFormerConfig:
 
 
 COARSE = ("global", "window")
+
+#: Names of significance sources, each with what it sorts by. ``sgformer.register_significance`` adds to them.
+SIGNIFICANCE: dict[str, str] = {
+    "hybrid": "the attention received from coarse and fine heads (the paper)",
+    "coarse": "the attention received from coarse heads alone",
+    "fine": "the attention received from fine heads alone",
+    "uniform": "nothing: all tokens are equal and stay in raster order",
+    "random": "one random order, the same for every image and block of a grid",
+    "inverted": "the negative of hybrid: most tokens where least is looked",
+    "feature-norm": "the length of the token's vector",
+    "learned": "a small head, trained with the task",
+}
+AGGREGATION: dict[str, str] = {
+    "linear": "a learned weight for every position of a group, and a bias (the paper)",
+    "mean": "their mean",
+    "weighted": "their mean, weighted by the softmax of significance",
+    "merge": "groups by likeness instead of rank: tokens join the most similar of a region's seeds (after ToMe)",
+}
+CHOICES: dict[str, Any] = {
+    "coarse": COARSE,
+    "significance": SIGNIFICANCE,
+    "aggregation": AGGREGATION,
+    "attention": ("softmax", "linear"),
+    "pairs": ("guided", "hybrid", "single"),
+}
+
+
+def parse_regions(text: str) -> tuple[tuple[Region, ...], ...]:
+    """Regions of the guided stages from text, least significant first: ``.25:196,.5:56,.25:28/.25:49,.5:14,.25:7/1:1``.
+
+    Raises:
+        ValueError: not of this form; the message has the text.
+    """
+    try:
+        stages = [[part.split(":") for part in stage.split(",")] for stage in text.split("/")]
+        return tuple(tuple(Region(float(share), int(rate)) for share, rate in stage) for stage in stages)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"regions are SHARE:RATE,SHARE:RATE for each guided stage, split by / (got {text!r})"
+        ) from None
+
+
+def parse_scales(text: str) -> tuple[tuple[int, ...], ...]:
+    """Scales of the guided stages' head groups from text: ``8,1/4,2,1/2,1``.
+
+    Raises:
+        ValueError: not of this form; the message has the text.
+    """
+    try:
+        return tuple(tuple(int(scale) for scale in stage.split(",")) for stage in text.split("/"))
+    except ValueError:
+        raise ValueError(f"scales are NUMBER,NUMBER for each guided stage, split by / (got {text!r})") from None
+
+
+def with_stages(config: SGFormerConfig, **values: tuple[Any, ...] | None) -> SGFormerConfig:
+    """A copy whose guided stages have other ``regions`` or ``scales``: one value for each guided stage.
+
+    Raises:
+        ValueError: not as many values as guided stages, or a value that makes no sense.
+    """
+    guided = [i for i, stage in enumerate(config.stages) if stage.reduction is not None]
+    stages = list(config.stages)
+    for name, each in values.items():
+        if each is None:
+            continue
+        _require(len(each) == len(guided), f"{name}: one entry for each of the {len(guided)} guided stages", each)
+        for i, value in zip(guided, each, strict=True):
+            stages[i] = dataclasses.replace(stages[i], **{name: value})
+    return config.replace(stages=tuple(stages))
 
 
 def _require(condition: bool, message: str, value: Any) -> None:

@@ -9,6 +9,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from sgformer.backbone import (
     HybridScaleAttention,
+    MultiScaleAttention,
     PlainAttention,
     SelfGuidedAttention,
     SGFormer,
@@ -18,7 +19,7 @@ from sgformer.config import VARIANTS, SGFormerConfig
 from sgformer.layers import PositionTable
 
 # Their padding and grouping follow the grid's size, which a symbolic trace cannot know.
-for leaf in (PositionTable, HybridScaleAttention, SelfGuidedAttention, PlainAttention):
+for leaf in (PositionTable, HybridScaleAttention, MultiScaleAttention, SelfGuidedAttention, PlainAttention):
     register_notrace_module(leaf)
 
 

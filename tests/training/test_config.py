@@ -100,3 +100,27 @@ def test_an_option_of_sgformer_is_refused_for_other_networks():
     with pytest.raises(UserError, match="pvt_v2_b0"):
         ClassifyConfig(data="photos", model="pvt_v2_b0", coarse="window")
     assert ClassifyConfig(data="photos", model="sgformer_n", coarse="window").coarse == "window"
+
+
+@pytest.mark.parametrize("config_class", [ClassifyConfig, SegmentConfig, DetectConfig])
+def test_guidance_is_asked_for_by_name(config_class):
+    config = config_class(model="sgformer_n", significance="fine", aggregation="mean", regions="1:9/1:4/1:1")
+    assert config.guidance["significance"] == "fine" and config.guidance["stages"][0].regions == ((1.0, 9),)
+    assert config_class(model="sgformer_n").guidance == {}
+    assert make_config(config_class, config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"significance": "fin"}, "--significance is one of hybrid.*got fin, did you mean fine"),
+        ({"aggregation": "max"}, "--aggregation is one of linear.*got max"),
+        ({"regions": "1:2"}, "3 guided stages"),
+        ({"scales": "8;1"}, "scales are NUMBER"),
+        ({"pairs": "single", "significance": "fine"}, "pairs=single has none"),
+        ({"model": "pvt_v2_b0", "significance": "fine"}, "--significance is for sgformer models; pvt_v2_b0"),
+    ],
+)
+def test_guidance_that_does_not_do_is_named(options, words):
+    with pytest.raises(UserError, match=words):
+        ClassifyConfig(**{"model": "sgformer_n", **options})

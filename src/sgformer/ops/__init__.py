@@ -1,18 +1,27 @@
 """Pure functions on tensors: windows, attention, regrouping. Each has a slow, obvious twin in ``reference``."""
 
 from sgformer.ops.attention import attend, attention_and_received
+from sgformer.ops.heads import attend_windows, join_heads, split_heads
+from sgformer.ops.linear_attention import attend_linearly
+from sgformer.ops.merging import MergedTokens, merge_similar
 from sgformer.ops.regroup import TokenGroups, aggregate, group_tokens, region_lengths, sort_tokens
 from sgformer.ops.windows import merge, partition, valid_tokens
 
 __all__ = [
+    "MergedTokens",
     "TokenGroups",
     "aggregate",
     "attend",
+    "attend_linearly",
+    "attend_windows",
     "attention_and_received",
     "group_tokens",
+    "join_heads",
     "merge",
+    "merge_similar",
     "partition",
     "region_lengths",
     "sort_tokens",
+    "split_heads",
     "valid_tokens",
 ]

@@ -145,6 +145,7 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool) -> Detecto
         weights=None if whole else config.weights,
         drop_path=config.drop_path,
         coarse=config.coarse,
+        guidance=config.guidance,
         freeze_stages=config.freeze_stages,
         grad_checkpointing=config.grad_checkpointing,
     )

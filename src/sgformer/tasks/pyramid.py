@@ -100,6 +100,7 @@ def pyramid_backbone(
     weights: str | os.PathLike[str] | None = None,
     drop_path: float = 0.0,
     coarse: str | None = None,
+    guidance: Mapping[str, Any] | None = None,
     freeze_stages: int = -1,
     grad_checkpointing: bool = False,
 ) -> Pyramid:
@@ -111,6 +112,7 @@ def pyramid_backbone(
             classifier in it is left out.
         drop_path: stochastic depth.
         coarse: reach of SG-Former's coarse heads, "global" or "window"; by default the network's own.
+        guidance: other fields of SG-Former's config (`RunConfig.guidance`).
         freeze_stages: see `Pyramid`.
         grad_checkpointing: less memory, more time.
 
@@ -121,11 +123,11 @@ def pyramid_backbone(
         network = source
     elif weights is not None:
         name = source if isinstance(source, str) else source["model"]
-        network = _with_weights(name, weights, **_options(name, drop_path, coarse))
+        network = _with_weights(name, weights, **_options(name, drop_path, coarse, guidance))
     elif isinstance(source, str):
-        network = _fresh(source, **_options(source, drop_path, coarse))
+        network = _fresh(source, **_options(source, drop_path, coarse, guidance))
     else:
-        options = _options(source["model"], drop_path, coarse)
+        options = _options(source["model"], drop_path, coarse, guidance)
         if "config" in source:
             network = SGFormer(SGFormerConfig.from_dict(source["config"]).replace(**options))
             network.pretrained_cfg = {"architecture": source["model"]}
@@ -183,9 +185,9 @@ def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]
     ]
 
 
-def _options(name: str, drop_path: float, coarse: str | None) -> dict[str, Any]:
+def _options(name: str, drop_path: float, coarse: str | None, guidance: Mapping[str, Any] | None) -> dict[str, Any]:
     if name in VARIANTS:
-        return {"drop_path_rate": drop_path, **({"coarse": coarse} if coarse else {})}
+        return {"drop_path_rate": drop_path, **({"coarse": coarse} if coarse else {}), **(guidance or {})}
     return {"drop_path_rate": drop_path} if drop_path else {}
 
 
@@ -213,10 +215,14 @@ def _with_weights(name: str, weights: str | os.PathLike[str], **options: Any) ->
 
 def _name(network: nn.Module) -> str:
     """The network's name in timm's registry."""
-    if isinstance(network, SGFormer):
-        stages = network.config.stages
-        return next((name for name, config in VARIANTS.items() if config.stages == stages), "sgformer")
+    if isinstance(network, SGFormer):  # regions and scales may be a user's own: the size still has its name
+        size = _size(network.config)
+        return next((name for name, config in VARIANTS.items() if _size(config) == size), "sgformer")
     return (getattr(network, "pretrained_cfg", None) or {}).get("architecture", type(network).__name__)
+
+
+def _size(config: SGFormerConfig) -> list[tuple[int, int, int]]:
+    return [(stage.dim, stage.heads, stage.depth) for stage in config.stages]
 
 
 def _architecture(network: nn.Module) -> dict[str, Any]:

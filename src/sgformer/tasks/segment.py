@@ -305,6 +305,7 @@ def new_segmenter(config: SegmentConfig, num_classes: int) -> Segmenter:
         weights=None if whole else config.weights,
         drop_path=config.drop_path,
         coarse=config.coarse,
+        guidance=config.guidance,
         grad_checkpointing=config.grad_checkpointing,
     )
     model = Segmenter(backbone, config.head, num_classes, config.head_width)

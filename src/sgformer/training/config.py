@@ -15,10 +15,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from sgformer.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
 from sgformer.errors import UserError
 
 # `lr`, `min_lr` and `warmup_lr` are stated for this many images per update and scaled linearly to the actual batch.
 LR_BASE_BATCH = 1024
+
+# Options that are fields of SGFormerConfig, or change its stages; None leaves them as published, or as in --weights.
+GUIDANCE = ("significance", "aggregation", "attention", "pairs", "regions", "scales")
 
 
 def option(default: Any, group: str, help: str, *, main: bool = False) -> Any:
@@ -60,6 +64,22 @@ class RunConfig:
 
     drop_path: float = option(0.1, "Network", "stochastic depth", main=True)
     coarse: Literal["global", "window"] = option("global", "Network", "reach of the coarse heads (sgformer)")
+    significance: str | None = option(
+        None, "Network", f"what tokens are ranked by: {', '.join(SIGNIFICANCE)} [hybrid, or as in --weights]"
+    )
+    aggregation: str | None = option(
+        None, "Network", f"how ranked tokens become one: {', '.join(AGGREGATION)} [linear, or as in --weights]"
+    )
+    attention: Literal["softmax", "linear"] | None = option(
+        None, "Network", "of self-guided blocks [softmax, or as in --weights]"
+    )
+    pairs: Literal["guided", "hybrid", "single"] | None = option(
+        None, "Network", "what follows a hybrid block: a guided one, another hybrid one, nothing [guided]"
+    )
+    regions: str | None = option(
+        None, "Network", "SHARE:RATE,... per guided stage, dull to salient, split by /, e.g. .5:28,.5:7/.5:4,.5:2/1:1"
+    )
+    scales: str | None = option(None, "Network", "reductions of the head groups per guided stage, e.g. 8,4,1/4,1/2,1")
     ema: float = option(0.9998, "Network", "decay of the averaged weights, which are the reported ones; 0: off")
 
     opt: str = option("adamw", "Optimiser", "any optimiser of timm")
@@ -92,6 +112,14 @@ class RunConfig:
         self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
         if self.coarse != "global" and not self.model.startswith("sgformer_"):
             raise UserError(f"--coarse {self.coarse} is for sgformer models; {self.model} has no coarse heads")
+        for name, known in (("significance", SIGNIFICANCE), ("aggregation", AGGREGATION)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UserError(f"--{name} is one of {', '.join(known)}, got {value}{nearest(value, known)}")
+        for name in GUIDANCE:
+            if getattr(self, name) is not None and not self.model.startswith("sgformer_"):
+                raise UserError(f"--{name} is for sgformer models; {self.model} reallocates no tokens")
+        self.guidance  # noqa: B018 - bad values are named here
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
 
@@ -104,6 +132,30 @@ class RunConfig:
     def image_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """Fields of `SGFormerConfig` that were asked for by name, on top of `coarse`.
+
+        Raises:
+            UserError: values that do not go with the network or with each other.
+        """
+        values = {name: getattr(self, name) for name in GUIDANCE if getattr(self, name) is not None}
+        regions, scales = values.pop("regions", None), values.pop("scales", None)
+        if self.model not in VARIANTS:
+            return values
+        try:
+            if regions or scales:
+                stages = with_stages(
+                    VARIANTS[self.model],
+                    regions=parse_regions(regions) if regions else None,
+                    scales=parse_scales(scales) if scales else None,
+                ).stages
+                values["stages"] = stages
+            VARIANTS[self.model].replace(**values)
+        except ValueError as error:
+            raise UserError(f"--model {self.model}: {error}") from None
+        return values
 
     def scaled(self, rate: float) -> float:
         """A learning rate stated for `base_batch` images per update, at this run's batch size."""

@@ -1,0 +1,40 @@
+"""Attention heads: apart, together, and window by window.
+
+Legend: B batch, H x W grid, h heads, D channels of all heads together, d = D / h.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sgformer.ops.attention import attention_and_received
+from sgformer.ops.windows import merge, partition, valid_tokens
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, h, N, d)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, h, N, d) -> (B, N, C)
+
+
+def attend_windows(
+    q: Tensor, kv: Tensor, heads: int, q_window: tuple[int, int], kv_window: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, W, D) meet keys and values (B, H', W', 2 D) window by window; padding is masked on both sides.
+
+    Returns the output (B, H, W, D) and the attention each key received, summed over queries: (B, H', W').
+    """
+    B, grid, kv_grid = q.shape[0], q.shape[1:3], kv.shape[1:3]
+    # Where a window sticks out on its own, its padding is left out: the same sums, less to compute.
+    q_window = min(q_window[0], grid[0]), min(q_window[1], grid[1])
+    kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])
+    real_q = valid_tokens(grid, q_window, q.device)
+    real_k = valid_tokens(kv_grid, kv_window, q.device)
+    q = split_heads(partition(q, q_window), heads)
+    k, v = (split_heads(t, heads) for t in partition(kv, kv_window).chunk(2, dim=-1))
+    real_q, real_k = (None if m is None else m.repeat(B, 1) for m in (real_q, real_k))
+    out, received = attention_and_received(q, k, v, real_k, real_q)
+    out = merge(join_heads(out), q_window, grid)
+    return out, merge(received[..., None], kv_window, kv_grid)[..., 0]

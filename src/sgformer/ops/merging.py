@@ -1,0 +1,86 @@
+"""Groups by likeness: within a region of sorted tokens, every token joins the most similar of a few seeds.
+
+One step of ToMe's bipartite matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023) with few
+destinations and many sources. Sizes of groups differ; all groups together hold every token once.
+
+Legend: B batch, N tokens, C channels; region i holds L_i sorted tokens and makes G_i groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgformer.ops.regroup import region_lengths
+
+
+@dataclass(frozen=True)
+class MergedTokens:
+    """Where every key/value token came from, where groups are of any size. As :class:`~sgformer.ops.TokenGroups`.
+
+    Attributes:
+        grid: (H, W) of the token grid, or (N,) of a sequence.
+        token: (B, N) int64, the key/value token that each token went into.
+        region: (B, N) int64, the region it fell in, 0 the least significant.
+        count: number of key/value tokens of an image.
+    """
+
+    grid: tuple[int, ...]
+    token: Tensor
+    region: Tensor
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def region_map(self) -> Tensor:
+        """(B, H, W) int64: the region each token fell in, 0 the least significant."""
+        return self.region.view(-1, *self.grid)
+
+    def token_map(self) -> Tensor:
+        """(B, H, W) int64: the key/value token that each token went into."""
+        return self.token.view(-1, *self.grid)
+
+
+def merge_similar(
+    x: Tensor, order: Tensor, shares: Sequence[float], rates: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of each group of similar tokens.
+
+    In region i, ceil(L_i / r_i) seeds are taken evenly from the sorted tokens; every other token joins the seed with
+    the highest cosine similarity. No gradient flows through the choice.
+
+    Args:
+        x: (B, N, C).
+        order: (B, N) int64 from ``sort_tokens``.
+        shares: fraction of the tokens in each region, least significant first.
+        rates: r_i of each region.
+
+    Returns:
+        The key/value tokens (B, sum of G_i, C), and for every token of the grid its key/value token and its region,
+        each (B, N) int64.
+    """
+    B, N, C = x.shape
+    lengths = region_lengths(N, shares)
+    direction = F.normalize(x.detach(), dim=-1)
+    joined, regions, start = [], [], 0
+    for i, (members, rate) in enumerate(zip(order.split(lengths, dim=1), rates, strict=True)):
+        length, groups = members.shape[1], -(-members.shape[1] // rate)
+        here = direction.gather(1, members[..., None].expand(-1, -1, C))  # (B, L, C)
+        seeds = torch.div((2 * torch.arange(groups, device=x.device) + 1) * length, 2 * groups, rounding_mode="floor")
+        choice = (here @ here[:, seeds].transpose(1, 2)).argmax(-1)  # (B, L)
+        choice[:, seeds] = torch.arange(groups, device=x.device)  # a seed stays its own, whatever rounding says
+        joined.append(choice + start)
+        regions.append(torch.full_like(members, i))
+        start += groups
+    token, region = torch.empty_like(order), torch.empty_like(order)
+    token.scatter_(1, order, torch.cat(joined, 1))
+    region.scatter_(1, order, torch.cat(regions, 1))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot add up hundreds
+    sums = wide.new_zeros(B, start, C).scatter_add(1, token[..., None].expand(-1, -1, C), wide)
+    sizes = wide.new_zeros(B, start).scatter_add(1, token, wide.new_ones(B, N))
+    return (sums / sizes[..., None]).to(x.dtype), token, region
