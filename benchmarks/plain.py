@@ -26,7 +26,7 @@ import sgformer
 from sgformer.checkpoint import to_released
 from sgformer.config import SGFormerConfig, StageConfig
 from sgformer.layers import init_module
-from sgformer.ops.regroup import group_positions, region_lengths
+from sgformer.ops.regroup import group_positions, region_lengths, sort_tokens
 
 
 def to_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -188,7 +188,7 @@ class GuidedAttention(Attention):
 
     def condense(self, x: Tensor, significance: Tensor) -> Tensor:
         """(B, N, C) tokens and (B, N) significance -> (B, few, C)."""
-        order = significance.argsort(dim=1, stable=True)
+        order = sort_tokens(significance)
         ordered = x.gather(1, order[..., None].expand_as(x))
         lengths = region_lengths(x.shape[1], [region.share for region in self.regions])
         out = []
@@ -255,8 +255,8 @@ class Plain(nn.Module):
         if config.img_size[0] != config.img_size[1] or not config.num_classes:
             raise ValueError(f"the released layout has a square position table and a classifier (got {config})")
         self.config, dims = config, [stage.dim for stage in config.stages]
-        side = -(-config.img_size[0] // 4)
-        self.pos_embed = nn.Parameter(torch.zeros(1, side * side, dims[0]))
+        self.side = -(-config.img_size[0] // 4)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, dims[0]))
         self.patch_embed1 = Stem(config.in_chans, dims[0])
         for s, stage in enumerate(config.stages, start=1):
             if s > 1:
@@ -279,7 +279,7 @@ class Plain(nn.Module):
         self.grad_checkpointing = enable
 
     def position(self, grid: tuple[int, int]) -> Tensor:
-        side = round(self.pos_embed.shape[1] ** 0.5)
+        side = self.side
         if grid == (side, side):
             return self.pos_embed
         table = self.pos_embed.reshape(1, side, side, -1).permute(0, 3, 1, 2)

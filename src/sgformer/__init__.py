@@ -14,6 +14,7 @@ from sgformer.backbone import Inspection, SGFormer
 from sgformer.checkpoint import load_model, load_released, save_model
 from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
 from sgformer.errors import UserError
+from sgformer.inference import compile_blocks, optimize
 from sgformer.guidance import register_significance
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "StageConfig",
     "UserError",
     "__version__",
+    "compile_blocks",
     "create_model",
     "evaluate",
     "explain",
     "load_model",
     "load_released",
+    "optimize",
     "predict",
     "register_significance",
     "save_model",

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import importlib.util
 import io
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +35,8 @@ class Case:
         image_size: height and width in pixels.
         batch_size: images at a time.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
-        backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``,
-            block by block for our sizes; "onnxruntime": inference only.
+        backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``;
+            our sizes block by block, for inference after ``sgformer.optimize(pack=False)``; "onnxruntime": inference only.
         coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
         grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
         precision: "fp32", or mixed "bf16" or "fp16".
@@ -175,7 +174,7 @@ def _prepare(model: nn.Module, case: Case) -> nn.Module:
         return sgformer.optimize(model)
     if case.backend == "compile":
         if is_ours(case.model):
-            return sgformer.compile_blocks(model)
+            return sgformer.compile_blocks(sgformer.optimize(model, pack=False) if case.mode == "infer" else model)
         return torch.compile(model, dynamic=False)  # type: ignore[return-value]
     return model
 
@@ -185,10 +184,11 @@ def _onnx_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], Any]
         raise Unsupported("onnxruntime is measured for inference in fp32 on the CPU")
     onnxruntime = require("onnxruntime", extra="bench")
     require("onnx", extra="bench")
+    if is_ours(case.model):
+        model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot see through a computed kernel
     file = io.BytesIO()
-    for name in ("torch.onnx", "torch.onnx._internal"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with warnings.catch_warnings(), torch.no_grad(), quiet[0], quiet[1]:
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
     options = onnxruntime.SessionOptions()

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
     "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
     "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
+    "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
     "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
     "data scenes": (

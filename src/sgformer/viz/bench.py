@@ -1,0 +1,75 @@
+"""Speed and memory as pictures: throughput against MACs, and how cost grows with the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgformer.viz.style import COLOURS, INK, figure
+
+MARKERS = "osD^v"
+
+
+def draw_throughput(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:
+    """Each network one point: multiply-accumulates of an image to the right, images a second upwards.
+
+    Args:
+        points: with "label", "gmacs" and "images_per_s".
+        out: the PNG to write.
+    """
+    with figure(out, 6.4, 4.2) as fig:
+        axes = fig.subplots()
+        for i, p in enumerate(sorted(points, key=lambda p: p["gmacs"])):
+            colour = COLOURS[0] if p["label"].startswith("sgformer") else COLOURS[1]
+            axes.plot(p["gmacs"], p["images_per_s"], "o", color=colour, markersize=6)
+            left = i == len(points) - 1 and len(points) > 2
+            axes.annotate(
+                p["label"], (p["gmacs"], p["images_per_s"]), (-7 if left else 7, 0), textcoords="offset points",
+                va="center", ha="right" if left else "left", fontsize=8, color=INK,
+            )  # fmt: skip
+        axes.set_ylim(0, 1.12 * max(p["images_per_s"] for p in points))
+        axes.margins(x=0.25)
+        axes.set_title(title)
+        axes.set_xlabel("GMACs an image")
+        axes.set_ylabel("images/s")
+
+
+def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:
+    """Time and peak memory against image size, both axes logarithmic, with the exponent that fits each network.
+
+    Args:
+        points: with "label", "size" (pixels a side), "seconds", and "memory" in bytes or None.
+        out: the PNG to write.
+    """
+    panels = {"seconds": "seconds a step", "memory": "peak memory, MiB"}
+    with figure(out, 10, 4.2) as fig:
+        for axes, (name, label) in zip(fig.subplots(1, 2), panels.items(), strict=True):
+            for i, network in enumerate(dict.fromkeys(p["label"] for p in points)):
+                here = sorted((p["size"], p[name]) for p in points if p["label"] == network and p[name])
+                if not here:
+                    continue
+                x, y = zip(*here, strict=True)
+                y = [value / 2**20 for value in y] if name == "memory" else y
+                slope = exponent([side * side for side in x], y)
+                legend = network if slope is None else f"{network}: pixels^{slope:.2f}"
+                axes.plot(x, y, marker=MARKERS[i % 5], markersize=4, color=COLOURS[i % 5], label=legend)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            sizes = sorted({p["size"] for p in points})
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set_xticks([], minor=True)
+            axes.set_title(f"{title}: {label}")
+            axes.set_xlabel("image side, pixels")
+            if axes.lines:
+                axes.legend(fontsize=7.5)
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """The slope of the straight line through the logarithms, least squares; None for fewer than two sizes."""
+    if len(set(x)) < 2:
+        return None
+    a, b = [math.log(v) for v in x], [math.log(v) for v in y]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    return sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True)) / sum((p - mean_a) ** 2 for p in a)
