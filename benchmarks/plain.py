@@ -1,9 +1,9 @@
 """SG-Former written the plain way the paper reads: the yardstick of every speed and memory figure.
 
-It computes what ``sgformer`` computes, with the same weights (in the released layout), and does nothing clever: tokens are
-(B, N, C) and are transposed and copied around every convolution; every projection is a matrix of its own; every attention
-matrix is made, kept and divided by hand; the aggregated sequence is built twice, from row-major and from column-major
-tokens, once for each half of the heads. It stands in for the published code, which carries no licence.
+It computes what ``sgformer`` computes, with the same weights (in the released layout), and does nothing clever: tokens
+are (B, N, C) and are transposed and copied around every convolution; every projection is a matrix of its own; every
+attention matrix is made and kept; the aggregated sequence is built twice, from row-major and from column-major tokens,
+once for each half of the heads. It stands in for the published code, which carries no licence.
 
     sgformer bench --models sgformer_s plain_s          # times and memory
     python benchmarks/plain.py --model sgformer_s       # how far the two networks are apart
@@ -164,7 +164,14 @@ class HybridAttention(Attention):
         return self.finish(torch.cat([far, near], dim=-1), x, grid), significance
 
     def _windows(
-        self, q: Tensor, k: Tensor, v: Tensor, q_grid: tuple[int, int], k_grid: tuple[int, int], q_side: int, k_side: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_grid: tuple[int, int],
+        k_grid: tuple[int, int],
+        q_side: int,
+        k_side: int,
     ) -> tuple[Tensor, Tensor]:
         """Attention window by window, and each key's received attention: mean over heads, sum over real queries."""
         B = q.shape[0]

@@ -14,8 +14,8 @@ from sgformer.backbone import Inspection, SGFormer
 from sgformer.checkpoint import load_model, load_released, save_model
 from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
 from sgformer.errors import UserError
-from sgformer.inference import compile_blocks, optimize
 from sgformer.guidance import register_significance
+from sgformer.inference import optimize
 
 __all__ = [
     "Inspection",
@@ -24,7 +24,6 @@ __all__ = [
     "StageConfig",
     "UserError",
     "__version__",
-    "compile_blocks",
     "create_model",
     "evaluate",
     "explain",

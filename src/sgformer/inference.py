@@ -1,4 +1,4 @@
-"""Preparing a network for inference, and compiling its blocks: the same numbers, sooner.
+"""Preparing a network for inference: the same numbers, sooner.
 
 :func:`optimize` is what ``sgformer bench --backend optimize`` measures. docs/performance.md says what each step brings.
 """
@@ -15,7 +15,7 @@ from sgformer.backbone import SGFormer
 from sgformer.layers import Mlp
 
 
-def optimize(model: SGFormer, pack: bool | None = None) -> SGFormer:
+def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -> SGFormer:
     """A copy of a network that infers faster and computes the same function. The original is left as it is.
 
     The copy is frozen and in evaluation mode, and ``x + depthwise(x)`` of every MLP is one convolution. Where weights
@@ -25,21 +25,25 @@ def optimize(model: SGFormer, pack: bool | None = None) -> SGFormer:
 
     Args:
         model: any SGFormer, in any mode and dtype, on the device where it will run.
-        pack: whether to pack weights. None: where it is possible, that is on the CPU in float32. False leaves
-            operations that any exporter and compiler knows.
+        pack: whether to pack weights. None: where it is possible, that is on the CPU in float32, unless ``compile`` is
+            asked for. False leaves operations that any exporter and compiler knows.
+        compile: also let ``torch.compile`` compile the blocks, each kind of block once and not each block: S has 23
+            blocks of seven kinds. It happens in the first call, and anew for another image or batch size.
 
     Raises:
         TypeError: not an SGFormer.
-        ValueError: ``pack=True`` where it is not possible.
+        ValueError: ``pack=True`` where it is not possible, or with ``compile``.
     """
     if not isinstance(model, SGFormer):
         raise TypeError(f"optimize prepares an SGFormer (got {type(model).__name__}); of a wrapper, pass what it wraps")
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     first = next(fast.parameters())
     possible = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if pack and compile:
+        raise ValueError("packed weights are opaque to torch.compile (got pack=True and compile=True)")
     if pack and not possible:
         raise ValueError(f"weights are packed on the CPU in float32 (got {first.dtype} on {first.device})")
-    pack = possible if pack is None else pack
+    pack = possible and not compile if pack is None else pack
     for module in list(fast.modules()):
         for name, child in module.named_children():
             if isinstance(child, Mlp):
@@ -51,6 +55,10 @@ def optimize(model: SGFormer, pack: bool | None = None) -> SGFormer:
                     setattr(module, name, InplaceGELU())
                 if type(child) is nn.Linear and "aggregate" not in f"{path}.{name}":  # those are read, not called
                     setattr(module, name, PackedLinear(child))
+    for block in (b for stage in fast.stages for b in stage.blocks):
+        block.drop_path = nn.Identity()  # its rate, which differs from block to block, would be compiled in
+        if compile:
+            block.compile(dynamic=False)
     return fast
 
 
@@ -83,22 +91,3 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> nn.Module:
-    """Let ``torch.compile`` compile a network's blocks, each kind of block once and not each block; in place.
-
-    Blocks of one stage share their code, so a network of 23 blocks needs seven compilations of a block instead of one
-    of a graph of 23; they happen in the first call. For training and for inference.
-
-    Args:
-        model: an SGFormer.
-        dynamic: True: code for any image and batch size, so that another size compiles nothing anew; False: code for the
-            sizes that come, a little quicker. None: torch decides.
-
-    Returns:
-        The same model.
-    """
-    for block in (b for stage in model.stages for b in stage.blocks):
-        block.compile(dynamic=dynamic)
-    return model

@@ -36,7 +36,7 @@ class Case:
         batch_size: images at a time.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
         backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``;
-            our sizes block by block, for inference after ``sgformer.optimize(pack=False)``; "onnxruntime": inference only.
+            for inference with our sizes ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime": inference only.
         coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
         grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
         precision: "fp32", or mixed "bf16" or "fp16".
@@ -172,9 +172,9 @@ def _prepare(model: nn.Module, case: Case) -> nn.Module:
         if not is_ours(case.model) or case.mode == "train":
             raise Unsupported("sgformer.optimize prepares networks of sgformer for inference")
         return sgformer.optimize(model)
+    if case.backend == "compile" and is_ours(case.model) and case.mode == "infer":
+        return sgformer.optimize(model, compile=True)
     if case.backend == "compile":
-        if is_ours(case.model):
-            return sgformer.compile_blocks(sgformer.optimize(model, pack=False) if case.mode == "infer" else model)
         return torch.compile(model, dynamic=False)  # type: ignore[return-value]
     return model
 

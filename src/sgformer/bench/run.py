@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import statistics
@@ -156,8 +157,6 @@ def _time(results: list[Result], rounds: int, seconds: float, tell: Callable[[st
 
 
 def _fresh_compiler_cache(case: Case) -> Any:
-    import contextlib
-
     if case.backend != "compile":
         return contextlib.nullcontext()
     from torch._inductor.utils import fresh_cache  # torch has no public way to ask for an honest first call

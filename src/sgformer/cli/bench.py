@@ -35,7 +35,7 @@ def bench(
         image_size: pixels, height and width
         batch_size: images at a time
         mode: infer; train is forward, loss, backward
-        backend: eager; optimize: sgformer.optimize; compile: torch.compile, of sgformer block by block; onnxruntime
+        backend: eager; optimize: sgformer.optimize; compile: torch.compile, for sgformer_* optimize(compile=True); onnxruntime
         coarse: reach of the coarse heads, sgformer and plain only [as the size has it]
         grad_checkpointing: less memory, more time
         precision: arithmetic; bf16, fp16: mixed

@@ -98,7 +98,9 @@ class Parser:
             prog=f"sgformer {command}", exit_on_error=False, add_help=False, allow_abbrev=False
         )
         for o in self.options:
-            extra: dict[str, Any] = {"nargs": "?", "const": True} if o.kind is bool else {"nargs": "+"} if o.many else {}
+            extra: dict[str, Any] = (
+                {"nargs": "?", "const": True} if o.kind is bool else {"nargs": "+"} if o.many else {}
+            )
             if o.default is REQUIRED:
                 self.parser.add_argument(o.name, type=o.kind, **extra)
             else:
