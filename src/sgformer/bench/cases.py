@@ -35,8 +35,9 @@ class Case:
         image_size: height and width in pixels.
         batch_size: images at a time.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
-        backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``;
-            for inference with our sizes ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime": inference only.
+        backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``,
+            for inference with our sizes ``sgformer.optimize(compile=True)``, which compiles block by block;
+            "onnxruntime": inference only.
         coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
         grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
         precision: "fp32", or mixed "bf16" or "fp16".

@@ -35,7 +35,7 @@ def bench(
         image_size: pixels, height and width
         batch_size: images at a time
         mode: infer; train is forward, loss, backward
-        backend: eager; optimize: sgformer.optimize; compile: torch.compile, for sgformer_* optimize(compile=True); onnxruntime
+        backend: eager; optimize: sgformer.optimize; compile: torch.compile, or optimize(compile=True); onnxruntime
         coarse: reach of the coarse heads, sgformer and plain only [as the size has it]
         grad_checkpointing: less memory, more time
         precision: arithmetic; bf16, fp16: mixed
@@ -47,8 +47,8 @@ def bench(
         device: auto, cpu, cuda, cuda:1, mps
         out: folder for bench.json and plots
     """
-    require("rich", extra="train")
-    require("matplotlib", extra="train")
+    require("rich", extra="bench")
+    require("matplotlib", extra="bench")
     from sgformer.bench import Case, run
     from sgformer.bench.cases import check_model
     from sgformer.bench.report import Progress, draw, print_table, to_json
