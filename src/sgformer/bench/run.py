@@ -116,8 +116,8 @@ def _count(result: Result) -> None:
             with FlopCounterMode(display=False) as counter:
                 model(torch.empty(1, 3, case.image_size, case.image_size))
         result.macs = counter.get_total_flops() // 2
-    except (RuntimeError, NotImplementedError, AssertionError):  # a network that cannot run without numbers
-        pass
+    except Exception:  # a network that cannot run without numbers, or not at all: its first step will tell
+        result.macs = None
 
 
 def _time(results: list[Result], rounds: int, seconds: float, tell: Callable[[str], None]) -> None:
