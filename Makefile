@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-dense test test-fast lint format types clean
+.PHONY: help install bench demo demo-dense test test-fast lint format types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test: install  ## the whole suite
 
 test-fast: install  ## the quick part of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+
+bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (15 minutes on 2 quiet cores)
+	$(BIN)/python benchmarks/standing.py --out bench
 
 lint: install  ## formatter and linter, changing nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

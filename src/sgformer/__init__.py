@@ -15,6 +15,7 @@ from sgformer.checkpoint import load_model, load_released, save_model
 from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
 from sgformer.errors import UserError
 from sgformer.guidance import register_significance
+from sgformer.inference import optimize
 
 __all__ = [
     "Inspection",
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "load_model",
     "load_released",
+    "optimize",
     "predict",
     "register_significance",
     "save_model",

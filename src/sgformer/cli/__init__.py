@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
     "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
     "landing": ("sgformer.cli.landing", "landing", "measure whether salient tokens land on the objects"),
+    "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
     "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
     "data scenes": (

@@ -35,7 +35,7 @@ class Option:
         help: a few words.
         group: the heading it stands under.
         main: whether `--help` gives it a line of its own.
-        many: whether a positional argument takes one or more values.
+        many: whether it takes one or more values.
     """
 
     name: str
@@ -68,7 +68,7 @@ def function_options(function: Callable[..., Any]) -> list[Option]:
     result = []
     for name, p in inspect.signature(function).parameters.items():
         positional = p.default is inspect.Parameter.empty
-        many = positional and get_origin(kinds[name]) is list
+        many = get_origin(kinds[name]) is list
         kind = get_args(kinds[name])[0] if many else kinds[name]
         result.append(Option(name, kind, REQUIRED if positional else p.default, words.get(name, ""), many=many))
     return result
@@ -100,9 +100,11 @@ class Parser:
             prog=f"sgformer {command}", exit_on_error=False, add_help=False, allow_abbrev=False
         )
         for o in self.options:
-            extra: dict[str, Any] = {"nargs": "?", "const": True} if o.kind is bool else {}
+            extra: dict[str, Any] = (
+                {"nargs": "?", "const": True} if o.kind is bool else {"nargs": "+"} if o.many else {}
+            )
             if o.default is REQUIRED:
-                self.parser.add_argument(o.name, type=o.kind, **({"nargs": "+"} if o.many else {}))
+                self.parser.add_argument(o.name, type=o.kind, **extra)
             else:
                 self.parser.add_argument(f"--{dashed(o.name)}", type=o.kind, default=o.default, **extra)
 
@@ -188,6 +190,8 @@ def _text(value: Any) -> str:
     """A default as `--help` shows it."""
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
     return {None: "none", False: "off", True: "on"}[value] if value is None or isinstance(value, bool) else str(value)
 
 

@@ -73,7 +73,7 @@ def _received(q: Tensor, k: Tensor, valid: Tensor | None, valid_queries: Tensor 
 
 
 def _softmax(q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, M)
+    scores = q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)  # (B, h, N, M); keys are never more than queries
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None, :], float("-inf"))
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))

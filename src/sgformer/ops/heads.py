@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sgformer.ops.attention import attention_and_received
-from sgformer.ops.windows import merge, partition, valid_tokens
+from sgformer.ops.windows import merge, merge_heads, partition_heads, valid_tokens
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -32,9 +32,9 @@ def attend_windows(
     kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])
     real_q = valid_tokens(grid, q_window, q.device)
     real_k = valid_tokens(kv_grid, kv_window, q.device)
-    q = split_heads(partition(q, q_window), heads)
-    k, v = (split_heads(t, heads) for t in partition(kv, kv_window).chunk(2, dim=-1))
+    q = partition_heads(q, q_window, heads)
+    k, v = (partition_heads(t, kv_window, heads) for t in kv.chunk(2, dim=-1))
     real_q, real_k = (None if m is None else m.repeat(B, 1) for m in (real_q, real_k))
     out, received = attention_and_received(q, k, v, real_k, real_q)
-    out = merge(join_heads(out), q_window, grid)
+    out = merge_heads(out, q_window, grid)
     return out, merge(received[..., None], kv_window, kv_grid)[..., 0]

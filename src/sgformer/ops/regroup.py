@@ -23,6 +23,8 @@ def sort_tokens(significance: Tensor) -> Tensor:
     Returns:
         (B, N) int64.
     """
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK puts the lower index first among equals
+        return significance.topk(significance.shape[1], dim=1, largest=False).indices
     return significance.argsort(dim=1, stable=True)
 
 

@@ -40,6 +40,28 @@ def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return x if (rows * h, cols * w) == (H, W) else x[:, :H, :W]
 
 
+def partition_heads(x: Tensor, window: tuple[int, int], heads: int) -> Tensor:
+    """:func:`partition`, and heads apart: (B, H, W, C) -> (B * n, heads, h * w, C / heads), in one copy."""
+    B, H, W, C = x.shape
+    h, w = window
+    if (h, w) == (H, W):
+        return x.reshape(B, H * W, heads, C // heads).transpose(1, 2)
+    if H % h or W % w:
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
+    x = x.reshape(B, x.shape[1] // h, h, x.shape[2] // w, w, heads, C // heads)  # (B, rows, h, cols, w, heads, d)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, h * w, C // heads)
+
+
+def merge_heads(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`partition_heads`: (B * n, heads, h * w, d) -> (B, H, W, heads * d), in one copy."""
+    (H, W), (h, w) = grid, window
+    heads, d = x.shape[1], x.shape[3]
+    rows, cols = -(-H // h), -(-W // w)
+    x = x.reshape(-1, rows, cols, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, h, cols, w, heads, d)
+    x = x.reshape(-1, rows * h, cols * w, heads * d)
+    return x if (rows * h, cols * w) == (H, W) else x[:, :H, :W]
+
+
 def valid_tokens(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor | None:
     """Which positions of each window are tokens and which are padding.
 

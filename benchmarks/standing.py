@@ -1,0 +1,201 @@
+"""The standing measurements: every target beside its figure, for docs/results.md. What `make bench` runs.
+
+Each part can be run alone, so that the machine need not be quiet for long: figures are kept in OUT/PART.json, and the
+table is made of whatever is there.
+
+python benchmarks/standing.py --parts inference training growth memory compile data --out bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sgformer.bench import Case, run
+from sgformer.bench.cases import Unsupported
+from sgformer.bench.memory import peak_memory
+from sgformer.bench.report import Progress, draw, machine, print_table, row
+
+ROOT = Path(__file__).parent.parent
+OURS, PLAIN, SWIN, PVT = "sgformer_s", "plain_s", "swin_tiny_patch4_window7_224", "pvt_v2_b2"
+PARTS = ("inference", "training", "growth", "memory", "compile", "detection", "data")
+MIB = 2**20
+
+
+def inference(folder: Path) -> list[dict[str, Any]]:
+    ways = [(m, b) for b in ("eager", "onnxruntime") for m in (PLAIN, OURS, SWIN, PVT)] + [(OURS, "optimize")]
+    return timed([Case(m, batch_size=n, backend=b) for n in (1, 8) for m, b in ways], folder, rounds=5)
+
+
+def training(folder: Path) -> list[dict[str, Any]]:
+    return timed([Case(m, batch_size=8, mode="train") for m in (PLAIN, OURS, SWIN, PVT)], folder, rounds=3)
+
+
+def growth(folder: Path) -> list[dict[str, Any]]:
+    cases = [Case(OURS, size, coarse=reach) for size in (224, 448, 896) for reach in ("window", "global")]
+    return timed(cases, folder, rounds=3)
+
+
+def timed(cases: list[Case], folder: Path, rounds: int) -> list[dict[str, Any]]:
+    with Progress() as tell:
+        results = run(cases, rounds=rounds, memory=False, tell=tell)
+    print_table(results, PLAIN)
+    draw(results, folder)
+    return [{**r.to_dict(), "row": row(r, results, PLAIN)} for r in results]
+
+
+def memory(folder: Path) -> list[dict[str, Any]]:
+    cases = [Case(OURS, size) for size in (256, 512, 1024)]
+    cases += [Case(m, 896, mode="train") for m in (PLAIN, OURS)]
+    cases += [Case(OURS, 896, mode="train", grad_checkpointing=True)]
+    told = []
+    for case in cases:
+        try:
+            peak = peak_memory(case)
+        except Unsupported as error:
+            print(f"{case.label()}: {error}")
+            continue
+        print(f"{case.label()}: {peak / MIB:.0f} MiB")
+        told.append({**vars(case), "peak_memory_bytes": peak})
+    return told
+
+
+def script(name: str, *options: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *options], capture_output=True, text=True, check=True
+    )
+    print(done.stdout.strip())
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+RUNNERS = {
+    "inference": inference,
+    "training": training,
+    "growth": growth,
+    "memory": memory,
+    "compile": lambda folder: script("compile_time.py"),
+    "detection": lambda folder: script("detection_memory.py"),
+    "data": lambda folder: script("data.py"),
+}
+
+
+def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | None]]:
+    """(what is aimed at, unit, figure, whether it is reached); None for what was not measured."""
+
+    def pick(part: str, key: str, **wanted: Any) -> float | None:
+        for entry in found.get(part, []):
+            if all(entry.get(k) == v for k, v in wanted.items()):
+                return entry.get(key)
+        return None
+
+    def speed(model: str, batch: int, *backends: str) -> float | None:
+        rates = [pick("inference", "images_per_s", model=model, batch_size=batch, backend=b) for b in backends]
+        return max((r for r in rates if r), default=None)
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    every = ("eager", "optimize", "onnxruntime")
+    rows: list[tuple[str, str, float | None, float, bool]] = []  # text, unit, figure, bound, whether larger is better
+
+    def aim(text: str, figure: float | None, bound: float, unit: str = "x", larger: bool = False) -> None:
+        rows.append((text, unit, figure, bound, larger))
+
+    for batch, best, eager in ((1, 2.5, 1.8), (8, 2.0, 1.5)):
+        plain, head = speed(PLAIN, batch, "eager"), f"inference, batch {batch}"
+        aim(f"{head}, best backend: {best}x plain eager", ratio(speed(OURS, batch, *every), plain), best, larger=True)
+        aim(f"{head}, eager: {eager}x plain", ratio(speed(OURS, batch, "eager"), plain), eager, larger=True)
+        swin = ratio(speed(SWIN, batch, "eager"), speed(OURS, batch, "eager"))
+        aim(f"{head}, eager: time at most 1.15x Swin-T's", swin, 1.15)
+        for name, other in (("Swin-T", SWIN), ("PVTv2-B2", PVT)):
+            times = ratio(speed(other, batch, *every), speed(OURS, batch, *every))
+            aim(f"{head}, best backend of each: time at most {name}'s", times, 1.0)
+    seconds = {m: pick("training", "median_s", model=m) for m in (PLAIN, OURS, SWIN)}
+    aim("training step, batch 8: 1.6x plain", ratio(seconds[PLAIN], seconds[OURS]), 1.6, larger=True)
+    aim("training step, batch 8: time at most Swin-T's", ratio(seconds[OURS], seconds[SWIN]), 1.0)
+    for reach, bound in (("window", 20), ("global", 26)):
+        small, large = (pick("growth", "median_s", image_size=s, coarse=reach) for s in (224, 896))
+        aim(f"time from 224 to 896 px, coarse {reach}: at most {bound}x", ratio(large, small), bound)
+    plain = pick("memory", "peak_memory_bytes", model=PLAIN, mode="train")
+    for text, saving, bound in (("", False, 1 / 4), (", checkpointing", True, 1 / 8)):
+        peak = pick("memory", "peak_memory_bytes", model=OURS, mode="train", grad_checkpointing=saving)
+        aim(f"training memory at 896 px{text}: at most {bound:g} of plain's", ratio(peak, plain), bound, "of plain's")
+    small, large = (pick("memory", "peak_memory_bytes", mode="infer", image_size=s) for s in (256, 1024))
+    aim("inference memory from 256 to 1024 px: at most 16x, as the pixels", ratio(large, small), 16)
+    aim("Mask R-CNN training at 800 x 1333: at most 24 GiB", found.get("detection", {}).get("peak_gib"), 24, "GiB")
+    aim("compiled, first call: at most 45 s", found.get("compile", {}).get("first call at 224, s"), 45, "s")
+    aim("data: images/s a core at least timm's", found.get("data", {}).get("times_timm"), 1.0, larger=True)
+    return [
+        (text, unit, figure, None if figure is None else (figure >= bound if larger else figure <= bound))
+        for text, unit, figure, bound, larger in rows
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The section of docs/results.md."""
+    lines = ["## Speed and memory", "", "```sh", "make bench", "```", ""]
+    m = found.get("machine", {})
+    lines += [
+        f"{m.get('cores')} cores of {m.get('processor')}, torch {m.get('torch')}, timm {m.get('timm')}, onnxruntime "
+        f"{m.get('onnxruntime')}, float32. Ratios are of medians of interleaved rounds within one run. Plain is",
+        "[`benchmarks/plain.py`](../benchmarks/plain.py), the stand-in for the published code; what each step brought",
+        "and what is left is in [performance.md](performance.md).",
+        "",
+        "| target | measured | reached |",
+        "|---|---|---|",
+    ]
+    for text, unit, figure, reached in targets(found):
+        shown = "not measured" if figure is None else f"{figure:.3g}{'x' if unit == 'x' else ' ' + unit}"
+        lines.append(f"| {text} | {shown} | {'' if reached is None else 'yes' if reached else '**no**'} |")
+    for part in ("inference", "training", "growth"):
+        if part in found:
+            lines += [
+                "",
+                "| network | size, batch | images/s | ms | spread, ms | GMACs | plain eager's time / its time |",
+            ]
+            lines += ["|---|---|---|---|---|---|---|"]
+            for e in found[part]:
+                name, rate, median, spread, _, _, macs, _, factor = e["row"]
+                reach = f", coarse {e['coarse']}" if e["coarse"] else ""
+                where = f"{e['image_size']} px, {e['batch_size']}" + (", training" if e["mode"] == "train" else "")
+                lines.append(f"| `{name}`{reach} | {where} | {rate} | {median} | {spread} | {macs} | {factor} |")
+    if "memory" in found:
+        lines += ["", "| network | peak memory of a step, MiB |", "|---|---|"]
+        for e in found["memory"]:
+            kind = "training step" if e["mode"] == "train" else "inference"
+            kind += ", gradient checkpointing" if e["grad_checkpointing"] else ""
+            lines.append(f"| `{e['model']}`, {e['image_size']} px, {kind} | {e['peak_memory_bytes'] / MIB:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--out", default="bench")
+    parser.add_argument("--no-docs", action="store_true", help="leave docs/results.md as it is")
+    args = parser.parse_args()
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        print(f"-- {part}", flush=True)
+        (folder / f"{part}.json").write_text(json.dumps(RUNNERS[part](folder), indent=1) + "\n")
+    found = {p: json.loads((folder / f"{p}.json").read_text()) for p in PARTS if (folder / f"{p}.json").is_file()}
+    found["machine"] = machine()
+    for text, unit, figure, reached in targets(found):
+        shown = "-" if figure is None else f"{figure:.3g} {unit}"
+        print(f"{text:<66} {shown:>14}  {'' if reached is None else 'yes' if reached else 'NO'}")
+    if not args.no_docs:
+        page = ROOT / "docs" / "results.md"
+        text = page.read_text()
+        old = re.search(r"^## Speed and memory\n.*?(?=^## |\Z)", text, re.M | re.S)
+        new = markdown(found)
+        page.write_text(text.replace(old[0], new + "\n") if old else f"{text.rstrip()}\n\n{new}")
+
+
+if __name__ == "__main__":
+    main()

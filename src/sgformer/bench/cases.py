@@ -1,0 +1,217 @@
+"""One thing to measure: a network, a size, a way to run it; and how to make it a function without arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import sgformer
+from sgformer.errors import UserError, require
+
+BACKENDS = ("eager", "optimize", "compile", "onnxruntime")
+MODES = ("infer", "train")
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        model: a timm name, "plain_s" (``plain`` is short for it) for benchmarks/plain.py, or "FILE.py:FUNCTION".
+        image_size: height and width in pixels.
+        batch_size: images at a time.
+        mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
+        backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``,
+            for inference with our sizes ``sgformer.optimize(compile=True)``, which compiles block by block;
+            "onnxruntime": inference only.
+        coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
+        grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
+        precision: "fp32", or mixed "bf16" or "fp16".
+        device: a torch device.
+        threads: of torch and onnxruntime on the CPU; None: as torch chooses.
+    """
+
+    model: str
+    image_size: int = 224
+    batch_size: int = 1
+    mode: str = "infer"
+    backend: str = "eager"
+    coarse: str | None = None
+    grad_checkpointing: bool = False
+    precision: str = "fp32"
+    device: str = "cpu"
+    threads: int | None = None
+
+    def label(self) -> str:
+        words = [self.model, f"{self.image_size} px", f"batch {self.batch_size}", self.mode, self.backend]
+        words += [f"coarse {self.coarse}"] if self.coarse else []
+        words += ["checkpointing"] if self.grad_checkpointing else []
+        return ", ".join(words)
+
+
+class Unsupported(Exception):
+    """This network cannot be run that way; one line says why."""
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("sgformer_")
+
+
+def is_plain(name: str) -> bool:
+    return name == "plain" or name.startswith("plain_")
+
+
+def check_model(name: str) -> None:
+    """Raise UserError unless ``name`` says which network to build."""
+    if is_plain(name):
+        size = name.removeprefix("plain").removeprefix("_") or "s"
+        if f"sgformer_{size}" not in sgformer.VARIANTS:
+            raise UserError(f"no model named {name!r}: sgformer has no size {size!r}")
+        _plain_file()
+    elif ".py:" in name:
+        if not Path(name.rpartition(":")[0]).is_file():
+            raise UserError(f"{name.rpartition(':')[0]}: no such file")
+    elif not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*timm.list_models(), "plain_s"], n=1)
+        raise UserError(f"no model named {name!r}{f': did you mean {close[0]}?' if close else ''}")
+
+
+def create(case: Case) -> nn.Module:
+    """The case's network with fresh weights, in its mode, on the default device (to count, use "meta").
+
+    Raises:
+        Unsupported: an option that this network does not have.
+    """
+    options: dict[str, Any] = {}
+    if case.coarse is not None and (is_ours(case.model) or is_plain(case.model)):
+        options["coarse"] = case.coarse
+    if is_plain(case.model):
+        module = _load(_plain_file())
+        model = module.create(case.model.removeprefix("plain").removeprefix("_") or "s", **options)
+    elif ".py:" in case.model:
+        file, _, function = case.model.rpartition(":")
+        model = getattr(_load(Path(file)), function)()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model = timm.create_model(case.model, img_size=case.image_size, **options)
+            except TypeError:  # convolutional networks know no image size
+                model = timm.create_model(case.model, **options)
+    if case.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise Unsupported("this network has no gradient checkpointing")
+        model.set_grad_checkpointing(True)
+    return model.train(case.mode == "train")
+
+
+def build(case: Case) -> Callable[[], Any]:
+    """A function that runs one step of the case: what is timed.
+
+    Raises:
+        Unsupported: the network or the machine cannot be run that way.
+    """
+    device = torch.device(case.device)
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    model = create(case).to(device)
+    image = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
+    if case.backend == "onnxruntime":
+        return _onnx_step(model, image, case)
+    forward = _prepare(model, case)
+    dtype = AUTOCAST[case.precision]
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    if case.mode == "infer":
+
+        def infer() -> Tensor:
+            with torch.inference_mode(), autocast():
+                out = forward(image)
+            wait()
+            return out
+
+        return infer
+
+    classes = torch.randint(model.num_classes if hasattr(model, "num_classes") else 1000, (case.batch_size,))
+    classes = classes.to(device)
+
+    def train() -> Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with autocast():
+            loss = F.cross_entropy(forward(image), classes)
+        loss.backward()
+        wait()
+        return loss.detach()
+
+    return train
+
+
+def _prepare(model: nn.Module, case: Case) -> nn.Module:
+    if case.backend == "optimize":
+        if not is_ours(case.model) or case.mode == "train":
+            raise Unsupported("sgformer.optimize prepares networks of sgformer for inference")
+        return sgformer.optimize(model)
+    if case.backend == "compile" and is_ours(case.model) and case.mode == "infer":
+        return sgformer.optimize(model, compile=True)
+    if case.backend == "compile":
+        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    return model
+
+
+def _onnx_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], Any]:
+    if case.mode == "train" or case.precision != "fp32" or case.device != "cpu":
+        raise Unsupported("onnxruntime is measured for inference in fp32 on the CPU")
+    onnxruntime = require("onnxruntime", extra="bench")
+    require("onnx", extra="bench")
+    if is_ours(case.model):
+        model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot see through a computed kernel
+    file = io.BytesIO()
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with warnings.catch_warnings(), torch.no_grad(), quiet[0], quiet[1]:
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {"image": image.numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def _plain_file() -> Path:
+    """benchmarks/plain.py of this checkout, or of the current folder: a yardstick, not shipped with the package."""
+    for root in (Path(__file__).parents[3], Path.cwd()):
+        if (root / "benchmarks" / "plain.py").is_file():
+            return root / "benchmarks" / "plain.py"
+    raise UserError("'plain' is benchmarks/plain.py of the source checkout: run it there")
+
+
+def _load(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"sgformer_bench_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,91 @@
+"""Peak memory of one step, measured in a process of its own: `python -m sgformer.bench.memory CASE`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import torch
+
+from sgformer.bench.cases import Case, Unsupported, build
+from sgformer.errors import UserError
+
+
+def peak_memory(case: Case, timeout: float = 1800) -> int:
+    """Bytes that the network and one step of it need at most, its weights included.
+
+    On the CPU: how far the resident memory of a fresh process rises above what it held once torch and the code were
+    loaded. A compiled network's first call, which holds the compiler, is not counted. On CUDA: torch's own count.
+
+    Raises:
+        Unsupported: it does not run; the message says why.
+    """
+    command = [sys.executable, "-m", "sgformer.bench.memory", json.dumps(dataclasses.asdict(case))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    # One arena: else what is measured depends on which thread happened to allocate.
+    environment["MALLOC_ARENA_MAX"] = "1"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    except subprocess.TimeoutExpired:
+        raise Unsupported(f"no memory figure within {timeout:g} s") from None
+    if done.returncode == -9:
+        raise Unsupported("out of memory")
+    if done.returncode:
+        raise Unsupported((done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1][:200])
+    return int(done.stdout.split()[-1])
+
+
+def measure(case: Case) -> int:
+    """See :func:`peak_memory`; here, in this process."""
+    if torch.device(case.device).type == "cuda":
+        step = build(case)
+        if case.backend != "eager":
+            step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    (torch.randn(64, 64) @ torch.randn(64, 64)).sum()  # the thread pool and the libraries' own buffers
+    rest = _resident("VmRSS")
+    step = build(case)
+    if case.backend == "compile":
+        before = _resident("VmRSS")
+        step()
+        gc.collect()
+        _trim()
+        rest += _resident("VmRSS") - before
+    _forget_peak()
+    step()
+    return max(0, _resident("VmHWM") - rest)
+
+
+def _resident(name: str) -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) << 10
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage << 10
+
+
+def _forget_peak() -> None:
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak becomes what is resident now (Linux); elsewhere it stays the process's own
+
+
+def _trim() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+if __name__ == "__main__":
+    try:
+        print(measure(Case(**json.loads(sys.argv[1]))))
+    except (Unsupported, UserError, RuntimeError, MemoryError) as error:
+        sys.exit(" ".join(str(error).split())[:200] or type(error).__name__)

@@ -1,0 +1,151 @@
+"""What is told about measured cases: a table, JSON, plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgformer import __version__
+from sgformer.bench.cases import Case
+from sgformer.bench.run import Result
+from sgformer.viz.bench import draw_growth, draw_throughput
+
+
+class Progress:
+    """``with Progress() as tell: tell("...")``: a line on the terminal that says what is being done."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        from rich.console import Console
+
+        self.status = Console(stderr=True).status("")
+        self.status.start()
+        return lambda line: self.status.update(line)
+
+    def __exit__(self, *_: Any) -> None:
+        self.status.stop()
+
+
+def ratio(result: Result, results: Sequence[Result], baseline: str) -> float | None:
+    """How many times as fast as the baseline of the same sizes and mode: on the same backend, or else eager."""
+    for backend in (result.case.backend, "eager"):
+        wanted = dataclasses.replace(result.case, model=baseline, backend=backend)
+        for other in results:
+            if other.case == wanted and other.median and result.median:
+                return other.median / result.median
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    found = {
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sgformer": __version__,
+    }
+    for name in ("timm", "onnxruntime"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = None
+    return found
+
+
+def to_json(results: Sequence[Result], command: Sequence[str], baseline: str) -> dict[str, Any]:
+    rows = [{**r.to_dict(), "times_baseline": ratio(r, results, baseline)} for r in results]
+    return {"command": " ".join(command), "machine": machine(), "baseline": baseline, "results": rows}
+
+
+COLUMNS = ("network", "images/s", "ms", "spread", "first call", "memory", "GMACs", "params", "x {}")
+
+
+def print_table(results: Sequence[Result], baseline: str) -> None:
+    """One row a case, grouped by what they have in common."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 120)
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for r in results:
+        c = r.case
+        groups.setdefault((c.mode, c.image_size, c.batch_size, c.coarse, c.grad_checkpointing), []).append(r)
+    for (mode, size, batch, coarse, saving), group in groups.items():
+        title = f"{'inference' if mode == 'infer' else 'training step'}, {size} px, batch {batch}"
+        title += (f", coarse {coarse}" if coarse else "") + (", gradient checkpointing" if saving else "")
+        title += f", {group[0].case.precision} on {group[0].case.device}"
+        table = Table(title=title, title_justify="left", box=None, header_style="bold")
+        for i, name in enumerate(COLUMNS):
+            table.add_column(name.format(baseline), justify="left" if i == 0 else "right", no_wrap=i > 0)
+        for r in group:
+            table.add_row(*row(r, results, baseline))
+        console.print(table)
+        for r in group:
+            if r.error:
+                console.print(f"  {short(r.case)}: {r.error}", markup=False, highlight=False)
+        console.print()
+
+
+def row(r: Result, results: Sequence[Result], baseline: str) -> list[str]:
+    """A result's figures as text, in the order of :data:`COLUMNS`; a dash for what was not measured."""
+    factor = ratio(r, results, baseline)
+    figures = [
+        r.images_per_second and f"{r.images_per_second:.1f}",
+        r.median and f"{r.median * 1e3:.0f}",
+        r.seconds and f"{min(r.seconds) * 1e3:.0f}-{max(r.seconds) * 1e3:.0f}",
+        r.first and f"{r.first:.1f} s",
+        r.memory and f"{r.memory / 2**20:.0f} MiB",
+        r.macs and f"{r.macs / 1e9:.2f}",
+        r.parameters and f"{r.parameters / 1e6:.1f} M",
+        factor and f"{factor:.2f}",
+    ]
+    return [short(r.case), *(text or "-" for text in figures)]
+
+
+def short(case: Case) -> str:
+    return case.model + ("" if case.backend == "eager" else f" ({case.backend})")
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Throughput against MACs for every mode, size and batch; growth with image size where there are several sizes."""
+    points = [
+        {
+            "label": short(r.case) + (f", {r.case.coarse}" if r.case.coarse else ""),
+            "setting": f"{r.case.mode}, batch {r.case.batch_size}",
+            "size": r.case.image_size,
+            "gmacs": (r.macs or 0) / 1e9,
+            "images_per_s": r.images_per_second,
+            "seconds": r.median,
+            "memory": r.memory,
+        }
+        for r in results
+        if r.median
+    ]
+    written = []
+    for setting in dict.fromkeys((p["setting"], p["size"]) for p in points):
+        here = [p for p in points if (p["setting"], p["size"]) == setting and p["gmacs"]]
+        if len(here) > 1:
+            name = f"throughput {setting[0]} {setting[1]}".replace(",", "").replace(" ", "-")
+            written.append(folder / f"{name}.png")
+            draw_throughput(here, f"{setting[0]}, {setting[1]} px", written[-1])
+    for setting in dict.fromkeys(p["setting"] for p in points):
+        here = [p for p in points if p["setting"] == setting]
+        if len({p["size"] for p in here}) > 1:
+            written.append(folder / f"{('growth ' + setting).replace(',', '').replace(' ', '-')}.png")
+            draw_growth(here, setting, written[-1])
+    return written
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,171 @@
+"""Cases measured in interleaved rounds, so that what else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sgformer.bench.cases import Case, Unsupported, build, create
+from sgformer.bench.memory import peak_memory
+from sgformer.errors import UserError
+
+
+@dataclass
+class Result:
+    """What was measured of a case.
+
+    Attributes:
+        case: what it was.
+        seconds: of one step, one figure a round.
+        first: seconds of the first step, compilation included; nothing is taken from a compiler's cache on disk.
+        memory: bytes at the peak (:func:`sgformer.bench.memory.peak_memory`); None: not measured.
+        macs: multiply-accumulates of one image's forward pass.
+        parameters: how many.
+        error: why there is no time, or no memory figure.
+    """
+
+    case: Case
+    seconds: list[float] = field(default_factory=list)
+    first: float | None = None
+    memory: int | None = None
+    macs: int | None = None
+    parameters: int | None = None
+    error: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.case.batch_size / self.median if self.median else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self.case),
+            "median_s": self.median,
+            "min_s": min(self.seconds, default=None),
+            "max_s": max(self.seconds, default=None),
+            "rounds_s": self.seconds,
+            "first_call_s": self.first,
+            "images_per_s": self.images_per_second,
+            "peak_memory_bytes": self.memory,
+            "macs": self.macs,
+            "parameters": self.parameters,
+            "error": self.error,
+        }
+
+
+def run(
+    cases: Sequence[Case],
+    rounds: int = 5,
+    seconds: float = 1.0,
+    memory: bool = True,
+    results: list[Result] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Result]:
+    """Measure all cases; one that fails is named in its result and loses nothing of the others.
+
+    Cases of the same image size, batch size and mode stand in memory together and take turns, round by round.
+
+    Args:
+        rounds: turns of each case; the median is what counts, least and greatest are the spread.
+        seconds: a turn lasts at least so long and at least one step.
+        memory: also measure peak memory, each case in a fresh process.
+        results: filled as the figures come in, so that whoever interrupts keeps what there is.
+        tell: called with a line about what is being done.
+    """
+    results = [] if results is None else results
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.mode, case.image_size, case.batch_size, case.precision), []).append(case)
+    for group in groups.values():
+        now = [Result(case) for case in group]
+        results += now
+        for result in now:
+            _count(result)
+        _time(now, rounds, seconds, tell)
+        if memory:
+            for result in now:
+                if result.seconds and result.case.backend != "onnxruntime":
+                    tell(f"memory: {result.case.label()}")
+                    try:
+                        result.memory = peak_memory(result.case)
+                    except Unsupported as error:
+                        result.error = f"memory: {error}"
+    return results
+
+
+def _count(result: Result) -> None:
+    """Parameters and MACs, on the meta device: nothing is computed."""
+    case = dataclasses.replace(result.case, mode="infer", grad_checkpointing=False)
+    try:
+        with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model = create(case)
+            result.parameters = sum(p.numel() for p in model.parameters())
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(1, 3, case.image_size, case.image_size))
+        result.macs = counter.get_total_flops() // 2
+    except Exception:  # a network that cannot run without numbers, or not at all: its first step will tell
+        result.macs = None
+
+
+def _time(results: list[Result], rounds: int, seconds: float, tell: Callable[[str], None]) -> None:
+    steps: list[tuple[Result, Callable[[], Any]]] = []
+    for result in results:
+        tell(f"first call: {result.case.label()}")
+        try:
+            with _fresh_compiler_cache(result.case):
+                start = time.perf_counter()
+                step = build(result.case)
+                built = time.perf_counter()
+                step()
+                # An export is part of the first call of what it makes; drawing fresh weights is not.
+                result.first = time.perf_counter() - (start if result.case.backend == "onnxruntime" else built)
+            step()
+        except Exception as error:  # whatever a network, a compiler or an exporter may raise: told, not fatal
+            result.error = _one_line(error)
+            continue
+        steps.append((result, step))
+    for number in range(rounds):
+        tell(f"round {number + 1} of {rounds}")
+        for result, step in list(steps):
+            try:
+                count, start = 0, time.perf_counter()
+                while not count or time.perf_counter() - start < seconds:
+                    step()
+                    count += 1
+                result.seconds.append((time.perf_counter() - start) / count)
+            except RuntimeError as error:
+                result.error, result.seconds = _one_line(error), []
+                steps.remove((result, step))
+    del steps
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _fresh_compiler_cache(case: Case) -> Any:
+    if case.backend != "compile":
+        return contextlib.nullcontext()
+    from torch._inductor.utils import fresh_cache  # torch has no public way to ask for an honest first call
+
+    return fresh_cache()
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    text = str(error) if isinstance(error, Unsupported | UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:200]

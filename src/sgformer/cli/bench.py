@@ -1,0 +1,89 @@
+"""`sgformer bench`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Literal
+
+from sgformer.cli.output import write_json
+from sgformer.errors import UserError, require
+
+
+def bench(
+    models: list[str] = ["sgformer_s"],  # noqa: B006
+    image_size: list[int] = [224],  # noqa: B006
+    batch_size: list[int] = [1],  # noqa: B006
+    mode: list[Literal["infer", "train"]] = ["infer"],  # noqa: B006
+    backend: list[Literal["eager", "optimize", "compile", "onnxruntime"]] = ["eager"],  # noqa: B006
+    coarse: list[Literal["global", "window"]] | None = None,
+    grad_checkpointing: bool = False,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    baseline: str | None = None,
+    rounds: int = 5,
+    seconds: float = 1.0,
+    memory: bool = True,
+    threads: int | None = None,
+    device: str = "auto",
+    out: str = "bench",
+) -> int:
+    """Time and memory of networks, side by side: every combination, in interleaved rounds of one run.
+
+    Args:
+        models: timm names, sgformer_*, plain_s (benchmarks/plain.py), FILE.py:FUNCTION
+        image_size: pixels, height and width
+        batch_size: images at a time
+        mode: infer; train is forward, loss, backward
+        backend: eager; optimize: sgformer.optimize; compile: torch.compile, or optimize(compile=True); onnxruntime
+        coarse: reach of the coarse heads, sgformer and plain only [as the size has it]
+        grad_checkpointing: less memory, more time
+        precision: arithmetic; bf16, fp16: mixed
+        baseline: ratios are to this one of the models [the first]
+        rounds: turns of each; the median counts
+        seconds: a turn lasts at least so long
+        memory: peak memory, each in a fresh process
+        threads: on the CPU [as torch chooses]
+        device: auto, cpu, cuda, cuda:1, mps
+        out: folder for bench.json and plots
+    """
+    require("rich", extra="bench")
+    require("matplotlib", extra="bench")
+    from sgformer.bench import Case, run
+    from sgformer.bench.cases import check_model
+    from sgformer.bench.report import Progress, draw, print_table, to_json
+    from sgformer.training.device import find_device
+
+    for name, values in (("image-size", image_size), ("batch-size", batch_size), ("rounds", [rounds])):
+        least = 32 if name == "image-size" else 1
+        if min(values) < least:
+            raise UserError(f"--{name} must be {least} or more, got {min(values)}")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads must be above 0, got {threads}")
+    if seconds < 0:
+        raise UserError(f"--seconds must be 0 or more, got {seconds:g}")
+    for model in models:
+        check_model(model)
+    if baseline is not None and baseline not in models:
+        raise UserError(f"--baseline {baseline} is not among --models {' '.join(models)}")
+    where = str(find_device(device))
+    cases = [
+        Case(model, size, batch, kind, way, reach, grad_checkpointing, precision, where, threads)
+        for kind, size, batch, reach, way, model in itertools.product(
+            mode, image_size, batch_size, coarse or [None], backend, models
+        )
+    ]
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list = []
+    try:
+        with Progress() as tell:
+            run(cases, rounds, seconds, memory, results, tell)
+    finally:  # also after Ctrl-C: what was measured is worth keeping
+        done = [r for r in results if r.seconds or r.error]
+        if done:
+            write_json(to_json(done, ["sgformer", *sys.argv[1:]], baseline or models[0]), str(folder / "bench.json"))
+            print_table(done, baseline or models[0])
+            draw(done, folder)
+    print(f"wrote {folder / 'bench.json'} and plots")
+    return 0

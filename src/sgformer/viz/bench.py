@@ -1,0 +1,80 @@
+"""Speed and memory as pictures: throughput against MACs, and how cost grows with the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgformer.errors import require
+from sgformer.viz.style import COLOURS, INK, figure
+
+MARKERS = "osD^v"
+
+
+def draw_throughput(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:
+    """Each network one point: multiply-accumulates of an image to the right, images a second upwards.
+
+    Args:
+        points: with "label", "gmacs" and "images_per_s".
+        out: the PNG to write.
+    """
+    with figure(out, 6.4, 4.2) as fig:
+        axes = fig.subplots()
+        for i, p in enumerate(sorted(points, key=lambda p: p["gmacs"])):
+            colour = COLOURS[0] if p["label"].startswith("sgformer") else COLOURS[1]
+            axes.plot(p["gmacs"], p["images_per_s"], "o", color=colour, markersize=6)
+            left = i % 2 == 1  # networks of much the same size are told apart by writing to both sides
+            axes.annotate(
+                p["label"], (p["gmacs"], p["images_per_s"]), (-7 if left else 7, 0), textcoords="offset points",
+                va="center", ha="right" if left else "left", fontsize=8, color=INK,
+            )  # fmt: skip
+        axes.set_ylim(0, 1.12 * max(p["images_per_s"] for p in points))
+        axes.set_xlim(0, 1.3 * max(p["gmacs"] for p in points))
+        axes.set_title(title)
+        axes.set_xlabel("GMACs an image")
+        axes.set_ylabel("images/s")
+
+
+def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:
+    """Time and peak memory against image size, both axes logarithmic, with the exponent that fits each network.
+
+    Args:
+        points: with "label", "size" (pixels a side), "seconds", and "memory" in bytes or None.
+        out: the PNG to write.
+    """
+    ticker = require("matplotlib.ticker", extra="bench")
+    panels = {"seconds": ("milliseconds a step", 1e3), "memory": ("peak memory, MiB", 2**-20)}
+    with figure(out, 10, 4.2) as fig:
+        for axes, (name, (label, scale)) in zip(fig.subplots(1, 2), panels.items(), strict=True):
+            for i, network in enumerate(dict.fromkeys(p["label"] for p in points)):
+                here = sorted((p["size"], p[name]) for p in points if p["label"] == network and p[name])
+                if not here:
+                    continue
+                x, y = zip(*here, strict=True)
+                y = [value * scale for value in y]
+                slope = exponent([side * side for side in x], y)
+                legend = network if slope is None else f"{network}: pixels^{round(slope, 2) + 0:.2f}"
+                axes.plot(x, y, marker=MARKERS[i % 5], markersize=4, color=COLOURS[i % 5], label=legend)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+            sizes = sorted({p["size"] for p in points})
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set_xticks([], minor=True)
+            axes.set_title(f"{title}: {label}")
+            axes.set_xlabel("image side, pixels")
+            if axes.lines:
+                axes.legend(fontsize=7.5)
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """The slope of the straight line through the logarithms, least squares; None for fewer than two sizes."""
+    if len(set(x)) < 2:
+        return None
+    a, b = [math.log(v) for v in x], [math.log(v) for v in y]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    return sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True)) / sum((p - mean_a) ** 2 for p in a)

@@ -1,0 +1,85 @@
+"""Prepared networks compute what the plain ones do, and leave them alone."""
+
+import copy
+
+import pytest
+import torch
+
+import sgformer
+from sgformer.inference import FoldedMlp, PackedLinear
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=5)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms away from 0 and 1
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.train()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (75, 130)])
+@pytest.mark.parametrize("pack", [None, False])
+@torch.no_grad()
+def test_optimize_changes_no_number_and_not_the_original(model, size, pack):
+    before = copy.deepcopy(model.state_dict())
+    fast = sgformer.optimize(model, pack=pack)
+    kinds = {type(m) for m in fast.modules()}
+    assert FoldedMlp in kinds and (PackedLinear in kinds) == (pack is None)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in fast.parameters())
+    plain = copy.deepcopy(model).eval()
+    image = torch.randn(2, 3, *size)
+    seen, expected = fast.inspect(image), plain.inspect(image)
+    # In float32 two tokens may swap ranks; what comes before the first sorting is exact to rounding.
+    torch.testing.assert_close(seen.significance["1.0"], expected.significance["1.0"], rtol=1e-4, atol=1e-7)
+    assert (seen.logits - expected.logits).abs().max() < 1e-3 * expected.logits.abs().max()
+    assert torch.equal(fast(image), fast.forward_head(fast.forward_features(image)))
+
+
+@torch.no_grad()
+def test_folding_is_exact_in_float64(model):
+    plain = copy.deepcopy(model).double().eval()
+    fast = sgformer.optimize(plain)
+    assert not any(isinstance(m, PackedLinear) for m in fast.modules())  # packing is for float32
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    torch.testing.assert_close(fast(image), plain(image), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="float64"):
+        sgformer.optimize(plain, pack=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"aggregation": "pool"}, {"significance": "learned"}, {"num_classes": 0}])
+def test_every_kind_of_network_can_be_prepared(options):
+    if "aggregation" in options:
+        options = {"aggregation": sorted(set(sgformer.config.AGGREGATION) - {"linear"})[0]}
+    plain = sgformer.create_model("sgformer_n", **options).eval()
+    image = torch.randn(1, 3, 64, 64)
+    expected = plain(image)
+    assert (sgformer.optimize(plain)(image) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_optimize_refuses_what_it_does_not_know():
+    with pytest.raises(TypeError, match="Linear"):
+        sgformer.optimize(torch.nn.Linear(2, 2))
+
+
+@torch.no_grad()
+def test_each_kind_of_block_is_compiled_once(model, monkeypatch):
+    """With a backend that runs the graphs as they are: what is tested is how blocks are compiled, not the compiler."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: real(self, backend=as_it_is, **o))
+    plain = sgformer.create_model("sgformer_n").double().eval()
+    fast = sgformer.optimize(plain, compile=True)
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(fast(image), plain(image), rtol=1e-9, atol=1e-12)
+    assert len(graphs) == 2 * 3 + 1  # hybrid and guided in three stages, plain in the fourth; 11 blocks in all
+    with pytest.raises(ValueError, match="opaque"):
+        sgformer.optimize(plain, pack=True, compile=True)
