@@ -235,3 +235,11 @@ def test_regions_and_scales_as_text():
         with_stages(VARIANTS["sgformer_n"], regions=parse_regions("1:2"))
     with pytest.raises(ValueError, match="sum to 1"):
         with_stages(VARIANTS["sgformer_n"], regions=parse_regions(".5:2/1:1/1:1"))
+
+
+@pytest.mark.parametrize("options", [{"attention": "linear"}, {"aggregation": "weighted"}, {"significance": "learned"}])
+def test_bf16_autocast(options):
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = small(**options).train().inspect(torch.randn(2, 3, 75, 64))
+    assert seen.logits.isfinite().all() and all(s.dtype == torch.float32 for s in seen.significance.values())
+    seen.logits.float().square().sum().backward()

@@ -254,6 +254,7 @@ def load_looker(weights: str | os.PathLike[str], device: str = "auto", **metadat
         UserError: unreadable, or weights of another network than SG-Former.
     """
     where = find_device(device)
+    model: Any
     task = read_metadata(weights).get("task", "classify")
     if task == "segment":
         from sgformer.tasks.segment import Segmenter

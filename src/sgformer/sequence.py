@@ -7,7 +7,9 @@ themselves, from a head trained with the task, or from the caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,23 +64,23 @@ class SelfGuidedAttention1d(nn.Module):
         attention: str = "softmax",
     ):
         super().__init__()
-        regions = [Region(*r) for r in regions]
+        cut = [Region(*r) for r in regions]
         for name, value in (("aggregation", aggregation), ("attention", attention)):
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])} (got {value})")
-        if not regions or abs(sum(r.share for r in regions) - 1) > 1e-6 or min(r.rate for r in regions) < 1:
-            raise ValueError(f"regions are (share, rate), the shares sum to 1, rates are at least 1 (got {regions})")
+        if not cut or abs(sum(r.share for r in cut) - 1) > 1e-6 or min(r.rate for r in cut) < 1:
+            raise ValueError(f"regions are (share, rate), the shares sum to 1, rates are at least 1 (got {cut})")
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads (got {dim} and {heads})")
         if isinstance(significance, str) and (significance not in SIGNIFICANCE or significance in NEED_HYBRID):
             known = ", ".join(name for name in SIGNIFICANCE if name not in NEED_HYBRID)
             raise ValueError(f"significance of a sequence is one of {known}, a function, or None (got {significance})")
-        self.source = make_source(significance, dim) if isinstance(significance, str) else significance
+        self.source: Any = make_source(significance, dim) if isinstance(significance, str) else significance
         self.named = isinstance(significance, str)
-        self.attn = SelfGuidedAttention(dim, heads, regions, aggregation, attention, LocalConv1d)
+        self.attn = SelfGuidedAttention(dim, heads, cut, aggregation, attention, LocalConv1d)
         self.tokens: TokenGroups | MergedTokens | None = None
         self.apply(init_module)
-        nn.init.kaiming_normal_(self.attn.local.weight, mode="fan_out")
+        nn.init.normal_(self.attn.local.get_parameter("weight"), std=math.sqrt(2 / 3))  # sqrt(2 / fan out), as images'
 
     def forward(self, x: Tensor, significance: Tensor | None = None) -> Tensor:
         """(B, N, C) and, where the module has no source, (B, N) -> (B, N, C)."""

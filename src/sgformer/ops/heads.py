@@ -26,7 +26,7 @@ def attend_windows(
 
     Returns the output (B, H, W, D) and the attention each key received, summed over queries: (B, H', W').
     """
-    B, grid, kv_grid = q.shape[0], q.shape[1:3], kv.shape[1:3]
+    B, grid, kv_grid = q.shape[0], (q.shape[1], q.shape[2]), (kv.shape[1], kv.shape[2])
     # Where a window sticks out on its own, its padding is left out: the same sums, less to compute.
     q_window = min(q_window[0], grid[0]), min(q_window[1], grid[1])
     kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])

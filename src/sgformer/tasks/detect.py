@@ -39,6 +39,7 @@ class Detector(nn.Module):
 
     mean: Tensor
     std: Tensor
+    metadata: dict[str, Any]  # of the file it was loaded from
 
     def __init__(self, backbone: Pyramid, num_classes: int, masks: bool = True, width: int = 256, **options: Any):
         super().__init__()

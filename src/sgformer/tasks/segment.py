@@ -43,6 +43,8 @@ class Segmenter(nn.Module):
         architecture: a plain dict from which `Segmenter.build` makes the same network.
     """
 
+    metadata: dict[str, Any]  # of the file it was loaded from
+
     def __init__(self, backbone: Pyramid, head: str, num_classes: int, width: int | None = None):
         super().__init__()
         self.architecture = {

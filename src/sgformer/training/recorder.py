@@ -135,7 +135,8 @@ def write_numbers(path: Path) -> list[dict[str, Any]]:
     salient tokens' area that lies in objects; `object_area`: the objects' share of the image, which is chance. Empty
     where they cannot be known. Each also by stage.
     """
-    rows, before = [], {}
+    rows: list[dict[str, Any]] = []
+    before: dict[str, dict[str, Any]] = {}
     for record in records(path):
         now = _read(record)
         first = next(iter(now.values()))
