@@ -141,3 +141,26 @@ def test_a_failed_run_is_told_in_a_line(tmp_path, capsys):
     assert main(["ablate", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "nowhere: no such folder" in error and "a-0.log" in error and error.count("\n") == 1
+
+
+def test_a_signal_is_passed_on_so_that_a_run_can_save(tmp_path):
+    import os
+    import signal
+    import sys
+    import threading
+
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)));"
+        "print('ready', flush=True); time.sleep(30)"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with (tmp_path / "log").open("w") as file:
+
+        def stop():
+            while "ready" not in (tmp_path / "log").read_text():
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop).start()
+        assert ab._run([sys.executable, "-c", code], file) == 143
+    assert "saved" in (tmp_path / "log").read_text() and signal.getsignal(signal.SIGTERM) is before

@@ -26,6 +26,7 @@ import logging
 import os
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -165,8 +166,7 @@ def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float
         minutes: start no run after so many.
 
     Raises:
-        UserError: the folder holds a run of another setting, or a run failed; its log is named.
-        Interrupted: as of training.
+        UserError: the folder holds a run of another setting, a run failed (its log is named) or was stopped.
     """
     folder = Path(out)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
     before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     output = place.with_name(f"{place.name}.log")
     with output.open("a", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        status = _run(command, file)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if place.is_dir():
         cost = {"seconds": 0.0, "processor_seconds": 0.0}
@@ -218,9 +218,27 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
         cost["seconds"] += time.monotonic() - clock
         cost["processor_seconds"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         (place / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise UserError(f"{variant}, seed {seed}, was stopped; the same command goes on with it")
     if status:
         last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise UserError(f"{variant}, seed {seed}, stopped with status {status} ({' '.join(last)}); see {output}")
+
+
+def _run(command: list[str], output: Any) -> int:
+    """The status of a process of its own. Signals to this one are passed on to it, so that training saves its state."""
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    handlers: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda signum, frame: process.send_signal(signum))
+    except ValueError:  # not in the main thread: whoever started it handles signals
+        pass
+    try:
+        return process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _check_same(place: Path, config: RunConfig) -> None:
