@@ -1,9 +1,10 @@
-"""Does a trained classifier rely on its guidance? Change it without training again, and count the answers that change.
+"""Does a trained network rely on its guidance? Change it without training again, and see what is lost.
 
     python benchmarks/reliance.py demo/run --data demo/scenes
+    python benchmarks/reliance.py demo/dense/segment --data demo/dense/ade20k
 
 Two kinds of change: tokens ranked by something else, and the key/value tokens of all self-guided blocks replaced by
-what holds less. Prints a table: top-1, and how many right answers were lost and won.
+what holds less. Weights of a classifier (top-1) or of a semantic segmentation whose images have one size (mIoU).
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from torch import Tensor
 
 import sgformer
 from sgformer.backbone import GuidedBlock
-from sgformer.data.imagefolder import ImageFolderDataset, scan
-from sgformer.data.transforms import eval_transform, preprocessing
-from sgformer.training.weights import find_weights
+from sgformer.guidance import make_source
+from sgformer.training.weights import find_weights, read_metadata
 
 RANKINGS = ("coarse", "fine", "uniform", "random", "inverted", "feature-norm")
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,42 +29,90 @@ CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def variants(weights: str) -> Iterator[tuple[str, Any]]:
-    """The network as it was trained, and changed."""
-    yield "as trained", sgformer.load_model(weights)
+def changes(model: Any) -> Iterator[str]:
+    """Change the network in place, one way after the other; the name of each."""
+    blocks = [module for module in model.modules() if isinstance(module, GuidedBlock)]
+    own = [block.source for block in blocks]
+    yield "none"
     for name in RANKINGS:
-        yield f"ranked by {name}", sgformer.load_model(weights, significance=name)
+        for block in blocks:
+            block.source = make_source(name, 0)
+        yield f"ranked by {name}"
+    for block, source in zip(blocks, own, strict=True):
+        block.source = source
     for name, change in CONTENTS.items():
-        model = sgformer.load_model(weights)
-        for module in model.modules():
-            if isinstance(module, GuidedBlock):
-                module.attn.aggregate.register_forward_hook(
-                    lambda _, inputs, output, change=change: (change(output[0]), output[1])
-                )
-        yield name, model
+        hooks = [
+            block.attn.aggregate.register_forward_hook(
+                lambda _, inputs, output, change=change: (change(output[0]), output[1])
+            )
+            for block in blocks
+        ]
+        yield name
+        for hook in hooks:
+            hook.remove()
+
+
+def classifier(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], float]]:
+    """The network, and what measures it: top-1 in percent."""
+    from sgformer.data.imagefolder import ImageFolderDataset, scan
+    from sgformer.data.transforms import eval_transform, preprocessing
+
+    model = sgformer.load_model(weights)
+    listing = scan(data, "val", model.metadata["classes"])
+    dataset = ImageFolderDataset(listing, eval_transform(**preprocessing(model.metadata)))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # neighbours of any class
+    images = torch.stack([dataset[i].image for i in order.tolist()])
+    classes = torch.tensor(listing.targets)[order]
+
+    def score() -> float:
+        right = torch.cat([model(x).argmax(1) for x in images.split(batch)]) == classes
+        return 100 * right.float().mean().item()
+
+    return model, score
+
+
+def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], float]]:
+    """The network, and what measures it: mIoU in percent."""
+    from sgformer.api_segment import inference
+    from sgformer.data.ade20k import LabelledFolderDataset, scan
+    from sgformer.data.dense_transforms import eval_transform
+    from sgformer.tasks.segment import Segmenter, class_probabilities
+
+    model, metadata = Segmenter.load(weights)
+    how = inference(metadata)
+    listing = scan(data, "validation", metadata["classes"], metadata["reduce_zero_label"])
+    dataset = LabelledFolderDataset(listing, eval_transform())
+    samples = [dataset[i] for i in range(len(dataset))]
+    n = len(listing.classes)
+
+    def score() -> float:
+        counts = torch.zeros(n, n, dtype=torch.int64)
+        for start in range(0, len(samples), batch):
+            part = samples[start : start + batch]
+            guess = class_probabilities(model, torch.stack([s.image for s in part]), how).argmax(1)
+            truth = torch.stack([s.target for s in part])
+            known = truth != listing.ignore
+            counts += torch.bincount(truth[known] * n + guess[known], minlength=n * n).view(n, n)
+        return 100 * (counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())).nanmean().item()
+
+    return model, score
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", help="a run folder or .safetensors of a classifier")
-    parser.add_argument("--data", required=True, help="folder with val/CLASS/*")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("weights", help="a run folder or .safetensors")
+    parser.add_argument("--data", required=True, help="the validation data, in the layout of the task")
+    parser.add_argument("--batch-size", type=int, default=25)
     given = parser.parse_args()
     weights = str(find_weights(given.weights))
-    metadata = sgformer.load_model(weights).metadata
-    listing = scan(given.data, "val", metadata["classes"])
-    dataset = ImageFolderDataset(listing, eval_transform(**preprocessing(metadata)))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # neighbours of any class
-    images = torch.stack([dataset[i].image for i in order.tolist()])
-    classes = torch.tensor(listing.targets)[order]
-    first = None
-    print(f"| {len(images)} images | top-1, % | lost | won |\n|---|---|---|---|")
-    for name, model in variants(weights):
-        with torch.no_grad():
-            right = torch.cat([model(x).argmax(1) for x in images.split(given.batch_size)]) == classes
-        first = right if first is None else first
-        lost, won = int((first & ~right).sum()), int((right & ~first).sum())
-        print(f"| {name} | {100 * right.float().mean():.1f} | {lost} | {won} |", flush=True)
+    task = read_metadata(weights).get("task", "classify")
+    if task not in ("classify", "segment"):
+        parser.error(f"weights for {task}; classifiers and segmentations can be measured here")
+    model, score = (segmenter if task == "segment" else classifier)(weights, given.data, given.batch_size)
+    print(f"| change | {'mIoU' if task == 'segment' else 'top-1'}, % |\n|---|---|")
+    with torch.no_grad():
+        for name in changes(model):
+            print(f"| {name} | {score():.1f} |", flush=True)
 
 
 if __name__ == "__main__":
