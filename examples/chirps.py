@@ -3,7 +3,7 @@
     python examples/chirps.py
 
 512 samples of noise, and somewhere in them 64 of a chirp whose pitch rises or falls. A network of one self-guided block
-makes 128 tokens of them, looks at 22 instead of all, and learns, with nothing but the answer to go by, which are worth it.
+makes 128 tokens of them, looks at 22 instead of all, and learns which are worth it from nothing but the answer.
 """
 
 from __future__ import annotations
