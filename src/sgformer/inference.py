@@ -26,7 +26,7 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -
     Args:
         model: any SGFormer, in any mode and dtype, on the device where it will run.
         pack: whether to pack weights. None: where it is possible, that is on the CPU in float32, unless ``compile`` is
-            asked for. False leaves operations that any exporter knows and any runtime does well.
+            asked for. False leaves operations that any exporter and compiler knows.
         compile: also let ``torch.compile`` compile the blocks, each kind of block once and not each block: S has 23
             blocks of seven kinds. It happens in the first call, and anew for another image or batch size.
 
@@ -43,13 +43,12 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -
         raise ValueError("packed weights are opaque to torch.compile (got pack=True and compile=True)")
     if pack and not possible:
         raise ValueError(f"weights are packed on the CPU in float32 (got {first.dtype} on {first.device})")
-    elementary = pack is False  # on the way to an exporter
     pack = possible and not compile if pack is None else pack
     for module in list(fast.modules()):
         for name, child in module.named_children():
             if isinstance(child, Mlp):
                 setattr(module, name, FoldedMlp(child))
-    if elementary:
+    if not pack:
         for module in list(fast.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.GroupNorm) and child.num_groups == 1:
