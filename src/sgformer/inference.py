@@ -48,11 +48,6 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -
         for name, child in module.named_children():
             if isinstance(child, Mlp):
                 setattr(module, name, FoldedMlp(child))
-    if not pack:
-        for module in list(fast.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.GroupNorm) and child.num_groups == 1:
-                    setattr(module, name, ImageNorm(child))
     if pack:
         for path, module in list(fast.named_modules()):
             for name, child in module.named_children():
@@ -77,22 +72,6 @@ class FoldedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.conv(self.fc1(x))))
-
-
-class ImageNorm(nn.Module):
-    """GroupNorm of one group in elementary operations. Exporters write GroupNorm as a reshape to (B, 1, C H W) and
-    back, for which a runtime that keeps images channels-last copies them twice."""
-
-    def __init__(self, norm: nn.GroupNorm):
-        super().__init__()
-        self.eps = norm.eps
-        self.weight, self.bias = (nn.Parameter(p.view(-1, 1, 1), p.requires_grad) for p in (norm.weight, norm.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean((1, 2, 3), keepdim=True)
-        normed = centred * (centred.square().mean((1, 2, 3), keepdim=True) + self.eps).rsqrt()
-        return normed.to(x.dtype) * self.weight + self.bias
 
 
 class InplaceGELU(nn.Module):
