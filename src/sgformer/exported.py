@@ -31,7 +31,7 @@ class ExportedNetwork:
 
     Attributes:
         metadata: what the file says of itself: `task`, `classes`, `image_size`, `mean`, `std` and so on.
-        input_size: (height, width) that it takes; None where any multiple of 32 (or any size) will do.
+        input_size: (height, width) that it takes; None where any will do.
 
     Raises:
         UserError: no such file, or not one of ours; onnxruntime is not installed.
@@ -219,7 +219,8 @@ def _open(path: str | os.PathLike[str], task: str, image_size: Any = None) -> Ex
 def _check_size(network: ExportedNetwork, size: tuple[int, int]) -> None:
     step = network.metadata["multiple"]
     if network.input_size is None and (min(size) < 32 or size[0] % step or size[1] % step):
-        raise UserError(f"{network.path}: takes multiples of {step} pixels, got {size[0]} x {size[1]}")
+        steps = f" in steps of {step}" if step > 1 else ""
+        raise UserError(f"{network.path}: takes images from 32 pixels up{steps}, got {size[0]} x {size[1]}")
 
 
 def _sources(images: Images) -> list[Path | Image.Image]:
