@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sgformer.api import find_images, open_image
+from sgformer.answers import find_images, open_image
 from sgformer.backbone import Inspection, SGFormer
 from sgformer.data.transforms import denormalize, eval_transform, preprocessing
 from sgformer.errors import UserError
@@ -155,7 +155,7 @@ class SegmenterLooker(Looker):
         return eval_transform((image.height, image.width), 1.0)(image)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        from sgformer.data.dense_transforms import fit_size
+        from sgformer.data.image import fit_size
 
         return fit_size(height, width, int(self.metadata.get("short_side", min(height, width))))
 

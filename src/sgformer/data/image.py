@@ -173,3 +173,16 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
         low, high = 0.0, 65535.0 if values.max() <= 65535 else 2.0**31 - 1
         values = values.astype(np.float64).clip(low)
     return np.rint((values - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
+
+
+#: The long side is at most so many times the short side's target: 2048 for 512.
+LONG_TO_SHORT = 4
+
+
+def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
+    """The size at which an image's short side is `short_side * factor`, or its long side 4 times that if this is less.
+
+    Proportions stay; both sides are at least 32 pixels, which backbones need.
+    """
+    ratio = factor * min(short_side / min(height, width), LONG_TO_SHORT * short_side / max(height, width))
+    return max(32, int(height * ratio + 0.5)), max(32, int(width * ratio + 0.5))
