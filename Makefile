@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install bench demo demo-dense test test-fast lint format types clean
+.PHONY: help install bench demo demo-dense docs test test-fast lint format types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-fast: install  ## the quick part of it
 bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (15 minutes on 2 quiet cores)
 	$(BIN)/python benchmarks/standing.py --out bench
 
+docs: install  ## the documentation as a site, in site/; open site/index.html (search needs a server: python3 -m http.server -d site)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 lint: install  ## formatter and linter, changing nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -60,4 +63,4 @@ format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

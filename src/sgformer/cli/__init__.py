@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
     "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
     "export": ("sgformer.cli.export", "export", "write a network for another runtime: ONNX, OpenVINO, torch.export"),
+    "app": ("sgformer.cli.app", "app", "a page to look into trained networks with"),
     "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
     "landing": ("sgformer.cli.landing", "landing", "measure whether salient tokens land on the objects"),
     "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import MaybeToTensor
 from torchvision.transforms import Compose, Normalize
 
@@ -17,6 +18,17 @@ from sgformer.errors import UserError
 Transform = Callable[[Image.Image], torch.Tensor]
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep so many bits of each value: all from 8 up; none, at a policy's full strength, leaves black."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+# timm leaves 0 bits to Pillow, which refuses them from version 13 on: one image in a thousand would end a training.
+NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def train_transform(
