@@ -14,7 +14,12 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         # A DataLoader worker re-raises an exception as `type(whole traceback as text)`: keep the line that matters.
-        super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].strip())
+        kind = type(self)
+        super().__init__(message.rsplit(f"{kind.__module__}.{kind.__qualname__}: ", 1)[-1].strip())
+
+
+class StalledError(UserError):
+    """A file did not come in time. It need not be damaged, so `--bad-images skip` stops at it, too."""
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -119,7 +119,7 @@ def test_a_finished_run_has_nothing_left(photos, straight, caplog):
 def test_a_broken_checkpoint_is_named(photos, tmp_path):
     run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=1, **QUICK)
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.ckpt: not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"last\.ckpt: not a whole checkpoint"):
         train_classifier(resume=run.path, max_steps=2)
 
 

@@ -33,7 +33,7 @@ def test_a_run_folder_holds_everything(run):
     left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert left == {
         *("config.yaml", "environment.json", "log.txt", "metrics.csv", "curves.png", "train_batch.png", "report.md"),
-        *("best.safetensors", "last.safetensors", "checkpoints/last.ckpt"),
+        *("best.safetensors", "last.safetensors", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"),
         *(f"validation/{name}" for name in ("metrics.json", "classes.csv", "confusion.csv", "confusion.png")),
     }
     environment = json.loads((run / "environment.json").read_text())

@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
-from sgformer.data.imagefolder import Sample, seeded, some
-from sgformer.errors import UserError, require
+from sgformer.data.imagefolder import Sample, bad_image, seeded, some
+from sgformer.errors import StalledError, UserError, require
 
 #: What the files and folders of a split may be called, in the order of preference.
 SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}
@@ -524,9 +524,9 @@ class CocoDataset(Dataset):
         try:
             image = self._read(index)
         except UserError as error:
-            if self.bad_images == "skip":
+            if self.bad_images == "skip" and not isinstance(error, StalledError):
                 return Sample(None, {}, index, str(error))
-            raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from error
+            raise bad_image(error) from error
         target = self.target(index)
         if self.transform is not None:
             with seeded(self.seed, epoch, index):

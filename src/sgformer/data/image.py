@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sgformer.errors import UserError
+from sgformer.errors import StalledError, UserError
 
 #: File name endings (lower case) that count as images when a folder is listed.
 IMAGE_EXTENSIONS = frozenset(
@@ -38,6 +39,10 @@ IMAGE_EXTENSIONS = frozenset(
 #: Images of more pixels are refused before anything is decoded. 128 Mpx are 384 MB as RGB.
 MAX_PIXELS = 128 * 2**20
 
+#: Seconds after which a file that does not come is an error.
+READ_TIMEOUT = 300.0
+
+T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
 
 # Pillow's softer bound and its remarks on sloppy metadata would come once per file and worker; MAX_PIXELS is our bound.
@@ -71,7 +76,14 @@ def read_image(source: ImageSource, name: str | None = None) -> Image.Image:
 
     Raises:
         UserError: missing, empty, truncated, not an image, or more than `MAX_PIXELS` pixels; names the file.
+        StalledError: a path that gives no answer, see `in_time`.
     """
+    if isinstance(source, (str, os.PathLike)):
+        return in_time(lambda: _read(source, name), source)
+    return _read(source, name)
+
+
+def _read(source: ImageSource, name: str | None) -> Image.Image:
     with opened(source, name) as image:
         image.load()
         if _orientation(image) != 1:
@@ -92,6 +104,41 @@ def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
         if orientation >= 5 and image.format != "TIFF":
             width, height = height, width
         return ImageHeader(width, height, image.mode, orientation)
+
+
+def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
+    """Read a file in a thread of its own, which is left behind if the disk or network mount gives no answer.
+
+    Args:
+        read: what to do.
+        path: the file's name for the error.
+
+    Raises:
+        StalledError: it took longer than `SGFORMER_READ_TIMEOUT` seconds of the environment (300; 0: for ever).
+    """
+    limit = float(os.environ.get("SGFORMER_READ_TIMEOUT", READ_TIMEOUT))
+    if not limit:
+        return read()
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(read())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if failure:
+        raise failure[0]
+    if not result:
+        raise StalledError(
+            f"{path}: no answer for {limit:g} seconds: does its disk or network mount respond? "
+            "(SGFORMER_READ_TIMEOUT=SECONDS waits longer, 0 for ever)"
+        )
+    return result[0]
 
 
 @contextmanager
