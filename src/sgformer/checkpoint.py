@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from sgformer.errors import UserError
 from sgformer.layers import resize_table
 
 FORMAT = "sgformer"
+CHECKSUM = "checksum"
 POSITION = "stem.position.table"
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
@@ -53,7 +55,10 @@ def save_model(model: SGFormer, path: str | os.PathLike[str], metadata: Mapping[
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], header: dict[str, str]) -> Path:
-    """safetensors to a temporary name beside ``path``, flushed to disk, then renamed over it."""
+    """safetensors to a temporary name beside ``path``, flushed to disk, then renamed over it.
+
+    The header gets a checksum of the tensors, which :func:`read_safetensors` compares.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist")
@@ -63,7 +68,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], 
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     try:
         os.close(handle)
-        save_file(tensors, temporary, header)
+        save_file(tensors, temporary, {**header, CHECKSUM: checksum(tensors)})
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         umask = os.umask(0)
@@ -81,10 +86,23 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """Tensors and header of a safetensors file.
 
     Raises:
-        UserError: the file is missing, cut short, or no safetensors file.
+        UserError: the file is missing, cut short, no safetensors file, or its tensors are not those it was written with.
     """
     with _opened(path) as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    if CHECKSUM in header and header[CHECKSUM] != checksum(tensors):
+        raise UserError(f"{path}: damaged: its checksum does not match its tensors")
+    return tensors, header
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bits of tensors on the CPU, whatever their order."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"blake2b {digest.hexdigest()}"
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -323,6 +323,7 @@ class Checkpoints(Callback):
             on_best,
         )
         self.best = -math.inf
+        self._unfinished = folder.checkpoint.with_name(f"{folder.checkpoint.name}.tmp")
         self._signal = 0
         self._handlers: dict[int, Any] = {}
         self._step = -1
@@ -400,11 +401,11 @@ class Checkpoints(Callback):
         self._publish()
 
     def _write(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder.checkpoint.with_suffix(".tmp"))
+        trainer.save_checkpoint(self._unfinished)
 
     def _publish(self) -> None:
         if self.folder.writes:
-            publish(self.folder.checkpoint.with_suffix(".tmp"), self.folder.checkpoint, self.folder.previous)
+            publish(self._unfinished, self.folder.checkpoint, self.folder.previous)
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         self._release()
