@@ -57,7 +57,7 @@ def save_model(model: SGFormer, path: str | os.PathLike[str], metadata: Mapping[
 def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], header: dict[str, str]) -> Path:
     """safetensors to a temporary name beside ``path``, flushed to disk, then renamed over it.
 
-    The header gets a checksum of the tensors, which :func:`read_safetensors` compares.
+    The header gets a checksum of everything, which :func:`read_safetensors` compares.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -68,7 +68,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], 
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     try:
         os.close(handle)
-        save_file(tensors, temporary, {**header, CHECKSUM: checksum(tensors)})
+        save_file(tensors, temporary, {**header, CHECKSUM: checksum(tensors, header)})
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         umask = os.umask(0)
@@ -86,18 +86,19 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """Tensors and header of a safetensors file.
 
     Raises:
-        UserError: the file is missing, cut short, no safetensors file, or its tensors are not those it was written with.
+        UserError: the file is missing, cut short, no safetensors file, or not what was written.
     """
     with _opened(path) as f:
         tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    if CHECKSUM in header and header[CHECKSUM] != checksum(tensors):
-        raise UserError(f"{path}: damaged: its checksum does not match its tensors")
+    written = header.pop(CHECKSUM, None)
+    if written not in (None, checksum(tensors, header)):
+        raise UserError(f"{path}: damaged: its checksum does not match what is in it")
     return tensors, header
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bits of tensors on the CPU, whatever their order."""
-    digest = hashlib.blake2b(digest_size=32)
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Of a header and of names, types, shapes and bits of tensors on the CPU, whatever their order."""
+    digest = hashlib.blake2b(json.dumps(dict(header), sort_keys=True).encode(), digest_size=32)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -389,6 +390,11 @@ def _read_pickle(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path}: damaged: the checksum of {damaged} in it does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their options under "args"
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:

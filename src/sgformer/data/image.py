@@ -212,11 +212,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Scale a grey image (H, W) of 16-bit, 32-bit or float values to uint8 as `read_image` says."""
     if np.issubdtype(values.dtype, np.floating):
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         low, high = float(values.min()), float(values.max())
         if low >= 0.0 and high <= 1.0:
             low, high = 0.0, 1.0
     else:
         low, high = 0.0, 65535.0 if values.max() <= 65535 else 2.0**31 - 1
-        values = values.astype(np.float64).clip(low)
-    return np.rint((values - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
+    scale = 255.0 / ((high - low) or 1.0)
+    result = np.empty(values.shape, np.uint8)
+    rows = max(1, 2**20 // values.shape[1])  # at a time: doubles of a whole large image would be too much memory
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows].astype(np.float64)
+        result[start : start + rows] = np.rint((part.clip(low) - low) * scale)
+    return result
