@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hostile
 import killing
 
-HANG = 20.0  # seconds after which an input counts as a hang
+HANG = 60.0  # seconds after which an input counts as a hang
 MEMORY = 1024  # MiB that an ordinary input may add to the process
 CHUNK = 500
 
@@ -55,7 +55,7 @@ class Count:
 def _try_all(make: Callable[..., Any], attempt: Callable[..., str], seed: int, start: int, stop: int, folder: str,
              report: Any) -> None:  # fmt: skip
     """In a process of its own: inputs `start` to `stop`, each announced before it is tried."""
-    sys.stdout = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.chdir(folder)
     for number, given in enumerate(islice(make(seed), start, stop), start):
         report.send(("trying", number, None))
@@ -199,8 +199,6 @@ def kill(tries: int, seed: int, out: Path) -> list[Count]:
 
 def odd_trainings(tries: int, seed: int, out: Path) -> Count:
     """Settings that pass the parser, on real data: a run that ends with 0, or a line and 2."""
-    from dataclasses import fields
-
     rng, begun = random.Random(seed), time.monotonic()
     course = killing.classification(out)
     numbers = ("0", "1", "2", "3", "7", "0.001", "0.5", "0.999", "1e-30", "1e30", "100000")
@@ -244,7 +242,7 @@ PARTS = {
     "recipes": ("recipes", hostile.mutated_recipes, a_recipe, MEMORY),
 }
 SIZES = {"kills": 100, "images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "labels": 10_000,
-         "commands": 3000, "recipes": 2000, "trainings": 50}  # fmt: skip
+         "commands": 1000, "recipes": 500, "trainings": 40}  # fmt: skip
 
 
 def run() -> int:
@@ -271,10 +269,8 @@ def run() -> int:
             counts.append(try_inputs(what, make, attempt, size, asked.seed, out, memory))
         print(f"{name}: {time.monotonic() - begun:.0f} s so far", flush=True)
         table = ["| | tried | | lost |", "|---|---|---|---|", *(count.row() for count in counts)]
-        used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = sum(u.ru_utime + u.ru_stime for u in used)
         where = f"{platform.machine()}, Python {platform.python_version()}, torch {killing.torch.__version__}"
-        table += ["", f"{time.monotonic() - begun:.0f} s in all, {seconds:.0f} s of processor time here; {where}."]
+        table += ["", f"{time.monotonic() - begun:.0f} s in all; {where}."]
         (out / "counts.md").write_text("\n".join(table) + "\n")
     print((out / "counts.md").read_text())
     return 1 if any(count.lost for count in counts) else 0

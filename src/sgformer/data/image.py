@@ -47,7 +47,7 @@ ImageSource = str | os.PathLike | bytes | IO[bytes]
 
 # Pillow's softer bound and its remarks on sloppy metadata would come once per file and worker; MAX_PIXELS is our bound.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 
 
 class ImageHeader(NamedTuple):
