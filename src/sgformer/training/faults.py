@@ -28,6 +28,8 @@ def plain_faults() -> Iterator[None]:
                 f"process {worker[1]}, which reads images, {how}: out of memory? try fewer --workers or a smaller "
                 "--batch-size (--workers 0 reads in the main process and shows the reason)"
             ) from error
+        if lacking := re.match(r"(\w+) does not have a deterministic implementation", text):
+            raise UserError(f"--deterministic: this device has no deterministic {lacking[1]}; train without") from error
         if re.search(GONE, text):
             raise UserError(
                 "another process of this run has ended; what it printed, or its machine's log, has the reason "

@@ -88,6 +88,7 @@ def trainer_options(config: RunConfig) -> dict[str, Any]:
         "precision": config.precision,
         "accumulate_grad_batches": config.accumulate,
         "gradient_clip_val": config.clip_grad,
+        "deterministic": config.deterministic or None,
     }
 
 
