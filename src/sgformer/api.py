@@ -314,7 +314,7 @@ def predict(
     model, metadata = load_weights(weights)
     where = find_device(device)
     model.eval().to(where)
-    names = metadata.get("classes") or [str(i) for i in range(model.num_classes)]
+    names = metadata.get("classes") or [str(i) for i in range(model.num_classes)]  # type: ignore[arg-type]
     transform = eval_transform(**_size(metadata, image_size, None))
     result = []
     for start in range(0, len(sources), batch_size):

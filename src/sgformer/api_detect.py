@@ -67,7 +67,7 @@ def prepare_detector(config: DetectConfig, batch: int, rank: int, world: int) ->
     steps = len(sampler) // config.accumulate
     model = new_detector(config, len(learn.classes), learn.has_masks)
     if config.grad_checkpointing:
-        model.backbone.network.set_grad_checkpointing(True)
+        model.backbone.network.set_grad_checkpointing(True)  # type: ignore[operator]
     task = DetectionTask(
         model,
         config,

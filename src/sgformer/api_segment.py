@@ -128,7 +128,7 @@ def prepare_segmenter(config: SegmentConfig, batch: int, rank: int, world: int) 
         ],
         finish=finish,
         unit="step",
-        objects=lambda index: object_pixels(val_set[index].target.numpy(), val.classes, val.ignore),
+        objects=lambda index: object_pixels(val_set[index].target.numpy(), val.classes, val.ignore),  # type: ignore[union-attr]
     )
 
 

@@ -102,7 +102,7 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"blake2b {digest.hexdigest()}"
 
 
@@ -191,8 +191,9 @@ def fit_to_model(tensors: Mapping[str, Tensor], model: SGFormer) -> dict[str, Te
     """Adapt weights to a model that differs in what may differ: the position grid is resized, a classifier for another
     number of classes is left out."""
     tensors = dict(tensors)
+    height, width = model.stem.position.table.shape[:2]
     if POSITION in tensors and tensors[POSITION].ndim == 3:
-        tensors[POSITION] = resize_table(tensors[POSITION], tuple(model.stem.position.table.shape[:2])).contiguous()
+        tensors[POSITION] = resize_table(tensors[POSITION], (height, width)).contiguous()
     head = tensors.get(CLASSIFIER[0])
     if head is not None and head.shape[0] != model.num_classes:
         for name in CLASSIFIER:
@@ -285,8 +286,9 @@ def from_released(state_dict: Mapping[str, Tensor], config: SGFormerConfig, sour
         for leaf in ("weight", "bias"):
             if f"{ours}.{leaf}" in expected:
                 parts = [rows(name, leaf) for name in theirs]
-                if all(p is not None for p in parts):
-                    result[f"{ours}.{leaf}"] = _stack(parts, f"{source}: {theirs[0]}.{leaf}")
+                known = [p for p in parts if p is not None]
+                if len(known) == len(parts):
+                    result[f"{ours}.{leaf}"] = _stack(known, f"{source}: {theirs[0]}.{leaf}")
     listed = [f"{len(n)} {what}: {_some(n)}" for what, n in (("missing", missing), ("unknown", sorted(unused))) if n]
     if listed:
         raise UserError(f"{source}: not a released SG-Former checkpoint of this size ({'; '.join(listed)})")

@@ -221,7 +221,7 @@ def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:
 def _stored_values(path: str | os.PathLike[str]) -> tuple[str, str, np.ndarray]:
     """How Pillow unpacks the file's pixels, what it makes of them, and those."""
     with opened(path, None) as image:
-        rawmode = image.tile[0][3] if image.tile else ""
+        rawmode = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]
         image.load()
         return rawmode if isinstance(rawmode, str) else "", image.mode, np.asarray(image)
 
@@ -231,7 +231,7 @@ class DenseSample(NamedTuple):
 
     image: torch.Tensor | None
     target: torch.Tensor | None
-    index: int
+    index: int  # type: ignore[assignment]
     skipped: str | None = None
 
 
@@ -247,7 +247,7 @@ class DenseBatch(NamedTuple):
 
     image: torch.Tensor | list[torch.Tensor]
     target: torch.Tensor | list[torch.Tensor]
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]
     skipped: tuple[str, ...]
 
 

@@ -498,7 +498,7 @@ class DetectionBatch(NamedTuple):
 
     image: list[torch.Tensor]
     target: list[dict[str, Any]]
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]
     skipped: tuple[str, ...]
 
 

@@ -171,10 +171,13 @@ def some(names: Sequence[str], limit: int = 8) -> str:
 
 
 class Sample(NamedTuple):
-    """One read image: what the transform made of it (or None, and why), class index, position in the data set."""
+    """One read image: what the transform made of it (or None, and why), its class index, position in the data set.
+
+    Data sets of other tasks have their own kind of target.
+    """
 
     image: Any
-    target: int
+    target: Any
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     skipped: str | None = None
 

@@ -107,7 +107,7 @@ def run_training(
         UserError: a setting, the data or the machine does not do; before the folder is made, where that can be known.
         Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
     """
-    first = rank_zero_only.rank == 0
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     trainer = build_trainer(**trainer_options(config))
     world, rank = trainer.world_size, trainer.global_rank
     batch = per_process_batch(config, world)
@@ -129,7 +129,7 @@ def run_training(
     val_loader = build_loader(job.val, job.val_sampler, config.workers, job.val_collate or job.collate)
     handler = folder.start_log()
     try:
-        skipped = cb.SkippedImages()
+        skipped, drawn = cb.SkippedImages(), folder.path / "train_batch.png"
         run_log = cb.RunLog(
             folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
         )
@@ -151,7 +151,7 @@ def run_training(
             sync_batchnorm=world > 1 and trainer.strategy.root_device.type == "cuda",
             callbacks=[
                 skipped,
-                cb.FirstBatches(config.seed, lambda *samples: job.draw(*samples, folder.path / "train_batch.png")),
+                cb.FirstBatches(config.seed, lambda images, targets: job.draw(images, targets, drawn)),
                 seeds,
                 guard,
                 *averaging,
