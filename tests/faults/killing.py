@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def detection(folder: Path) -> Course:
     return Course("detect", data, (*size, "--epochs", "2", "--warmup-steps", "2"))
 
 
+def patiently(look: Callable[[], bool], seconds: int) -> bool:
+    """Call `look`, which waits a second, so many times: stopped together with what it waits for, it loses one."""
+    return any(look() for _ in range(seconds))
+
+
 # -- the process that is killed ---------------------------------------------------------------------------------------
 
 
@@ -197,15 +203,20 @@ class Process:
         self.process.start()
         tell.close()
 
-    def wait(self, timeout: float = 300) -> int | None:
-        """The exit code; minus the signal's number, if one ended it; None while it is still running."""
-        self.process.join(timeout)
+    def wait(self, timeout: int = 300) -> int:
+        """The exit code; minus the signal's number, if one ended it.
+
+        Raises:
+            TimeoutError: it takes longer; what it printed is in the message.
+        """
+        if not patiently(lambda: self.process.join(1) or self.process.exitcode is not None, timeout):
+            raise TimeoutError(f"still running: {self.out.read_text()[-2000:]}")
         return self.process.exitcode
 
-    def wait_for_target(self, timeout: float = 300) -> bool:
+    def wait_for_target(self, timeout: int = 300) -> bool:
         """Whether the awaited phase began (else the process ended)."""
         try:
-            return self.heard.poll(timeout) and bool(self.heard.recv_bytes())
+            return patiently(lambda: self.heard.poll(1), timeout) and bool(self.heard.recv_bytes())
         except EOFError:
             return False
 

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hostile
 import killing
 
-HANG = 60.0  # seconds after which an input counts as a hang
+HANG = 60  # seconds after which an input counts as a hang
 MEMORY = 1024  # MiB that an ordinary input may add to the process
 CHUNK = 500
 
@@ -86,8 +86,8 @@ def try_inputs(what: str, make: Callable[..., Any], attempt: Callable[..., str],
         while now < stop:
             problem = None
             try:
-                if not heard.poll(HANG):
-                    problem = f"hang of more than {HANG:g} s"
+                if not killing.patiently(lambda heard=heard: heard.poll(1), HANG):
+                    problem = f"hang of more than {HANG} s"
                 else:
                     outcome, now, used = heard.recv()
                     if outcome == "trying":
@@ -160,8 +160,8 @@ def largest_images(seed: int = 0) -> hostile.Inputs:
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
-def kill(tries: int, seed: int, out: Path) -> list[Count]:
-    """`tries` kills, shared out over tasks, in chains of a few per run."""
+def kill(tries: int, seed: int, out: Path) -> Iterator[Count]:
+    """`tries` kills, shared out over tasks, in chains of a few per run; the counts of a task when it is done."""
     rng = random.Random(seed)
     phases = list(killing.PHASES)
     courses = [
@@ -170,7 +170,6 @@ def kill(tries: int, seed: int, out: Path) -> list[Count]:
         ("segmentation", killing.segmentation(out), 0.1),
         ("detection", killing.detection(out), 0.1),
     ]
-    counts = []
     for number, (name, course, share) in enumerate(courses):
         count, begun, kills = Count(f"kill -9, {name}"), time.monotonic(), killing.Kills()
         folder = out / "kills" / str(number)
@@ -181,7 +180,10 @@ def kill(tries: int, seed: int, out: Path) -> list[Count]:
             chain = [phases[(turn * 3 + i) % len(phases)] for i in range(3)] + ["any time"]
             rng.shuffle(chain)
             before = len(kills.lost), sum(kills.by_phase.values())
-            killing.kill_and_resume(reference, folder / f"run{turn}", rng, chain, kills)
+            try:
+                killing.kill_and_resume(reference, folder / f"run{turn}", rng, chain, kills)
+            except TimeoutError as error:
+                kills.lost.append(str(error))
             if len(kills.lost) > before[0]:
                 count.lost += sum(kills.by_phase.values()) - before[1] or 1
                 print(f"LOST {kills.lost[-1]}", flush=True)
@@ -190,8 +192,7 @@ def kill(tries: int, seed: int, out: Path) -> list[Count]:
         count.outcomes["survived"] = kills.survived
         count.seconds = time.monotonic() - begun
         count.note = f"in {kills.runs} runs: " + ", ".join(f"{n} {p}" for p, n in kills.by_phase.most_common())
-        counts.append(count)
-    return counts
+        yield count
 
 
 # -- whole trainings with odd settings --------------------------------------------------------------------------------
@@ -215,7 +216,11 @@ def odd_trainings(tries: int, seed: int, out: Path) -> Count:
             words.append(f"--{name}={value}")
         run, text = folder / str(number), folder / f"{number}.txt"
         process = killing.Process(course, [*course.begin(run), "--max-steps", "2", *words], text)
-        status, said = process.wait(120), text.read_text()
+        try:
+            status = process.wait()
+        except TimeoutError:
+            status = None
+        said = text.read_text()
         fine = status == 0 or (status == 2 and said.count("sgformer: error: ") == 1)
         if not fine or "Traceback" in said:
             count.lost += 1
@@ -245,6 +250,19 @@ SIZES = {"kills": 100, "images": 10_000, "largest": 4, "weights": 2000, "annotat
          "commands": 1000, "recipes": 500, "trainings": 40}  # fmt: skip
 
 
+def _counts(asked: argparse.Namespace, out: Path) -> Iterator[tuple[str, Count]]:
+    """The parts one after the other."""
+    for name in asked.only:
+        size = getattr(asked, name)
+        if name == "kills":
+            yield from ((name, count) for count in kill(size, asked.seed, out))
+        elif name == "trainings":
+            yield name, odd_trainings(size, asked.seed, out)
+        else:
+            what, make, attempt, memory = PARTS[name]
+            yield name, try_inputs(what, make, attempt, size, asked.seed, out, memory)
+
+
 def run() -> int:
     parser = argparse.ArgumentParser(description="break things for real and count")
     for name, size in SIZES.items():
@@ -258,15 +276,8 @@ def run() -> int:
     out.mkdir(parents=True)
     counts: list[Count] = []
     begun = time.monotonic()
-    for name in asked.only:
-        size = getattr(asked, name)
-        if name == "kills":
-            counts += kill(size, asked.seed, out)
-        elif name == "trainings":
-            counts.append(odd_trainings(size, asked.seed, out))
-        else:
-            what, make, attempt, memory = PARTS[name]
-            counts.append(try_inputs(what, make, attempt, size, asked.seed, out, memory))
+    for name, count in _counts(asked, out):
+        counts.append(count)
         print(f"{name}: {time.monotonic() - begun:.0f} s so far", flush=True)
         table = ["| | tried | | lost |", "|---|---|---|---|", *(count.row() for count in counts)]
         where = f"{platform.machine()}, Python {platform.python_version()}, torch {killing.torch.__version__}"
