@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install bench demo demo-dense docs test test-fast lint format types clean
+.PHONY: help install bench demo demo-dense docs test test-fast torture fuzz oldest newest api licences audit lint format types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,43 @@ bench: install  ## speed and memory of S, every target beside its figure; refres
 docs: install  ## the documentation as a site, in site/; open site/index.html (search needs a server: python3 -m http.server -d site)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+torture: install  ## kill it 100 times, feed it 30,000 bad inputs, and count (25 minutes of a core); counts in torture/
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py --out torture
+
+fuzz: install  ## fuzzing that looks for new branches, a minute a target (needs atheris, which has wheels for Linux)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	for target in checkpoint_adapter pickles safetensors_files coco_files label_maps configs; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py $$target --seconds 60 || exit 1; done
+
+oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m 'not slow'
+
+# The lower bounds as they stand in pyproject.toml, of the base install and of the extras that the tests need.
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v setuptools \
+	  | sed 's/"//g; s/\[[a-z]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
+	@touch $@
+
+newest: .venv-newest/.installed  ## the quick tests on the newest versions there are
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 -m 'not slow'
+
+.venv-newest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
+	@touch $@
+
+api: install  ## write the public names and options to tests/api.txt, after changing them on purpose
+	$(BIN)/python tests/test_api.py
+
+licences: install  ## write docs/licences.md
+	$(BIN)/python docs/licences.py
+
+audit: install  ## known vulnerabilities of what is installed (needs the network)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
+
 lint: install  ## formatter and linter, changing nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -63,4 +100,4 @@ format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest torture demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

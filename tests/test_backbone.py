@@ -214,3 +214,19 @@ def test_a_bad_stage_names_the_trouble():
 def test_unknown_size_suggests_the_nearest():
     with pytest.raises(sgformer.UserError, match="sgformer_s"):
         sgformer.create_model("sgformer-s")
+
+
+def test_the_gradient_of_a_batch_is_the_mean_of_its_halves():
+    """No sample sees another one: neither through a norm nor through the reallocation of tokens."""
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=5, dtype=torch.float64).eval()  # without drop path
+    images, labels = torch.randn(4, 3, 64, 96, dtype=torch.float64), torch.tensor([0, 3, 1, 4])
+
+    def gradients(part):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    whole, first, second = (gradients(part) for part in (slice(0, 4), slice(0, 2), slice(2, 4)))
+    for a, b, c in zip(whole, first, second, strict=True):
+        torch.testing.assert_close(a, (b + c) / 2, rtol=1e-9, atol=1e-12)

@@ -35,3 +35,21 @@ def test_autocast_trains(dtype):
     assert all(s.dtype == torch.float32 and s.isfinite().all() for s in seen.significance.values())
     scaler.scale(seen.logits.float().square().mean()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_deterministic_training_gives_the_same_bits(tmp_path):
+    pytest.importorskip("lightning")
+    from photos import QUICK, make_photos
+
+    from sgformer.api import train_classifier
+    from sgformer.checkpoint import read_safetensors
+
+    data, ends = make_photos(tmp_path / "photos"), []
+    try:
+        for name in ("one", "other"):
+            settings = {**QUICK, "device": "cuda", "devices": 1, "deterministic": True, "precision": "bf16"}
+            run = train_classifier(data=str(data), run=str(tmp_path / name), **settings).path
+            ends.append(read_safetensors(run / "last.safetensors")[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

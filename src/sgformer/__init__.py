@@ -83,4 +83,4 @@ def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
         close = difflib.get_close_matches(str(name), VARIANTS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"no model named {name!r}: {hint}the sizes are {', '.join(VARIANTS)}")
-    return timm.create_model(name, **options)
+    return timm.create_model(name, **options)  # type: ignore[return-value]

@@ -237,7 +237,7 @@ def _run(command: list[str], output: Any) -> int:
     try:
         return process.wait()
     finally:
-        for number, handler in handlers.items():
+        for number, handler in handlers.items():  # type: ignore[assignment]
             signal.signal(number, handler)
 
 

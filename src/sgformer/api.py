@@ -226,6 +226,7 @@ def evaluate(
     from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, scan
     from sgformer.tasks.classify import ClassificationTask
     from sgformer.training.callbacks import SkippedImages
+    from sgformer.training.faults import plain_faults
     from sgformer.training.fit import build_loader
     from sgformer.training.report import Evaluation
     from sgformer.training.trainer import build_trainer, quiet
@@ -246,7 +247,8 @@ def evaluate(
         sampler = EpochSampler(len(dataset), batch_size, train=False, rank=rank, world=world)
         loader = build_loader(dataset, sampler, workers, collate)
         task = ClassificationTask(model)
-        trainer.validate(task, loader, verbose=False)
+        with plain_faults():
+            trainer.validate(task, loader, verbose=False)
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert task.confusion is not None
     return Evaluation(
@@ -295,7 +297,7 @@ def predict(
     model, metadata = load_weights(weights)
     where = find_device(device)
     model.eval().to(where)
-    names = metadata.get("classes") or [str(i) for i in range(model.num_classes)]
+    names = metadata.get("classes") or [str(i) for i in range(model.num_classes)]  # type: ignore[arg-type]
     transform = eval_transform(**_size(metadata, image_size, None))
     result = []
     for start in range(0, len(sources), batch_size):

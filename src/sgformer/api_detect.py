@@ -68,7 +68,7 @@ def prepare_detector(config: DetectConfig, batch: int, rank: int, world: int) ->
     steps = len(sampler) // config.accumulate
     model = new_detector(config, len(learn.classes), learn.has_masks)
     if config.grad_checkpointing:
-        model.backbone.network.set_grad_checkpointing(True)
+        model.backbone.network.set_grad_checkpointing(True)  # type: ignore[operator]
     task = DetectionTask(
         model,
         config,
@@ -217,6 +217,7 @@ def evaluate_detector(
     from sgformer.data.imagefolder import EpochSampler
     from sgformer.tasks.detect import DetectionTask, Detector
     from sgformer.training.callbacks import SkippedImages
+    from sgformer.training.faults import plain_faults
     from sgformer.training.fit import build_loader
     from sgformer.training.trainer import build_trainer, quiet
 
@@ -243,7 +244,8 @@ def evaluate_detector(
             image_ids=[image.id for image in listing.images],
             category_ids=listing.own_ids,
         )
-        trainer.validate(task, build_loader(dataset, sampler, workers, collate), verbose=False)
+        with plain_faults():
+            trainer.validate(task, build_loader(dataset, sampler, workers, collate), verbose=False)
     assert task.result is not None
     result = task.result.but(sorted(skipped.lines))
     if out is not None and trainer.is_global_zero:

@@ -128,7 +128,7 @@ def prepare_segmenter(config: SegmentConfig, batch: int, rank: int, world: int) 
         ],
         finish=finish,
         unit="step",
-        objects=lambda index: object_pixels(val_set[index].target.numpy(), val.classes, val.ignore),
+        objects=lambda index: object_pixels(val_set[index].target.numpy(), val.classes, val.ignore),  # type: ignore[union-attr]
     )
 
 
@@ -203,6 +203,7 @@ def evaluate_segmentation(
     from sgformer.data.imagefolder import EpochSampler
     from sgformer.tasks.segment import SegmentationTask, Segmenter
     from sgformer.training.callbacks import SkippedImages
+    from sgformer.training.faults import plain_faults
     from sgformer.training.trainer import build_trainer, quiet
 
     if batch_size < 1 or workers < 0:
@@ -222,7 +223,8 @@ def evaluate_segmentation(
             collate_fn=collate_sizes,
         )
         task = SegmentationTask(model, class_names=listing.classes, ignore=listing.ignore, inference=how)
-        trainer.validate(task, loader, verbose=False)
+        with plain_faults():
+            trainer.validate(task, loader, verbose=False)
     assert task.result is not None
     if examples is not None and rank == 0:
         draw_examples(model.to(find_device(device)), dataset, task.by_image, how, examples)

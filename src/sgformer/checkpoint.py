@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from sgformer.errors import UserError
 from sgformer.layers import resize_table
 
 FORMAT = "sgformer"
+CHECKSUM = "checksum"
 POSITION = "stem.position.table"
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
@@ -53,7 +55,10 @@ def save_model(model: SGFormer, path: str | os.PathLike[str], metadata: Mapping[
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], header: dict[str, str]) -> Path:
-    """safetensors to a temporary name beside ``path``, flushed to disk, then renamed over it."""
+    """safetensors to a temporary name beside ``path``, flushed to disk, then renamed over it.
+
+    The header gets a checksum of everything, which :func:`read_safetensors` compares.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist")
@@ -63,7 +68,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], 
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     try:
         os.close(handle)
-        save_file(tensors, temporary, header)
+        save_file(tensors, temporary, {**header, CHECKSUM: checksum(tensors, header)})
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         umask = os.umask(0)
@@ -81,10 +86,24 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """Tensors and header of a safetensors file.
 
     Raises:
-        UserError: the file is missing, cut short, or no safetensors file.
+        UserError: the file is missing, cut short, no safetensors file, or not what was written.
     """
     with _opened(path) as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    written = header.pop(CHECKSUM, None)
+    if written not in (None, checksum(tensors, header)):
+        raise UserError(f"{path}: damaged: its checksum does not match what is in it")
+    return tensors, header
+
+
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Of a header and of names, types, shapes and bits of tensors on the CPU, whatever their order."""
+    digest = hashlib.blake2b(json.dumps(dict(header), sort_keys=True).encode(), digest_size=32)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"blake2b {digest.hexdigest()}"
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -172,8 +191,9 @@ def fit_to_model(tensors: Mapping[str, Tensor], model: SGFormer) -> dict[str, Te
     """Adapt weights to a model that differs in what may differ: the position grid is resized, a classifier for another
     number of classes is left out."""
     tensors = dict(tensors)
+    height, width = model.stem.position.table.shape[:2]
     if POSITION in tensors and tensors[POSITION].ndim == 3:
-        tensors[POSITION] = resize_table(tensors[POSITION], tuple(model.stem.position.table.shape[:2])).contiguous()
+        tensors[POSITION] = resize_table(tensors[POSITION], (height, width)).contiguous()
     head = tensors.get(CLASSIFIER[0])
     if head is not None and head.shape[0] != model.num_classes:
         for name in CLASSIFIER:
@@ -266,8 +286,9 @@ def from_released(state_dict: Mapping[str, Tensor], config: SGFormerConfig, sour
         for leaf in ("weight", "bias"):
             if f"{ours}.{leaf}" in expected:
                 parts = [rows(name, leaf) for name in theirs]
-                if all(p is not None for p in parts):
-                    result[f"{ours}.{leaf}"] = _stack(parts, f"{source}: {theirs[0]}.{leaf}")
+                known = [p for p in parts if p is not None]
+                if len(known) == len(parts):
+                    result[f"{ours}.{leaf}"] = _stack(known, f"{source}: {theirs[0]}.{leaf}")
     listed = [f"{len(n)} {what}: {_some(n)}" for what, n in (("missing", missing), ("unknown", sorted(unused))) if n]
     if listed:
         raise UserError(f"{source}: not a released SG-Former checkpoint of this size ({'; '.join(listed)})")
@@ -371,6 +392,11 @@ def _read_pickle(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path}: damaged: the checksum of {damaged} in it does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their options under "args"
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:

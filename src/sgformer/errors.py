@@ -12,9 +12,17 @@ class UserError(ValueError):
     The command line prints it as `sgformer: error: ...` and exits with status 2.
     """
 
+    LONGEST = 1000  # characters: what is quoted from a file must not fill the screen
+
     def __init__(self, message: str):
         # A DataLoader worker re-raises an exception as `type(whole traceback as text)`: keep the line that matters.
-        super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].strip())
+        kind = type(self)
+        line = message.rsplit(f"{kind.__module__}.{kind.__qualname__}: ", 1)[-1].strip()
+        super().__init__(line if len(line) <= self.LONGEST else line[: self.LONGEST - 4] + " ...")
+
+
+class StalledError(UserError):
+    """A file did not come in time. It need not be damaged, so `--bad-images skip` stops at it, too."""
 
 
 def require(module: str, extra: str) -> ModuleType:

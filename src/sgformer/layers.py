@@ -130,7 +130,7 @@ def init_module(module: nn.Module) -> None:
     elif isinstance(module, PositionTable):
         module.init_weights()
     if getattr(module, "bias", None) is not None:
-        module.bias.zero_()
+        module.bias.zero_()  # type: ignore[operator]
 
 
 @contextlib.contextmanager

@@ -176,6 +176,22 @@ def test_paths_out_of_the_image_folder_are_refused(tmp_path, name):
         read_coco(file, tmp_path, check_files=False)
 
 
+@pytest.mark.parametrize("junk", [{}, [1], None, "a" * 3000])
+@pytest.mark.parametrize("field", ["category_id", "image_id", "file_name", "width", "bbox", "segmentation"])
+def test_junk_is_a_short_line(tmp_path, field, junk):
+    data = content([thing(10, 3, [4, 5, 20, 10])], images=1)
+    entry = data["images"][0] if field in data["images"][0] else data["annotations"][0]
+    entry[field] = junk
+    file = write_coco(tmp_path, content([thing(10, 3, [4, 5, 20, 10])], images=1))
+    file.write_text(json.dumps(data))
+    try:
+        read_coco(file, tmp_path / "train", check_files=False)
+    except UserError as error:
+        assert str(file) in str(error) and "\n" not in str(error) and len(str(error)) < 400
+    else:
+        assert field in ("segmentation", "image_id")  # none at all, or of an image that is not listed
+
+
 def test_missing_images_are_named(tmp_path):
     write_coco(tmp_path, content([thing(10, 3, BOX)]))
     (tmp_path / "train" / "20.png").unlink()

@@ -33,7 +33,7 @@ def test_a_run_folder_holds_everything(run):
     left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert left == {
         *("config.yaml", "environment.json", "log.txt", "metrics.csv", "curves.png", "train_batch.png", "report.md"),
-        *("best.safetensors", "last.safetensors", "checkpoints/last.ckpt"),
+        *("best.safetensors", "last.safetensors", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"),
         *(f"validation/{name}" for name in ("metrics.json", "classes.csv", "confusion.csv", "confusion.png")),
     }
     environment = json.loads((run / "environment.json").read_text())
@@ -217,3 +217,22 @@ def test_the_weights_open_as_a_plain_model(run):
     model = sgformer.load_model(run / "best.safetensors")
     assert model.metadata["classes"] == list(CLASSES)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
+    from sgformer.tasks.classify import ClassificationTask
+
+    seen, step = [], ClassificationTask.training_step
+
+    def look(task, batch, batch_idx):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(task, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", look)
+    try:
+        for asked in (False, True):
+            settings = {**QUICK, "max_steps": 1, "deterministic": asked}
+            train_classifier(data=str(photos), run=str(tmp_path / str(asked)), **settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, True]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from sgformer.api import find_images
+from sgformer.answers import find_images
 from sgformer.data.image import read_image
 from sgformer.explanations import Looker, load_looker, ranked_by
 from sgformer.viz.segmentation import palette

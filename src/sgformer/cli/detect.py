@@ -20,7 +20,7 @@ def evaluate(weights: str, data: str, folder: Path, **options: Any) -> int:
     from lightning.pytorch.utilities import rank_zero_only
 
     result = api_detect.evaluate_detector(weights, data, out=folder, **options)
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(result.table())
         print(f"{result.images} images, {result.objects} objects of {len(result.classes)} classes", end="")
         print(f", {len(result.skipped)} unreadable images left out" if result.skipped else "")

@@ -79,7 +79,7 @@ def evaluate(
     from sgformer import api
 
     result = api.evaluate(weights, data, **options)
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         result.write(folder)
         print(f"top-1 {100 * result.top1:.2f} %   top-5 {100 * result.top5:.2f} %   loss {result.loss:.4f}")
         print(f"{result.images} images of {len(result.class_names)} classes", end="")

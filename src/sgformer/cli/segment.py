@@ -14,7 +14,7 @@ def evaluate(weights: str, data: str, folder: Path, **options: Any) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     result = api_segment.evaluate_segmentation(weights, data, examples=folder / "examples.png", **options)
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         result.write(folder)
         print(result.headline())
         print(f"{result.images} images of {len(result.class_names)} classes", end="")

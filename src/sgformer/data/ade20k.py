@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import Dataset
 
 from sgformer.data.dense_transforms import DenseTransform
-from sgformer.data.image import IMAGE_EXTENSIONS, opened, read_image
-from sgformer.data.imagefolder import EpochSampler, seeded
+from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
+from sgformer.data.imagefolder import EpochSampler, bad_image, seeded
 from sgformer.data.progress import track
-from sgformer.errors import UserError
+from sgformer.errors import StalledError, UserError
 
 LAYOUT = (
     "expected {root}/images/{{training,validation}}/NAME.jpg and {root}/annotations/{{training,validation}}/NAME.png"
@@ -58,6 +58,10 @@ class LabelledFolder:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def path(self, index: int) -> Path:
+        """Where image `index` is."""
+        return self.images[index]
 
     @property
     def ignore(self) -> int:
@@ -204,17 +208,22 @@ def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         UserError: unreadable, or more than one channel.
     """
-    with opened(path, None) as image:
-        rawmode = image.tile[0][3] if image.tile else ""
-        image.load()
-        mode, values = image.mode, np.asarray(image)
+    rawmode, mode, values = in_time(lambda: _stored_values(path), path)
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
         raise UserError(f"{path}: a label map has one channel whose values are classes; this one is {mode}")
     # Pillow stretches grey values of 2 and 4 bits to the full range: undo it.
-    values = values // {"L;2": 85, "L;4": 17}.get(rawmode if isinstance(rawmode, str) else "", 1)
+    values = values // {"L;2": 85, "L;4": 17}.get(rawmode, 1)
     if values.min(initial=0) < 0:
         raise UserError(f"{path}: a label map has no negative values")
     return values.astype(np.uint8) if mode == "1" else values
+
+
+def _stored_values(path: str | os.PathLike[str]) -> tuple[str, str, np.ndarray]:
+    """How Pillow unpacks the file's pixels, what it makes of them, and those."""
+    with opened(path, None) as image:
+        rawmode = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]
+        image.load()
+        return rawmode if isinstance(rawmode, str) else "", image.mode, np.asarray(image)
 
 
 class DenseSample(NamedTuple):
@@ -222,7 +231,7 @@ class DenseSample(NamedTuple):
 
     image: torch.Tensor | None
     target: torch.Tensor | None
-    index: int
+    index: int  # type: ignore[assignment]
     skipped: str | None = None
 
 
@@ -238,7 +247,7 @@ class DenseBatch(NamedTuple):
 
     image: torch.Tensor | list[torch.Tensor]
     target: torch.Tensor | list[torch.Tensor]
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]
     skipped: tuple[str, ...]
 
 
@@ -273,9 +282,9 @@ class LabelledFolderDataset(Dataset):
                 wide, high = values.shape[::-1]
                 raise UserError(f"{label_path}: {wide} x {high} pixels, but {path} has {image.width} x {image.height}")
         except UserError as error:
-            if self.bad_images == "skip":
+            if self.bad_images == "skip" and not isinstance(error, StalledError):
                 return DenseSample(None, None, index, str(error))
-            raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from error
+            raise bad_image(error) from error
         labels = self.listing.class_indices(index, values)
         with seeded(self.seed, epoch, index):
             return DenseSample(*self.transform(image, labels), index)

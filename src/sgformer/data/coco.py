@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
-from sgformer.data.imagefolder import Sample, seeded, some
-from sgformer.errors import UserError, require
+from sgformer.data.imagefolder import Sample, bad_image, seeded, some
+from sgformer.errors import StalledError, UserError, require
 
 #: What the files and folders of a split may be called, in the order of preference.
 SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}
@@ -192,8 +192,9 @@ def read_coco(
         if image is None:
             notes[ORPHANS] += 1
             continue
-        if entry["category_id"] not in index_of:
-            raise UserError(f"{where}: category_id {entry['category_id']!r} is not among the categories")
+        category = _key(entry["category_id"], where, "category_id")
+        if category not in index_of:
+            raise UserError(f"{where}: category_id {_short(category)} is not among the categories")
         segmentation = _segmentation(entry.get("segmentation"), image, where)
         if entry.get("iscrowd") or entry.get("ignore"):
             notes[CROWD] += 1
@@ -204,7 +205,7 @@ def read_coco(
         if segmentation is None:
             maskless = maskless or where
             notes[MASKLESS] += 1
-        by_image[image.id].append((index_of[entry["category_id"]], box, segmentation))
+        by_image[image.id].append((index_of[category], box, segmentation))
 
     total = sum(len(objects) for objects in by_image.values())
     if masks and maskless:
@@ -235,7 +236,7 @@ def read_coco(
         +notes,
     )
     if check_files:
-        missing = [image.file_name for i, image in enumerate(images) if not listing.path(i).is_file()]
+        missing = [_short(image.file_name) for i, image in enumerate(images) if not listing.path(i).is_file()]
         if missing:
             raise UserError(
                 f"{file}: {len(missing)} of {len(images)} images are not in {folder}: {some(missing)}; "
@@ -323,7 +324,9 @@ def _segmentation(value: Any, image: CocoImage, where: str) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("counts"), (list, str)):
         raise UserError(f"{where}: segmentation is a list of polygons or RLE (size, counts), got {_short(value)}")
     if value.get("size") != [image.height, image.width]:
-        raise UserError(f"{where}: the RLE is of size {value.get('size')}, its image [{image.height}, {image.width}]")
+        raise UserError(
+            f"{where}: the RLE is of size {_short(value.get('size'))}, its image [{image.height}, {image.width}]"
+        )
     counts = value["counts"] if isinstance(value["counts"], list) else _runs(value["counts"])
     if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != image.height * image.width:
         raise UserError(f"{where}: the RLE's counts do not add up to the image's {image.height * image.width} pixels")
@@ -384,7 +387,7 @@ def _categories(content: dict[str, Any], file: Path) -> list[Category]:
             raise UserError(f"{where} needs id and name, got {_short(entry)}")
         result.append(Category(_key(entry["id"], where, "id"), entry["name"]))
     for field in Category._fields:
-        twice = [str(k) for k, n in Counter(getattr(category, field) for category in result).items() if n > 1]
+        twice = [_short(k) for k, n in Counter(getattr(category, field) for category in result).items() if n > 1]
         if twice:
             raise UserError(f"{file}: categories with the same {field}: {some(twice)}")
     if not result:
@@ -395,7 +398,7 @@ def _categories(content: dict[str, Any], file: Path) -> list[Category]:
 def _match(own: Sequence[Category], known: Sequence[Category] | None, file: Path) -> dict[int | str, int]:
     """Category id -> class index."""
     index = {category.name: i for i, category in enumerate(known or own)}
-    unknown = [category.name for category in own if category.name not in index]
+    unknown = [_short(category.name) for category in own if category.name not in index]
     if unknown:
         raise UserError(f"{file}: {len(unknown)} classes are not known from training: {some(unknown)}")
     return {category.id: index[category.name] for category in own}
@@ -409,13 +412,20 @@ def _images(content: dict[str, Any], file: Path, folder: Path) -> list[CocoImage
             raise UserError(f"{where} needs id and file_name, got {_short(entry)}")
         key, name = _key(entry["id"], where, "id"), _safe(entry["file_name"], file)
         if key in result:
-            raise UserError(f"{file}: two images have the id {key}: {result[key].file_name} and {name}")
+            raise UserError(
+                f"{file}: two images have the id {_short(key)}: {_short(result[key].file_name)} and {_short(name)}"
+            )
         if "width" in entry and "height" in entry:
             width, height = entry["width"], entry["height"]
         else:
-            width, height = probe_image(folder / name)[:2]
+            try:
+                width, height = probe_image(folder / name)[:2]
+            except UserError as error:
+                raise UserError(f"{where} has no width and height, and they cannot be read: {error}") from None
         if not all(isinstance(v, int) and v > 0 for v in (width, height)) or width * height > MAX_PIXELS:
-            raise UserError(f"{where} ({name}): width and height are whole pixels, got {width!r} x {height!r}")
+            raise UserError(
+                f"{where} ({_short(name)}): width and height are whole pixels, got {_short(width)} x {_short(height)}"
+            )
         result[key] = CocoImage(key, name, width, height)
     return list(result.values())
 
@@ -426,6 +436,8 @@ def _safe(name: str, file: Path) -> str:
     path = PurePosixPath(clean)
     if not path.parts or path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", clean) or "\0" in clean:
         raise UserError(f"{file}: file_name {_short(name)} leads out of the image folder: refused")
+    if max(len(part.encode("utf-8", "replace")) for part in path.parts) > 255:  # no file system has such a name
+        raise UserError(f"{file}: file_name {_short(name)} is too long")
     return str(path)
 
 
@@ -466,7 +478,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(value.split()) if isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -486,7 +498,7 @@ class DetectionBatch(NamedTuple):
 
     image: list[torch.Tensor]
     target: list[dict[str, Any]]
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]
     skipped: tuple[str, ...]
 
 
@@ -524,9 +536,9 @@ class CocoDataset(Dataset):
         try:
             image = self._read(index)
         except UserError as error:
-            if self.bad_images == "skip":
+            if self.bad_images == "skip" and not isinstance(error, StalledError):
                 return Sample(None, {}, index, str(error))
-            raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from error
+            raise bad_image(error) from error
         target = self.target(index)
         if self.transform is not None:
             with seeded(self.seed, epoch, index):

@@ -71,7 +71,8 @@ class RatioResize(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         factor = torch.empty(()).uniform_(*self.scale).item()
-        return {"size": fit_size(*flat_inputs[0].shape[-2:], self.short_side, factor)}
+        height, width = flat_inputs[0].shape[-2:]
+        return {"size": fit_size(height, width, self.short_side, factor)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):

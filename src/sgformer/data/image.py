@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sgformer.errors import UserError
+from sgformer.errors import StalledError, UserError
 
 #: File name endings (lower case) that count as images when a folder is listed.
 IMAGE_EXTENSIONS = frozenset(
@@ -38,11 +39,15 @@ IMAGE_EXTENSIONS = frozenset(
 #: Images of more pixels are refused before anything is decoded. 128 Mpx are 384 MB as RGB.
 MAX_PIXELS = 128 * 2**20
 
+#: Seconds after which a file that does not come is an error.
+READ_TIMEOUT = 300.0
+
+T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
 
 # Pillow's softer bound and its remarks on sloppy metadata would come once per file and worker; MAX_PIXELS is our bound.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 
 
 class ImageHeader(NamedTuple):
@@ -79,7 +84,14 @@ def read_image(
 
     Raises:
         UserError: missing, empty, truncated, not an image, or more than `max_pixels` pixels; names the file.
+        StalledError: a path that gives no answer, see `in_time`.
     """
+    if isinstance(source, (str, os.PathLike)):
+        return in_time(lambda: _read(source, name, formats, max_pixels), source)
+    return _read(source, name, formats, max_pixels)
+
+
+def _read(source: ImageSource, name: str | None, formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
     with opened(source, name, formats, max_pixels) as image:
         image.load()
         if _orientation(image) != 1:
@@ -100,6 +112,41 @@ def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
         if orientation >= 5 and image.format != "TIFF":
             width, height = height, width
         return ImageHeader(width, height, image.mode, orientation)
+
+
+def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
+    """Read a file in a thread of its own, which is left behind if the disk or network mount gives no answer.
+
+    Args:
+        read: what to do.
+        path: the file's name for the error.
+
+    Raises:
+        StalledError: it took longer than `SGFORMER_READ_TIMEOUT` seconds of the environment (300; 0: for ever).
+    """
+    limit = float(os.environ.get("SGFORMER_READ_TIMEOUT", READ_TIMEOUT))
+    if not limit:
+        return read()
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(read())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if failure:
+        raise failure[0]
+    if not result:
+        raise StalledError(
+            f"{path}: no answer for {limit:g} seconds: does its disk or network mount respond? "
+            "(SGFORMER_READ_TIMEOUT=SECONDS waits longer, 0 for ever)"
+        )
+    return result[0]
 
 
 @contextmanager
@@ -178,14 +225,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Scale a grey image (H, W) of 16-bit, 32-bit or float values to uint8 as `read_image` says."""
     if np.issubdtype(values.dtype, np.floating):
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         low, high = float(values.min()), float(values.max())
         if low >= 0.0 and high <= 1.0:
             low, high = 0.0, 1.0
     else:
         low, high = 0.0, 65535.0 if values.max() <= 65535 else 2.0**31 - 1
-        values = values.astype(np.float64).clip(low)
-    return np.rint((values - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
+    scale = 255.0 / ((high - low) or 1.0)
+    result = np.empty(values.shape, np.uint8)
+    rows = max(1, 2**20 // values.shape[1])  # at a time: doubles of a whole large image would be too much memory
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows].astype(np.float64)
+        result[start : start + rows] = np.rint((part.clip(low) - low) * scale)
+    return result
 
 
 #: The long side is at most so many times the short side's target: 2048 for 512.

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from sgformer.data.image import IMAGE_EXTENSIONS, read_image
-from sgformer.errors import UserError
+from sgformer.errors import StalledError, UserError
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,13 @@ def _files(folder: Path, recurse: bool = True) -> Iterator[str]:
         seen.add(real)
 
 
+def bad_image(error: UserError) -> UserError:
+    """An unreadable image's error with what can be done about it."""
+    if isinstance(error, StalledError):
+        return error
+    return UserError(f"{error}; repair or remove it, or pass --bad-images skip")
+
+
 def some(names: Sequence[str], limit: int = 8) -> str:
     """At most `limit` names and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -164,10 +171,13 @@ def some(names: Sequence[str], limit: int = 8) -> str:
 
 
 class Sample(NamedTuple):
-    """One read image: what the transform made of it (or None, and why), class index, position in the data set."""
+    """One read image: what the transform made of it (or None, and why), its class index, position in the data set.
+
+    Data sets of other tasks have their own kind of target.
+    """
 
     image: Any
-    target: int
+    target: Any
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     skipped: str | None = None
 
@@ -231,9 +241,9 @@ class ImageFolderDataset(Dataset):
         try:
             image = read_image(self.listing.path(index))
         except UserError as error:
-            if self.bad_images == "skip":
+            if self.bad_images == "skip" and not isinstance(error, StalledError):
                 return Sample(None, target, index, str(error))
-            raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from error
+            raise bad_image(error) from error
         if self.transform is not None:
             with seeded(self.seed, epoch, index):
                 image = self.transform(image)

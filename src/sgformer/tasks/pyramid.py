@@ -77,7 +77,7 @@ class Pyramid(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that do not decay, besides norms and biases."""
         network = self.network
-        names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
+        names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()  # type: ignore[operator]
         return {f"network.{name}" for name in names}
 
     def _freeze(self, stages: int) -> None:
@@ -86,7 +86,7 @@ class Pyramid(nn.Module):
         network = self.network
         if not hasattr(network, "group_matcher"):
             raise UserError(f"{self.architecture['model']} does not name its stages: it cannot be frozen in part")
-        layers = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
+        layers = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
         if stages > len(STRIDES):
             raise UserError(f"--freeze-stages is -1 (nothing) to {len(STRIDES)} (everything), got {stages}")
         for name, parameter in network.named_parameters():
@@ -130,7 +130,7 @@ def pyramid_backbone(
         options = _options(source["model"], drop_path, coarse, guidance)
         if "config" in source:
             network = SGFormer(SGFormerConfig.from_dict(source["config"]).replace(**options))
-            network.pretrained_cfg = {"architecture": source["model"]}
+            network.pretrained_cfg = {"architecture": source["model"]}  # type: ignore[assignment]
         else:
             network = _fresh(source["model"], **options)
     if grad_checkpointing:

@@ -63,7 +63,7 @@ class Segmenter(nn.Module):
         features = self.backbone(images)
         outputs = {"out": self.head(features)}
         if self.training and hasattr(self.head, "auxiliary"):
-            outputs["aux"] = self.head.auxiliary(features)
+            outputs["aux"] = self.head.auxiliary(features)  # type: ignore[operator]
         return {name: resize(logits, images) for name, logits in outputs.items()}
 
     def no_weight_decay(self) -> set[str]:

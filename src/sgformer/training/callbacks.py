@@ -26,11 +26,14 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from timm.utils import ModelEmaV3
 
-from sgformer.errors import UserError
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.state_file import publish
 from sgformer.training.weights import read_metadata, save_weights
 
 log = logging.getLogger("sgformer")
+
+#: Signals that ask a run to save its state and stop: ctrl-C, a scheduler's, and SLURM's warning.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
@@ -135,7 +138,7 @@ class SkippedImages(Callback):
 
 
 class RunLog(Callback):
-    """Rows of `metrics.csv`, one line per validation in the log, and a stop at a loss that is no number.
+    """Rows of `metrics.csv` and one line per validation in the log.
 
     Args:
         folder: where `metrics.csv` goes.
@@ -170,8 +173,6 @@ class RunLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        for total, _ in self._since["row"].values():
-            self._check(total, self._step)  # a broken state must not replace a good one
         return {"losses": copy.deepcopy(self._since), "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -183,8 +184,9 @@ class RunLog(Callback):
         self._start = time.monotonic()
         self._pace = (self._start, self._step)  # when the current stretch of training began, and at which step
         if self.writes and self.table.exists():  # rows after the checkpoint will be made again
-            with self.table.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self._step]
+            # Without its end of line, the last row is one that a killed process was writing.
+            whole = self.table.read_text(encoding="utf-8").rpartition("\n")[0]
+            rows = [row for row in csv.DictReader(io.StringIO(whole, newline="")) if int(row["step"]) <= self._step]
             self._write(rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -199,8 +201,6 @@ class RunLog(Callback):
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         for name, value in {"train_loss": loss, **outputs.get("parts", {})}.items():
             self._losses.setdefault(name, []).append(value)
-        if task.device.type == "cpu":  # elsewhere a look at the number would stall the device: wait for the next row
-            self._check(loss.item(), trainer.global_step)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -262,13 +262,7 @@ class RunLog(Callback):
             self._since["row"] = {}
         means = torch.tensor([total / count for total, count in sums.values()], device=device)
         values = trainer.strategy.reduce(means, reduce_op="mean").tolist()  # type: ignore[union-attr]
-        for value in values:
-            self._check(value, self._step)
         return dict(zip(sums, values, strict=True))
-
-    def _check(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower --lr, lengthen the warm-up or set --clip-grad 1")
 
     def _row(self, trainer: L.Trainer, **values: float) -> None:
         if not self.writes:
@@ -299,8 +293,12 @@ class RunLog(Callback):
 class Checkpoints(Callback):
     """Writes the training state for `--resume` and the weights, and stops the run where it should.
 
-    `checkpoints/last.ckpt`: every `every` updates, at each epoch's end, and at SIGINT or SIGTERM, after which
-    `Interrupted` is raised. `last.safetensors` and, when `task.monitor` rose, `best.safetensors`: at each epoch's end.
+    `checkpoints/last.ckpt`: every `every` updates, at each epoch's end, and at SIGINT, SIGTERM or SIGUSR1 (which SLURM
+    can send before a job's time is up), after which `Interrupted` is raised; the one before it stays as
+    `previous.ckpt`. `last.safetensors` and, when `task.monitor` rose, `best.safetensors`: at each epoch's end.
+
+    Whoever goes on from a state does everything after it again, validation included. So a state is put in its place
+    only when all that belongs to it, weights and numbers of its validation, is on the disk.
 
     Args:
         folder: of the run.
@@ -325,6 +323,7 @@ class Checkpoints(Callback):
             on_best,
         )
         self.best = -math.inf
+        self._unfinished = folder.checkpoint.with_name(f"{folder.checkpoint.name}.tmp")
         self._signal = 0
         self._handlers: dict[int, Any] = {}
         self._step = -1
@@ -333,9 +332,11 @@ class Checkpoints(Callback):
         self._step = trainer.global_step
         best = self.folder.path / "best.safetensors"
         if best.exists():
-            self.best = read_metadata(best)["metrics"][task.monitor]
+            about = read_metadata(best)
+            if about["step"] <= self._step:  # else a later state, now lost, was the best one: it will come again
+                self.best = about["metrics"][task.monitor]
         try:
-            self._handlers = {name: signal.signal(name, self._remember) for name in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = {name: signal.signal(name, self._remember) for name in SIGNALS}
         except ValueError:  # not in the main thread: whoever started it handles signals
             self._handlers = {}
 
@@ -367,8 +368,11 @@ class Checkpoints(Callback):
         trainer.should_stop = trainer.should_stop or last
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the end of the epoch follows, and saves
+        if last:
+            self._write(trainer)  # the validation that follows still belongs to it
+            return
         stop = self._asked_to_stop(trainer)
-        if stop or last or step % self.every == 0:
+        if stop or step % self.every == 0:
             self.save(trainer)
         if stop:
             raise Interrupted(self._signal, step, self.folder.path)
@@ -385,16 +389,23 @@ class Checkpoints(Callback):
         if better:
             self.best = metrics.get(task.monitor, 0.0)
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches:
-            self.save(trainer)  # else the run ended inside the epoch and was saved there
+            self.save(trainer)
+        else:  # the run ends inside the epoch, and its state was written there
+            self._publish()
         if self._asked_to_stop(trainer):
             raise Interrupted(self._signal, self._step, self.folder.path)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt` whole or not at all."""
-        unfinished = self.folder.checkpoint.with_suffix(".tmp")
-        trainer.save_checkpoint(unfinished)
+        self._write(trainer)
+        self._publish()
+
+    def _write(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self._unfinished)
+
+    def _publish(self) -> None:
         if self.folder.writes:
-            os.replace(unfinished, self.folder.checkpoint)
+            publish(self._unfinished, self.folder.checkpoint, self.folder.previous)
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         self._release()

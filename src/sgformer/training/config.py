@@ -61,6 +61,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "Machine", "arithmetic; bf16, fp16: mixed", main=True)
     compile: bool = option(False, "Machine", "torch.compile the network")
     grad_checkpointing: bool = option(False, "Machine", "less memory, more time")
+    deterministic: bool = option(False, "Machine", "same bits at every run on a GPU, too; slower")
 
     drop_path: float = option(0.1, "Network", "stochastic depth", main=True)
     coarse: Literal["global", "window"] = option("global", "Network", "reach of the coarse heads (sgformer)")

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from sgformer.errors import UserError
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
+from sgformer.training.faults import plain_faults
+from sgformer.training.guard import FiniteGuard
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
 from sgformer.viz.curves import draw_curves
@@ -105,7 +107,7 @@ def run_training(
         UserError: a setting, the data or the machine does not do; before the folder is made, where that can be known.
         Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
     """
-    first = rank_zero_only.rank == 0
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     trainer = build_trainer(**trainer_options(config))
     world, rank = trainer.world_size, trainer.global_rank
     batch = per_process_batch(config, world)
@@ -119,17 +121,21 @@ def run_training(
     total_steps = min(job.total_steps, config.max_steps or job.total_steps)
 
     folder = RunFolder(resume, first) if resume else RunFolder.create(config, name, first)
-    start = _resume_step(folder) if resume else 0
+    state, start = folder.usable_checkpoint() if resume else (None, 0)
+    if resume:
+        folder.clear_unfinished()
     job.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
     train_loader = build_loader(job.train, job.train_sampler, config.workers, job.collate)
     val_loader = build_loader(job.val, job.val_sampler, config.workers, job.val_collate or job.collate)
     handler = folder.start_log()
     try:
-        skipped = cb.SkippedImages()
+        skipped, drawn = cb.SkippedImages(), folder.path / "train_batch.png"
         run_log = cb.RunLog(
             folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+        seeds = cb.StepSeeds(config.seed)
+        guard = FiniteGuard(folder, job.metadata, seeds.on_train_batch_start, job.train.listing.path)  # type: ignore[attr-defined]
         recorder = []
         if config.record_significance:
             from sgformer.training.recorder import SignificanceRecorder
@@ -145,8 +151,9 @@ def run_training(
             sync_batchnorm=world > 1 and trainer.strategy.root_device.type == "cuda",
             callbacks=[
                 skipped,
-                cb.FirstBatches(config.seed, lambda *samples: job.draw(*samples, folder.path / "train_batch.png")),
-                cb.StepSeeds(config.seed),
+                cb.FirstBatches(config.seed, lambda images, targets: job.draw(images, targets, drawn)),
+                seeds,
+                guard,
                 *averaging,
                 *bar,
                 run_log,
@@ -182,8 +189,8 @@ def run_training(
         if config.compile:
             model.compile()
         if start < total_steps:
-            checkpoint = str(folder.checkpoint) if start else None
-            trainer.fit(job.task, train_loader, val_loader, ckpt_path=checkpoint, weights_only=bool(start) or None)
+            with plain_faults():
+                trainer.fit(job.task, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
         else:
             log.info("nothing left to train; pass more --epochs or --max-steps to go on")
         if first:
@@ -211,9 +218,15 @@ def run_training(
             folder.write("report.md", job.report(config.model, result, facts, pictures))
             log.info(f"best {result.headline()}; see {folder.path}/report.md")
         return folder
-    except (UserError, cb.Interrupted) as stop:
+    except cb.Interrupted as stop:
         folder.note(f"stopped: {stop}")
         raise
+    except (UserError, OSError) as error:
+        problem = error if isinstance(error, UserError) else _disk_error(error, folder)
+        folder.note(f"stopped: {problem}")
+        if first:
+            log.info(folder.standing(name))
+        raise problem from error
     finally:
         log.removeHandler(handler)
         handler.close()
@@ -231,13 +244,6 @@ def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable
     )
 
 
-def _resume_step(folder: RunFolder) -> int:
-    """The number of updates in a run's checkpoint, read without its tensors; 0 if there is none yet."""
-    if not folder.checkpoint.exists():
-        return 0
-    try:
-        state = torch.load(folder.checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        return int(state["global_step"])
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder.checkpoint}: not a readable checkpoint ({reason})") from None
+def _disk_error(error: OSError, folder: RunFolder) -> UserError:
+    """What the system says of a file or disk, in a line."""
+    return UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror or error})")

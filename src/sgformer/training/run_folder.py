@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sgformer.training.config import RunConfig, to_yaml
 
 log = logging.getLogger("sgformer")
 TIME = "%Y-%m-%d %H:%M:%S"
+CONFIG = "config.yaml"
 
 
 class RunFolder:
@@ -41,6 +42,11 @@ class RunFolder:
         """The full training state, for `--resume`."""
         return self.path / "checkpoints" / "last.ckpt"
 
+    @property
+    def previous(self) -> Path:
+        """The state before that one, should the last be damaged."""
+        return self.path / "checkpoints" / "previous.ckpt"
+
     @classmethod
     def create(cls, config: RunConfig, task: str, writes: bool = True) -> RunFolder:
         """Make the folder `config.run`, by default `runs/TASK-MODEL-TIME`, and write `config.yaml`.
@@ -51,10 +57,13 @@ class RunFolder:
         name = f"{task}-{config.model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = cls(config.run or Path("runs") / name, writes)
         if writes:
-            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            begun = f"{CONFIG}.tmp"  # all that is left of a run that was killed before its first file was whole
+            if folder.path.exists() and not folder.path.is_dir():
+                raise UserError(f"{folder.path}: not a folder; pass another --run")
+            if folder.path.exists() and any(file.name != begun for file in folder.path.iterdir()):
                 raise UserError(f"{folder.path}: not empty; pass another --run, or --resume {folder.path} to go on")
-            folder.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            folder.write("config.yaml", to_yaml(config.to_dict()))
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.write(CONFIG, to_yaml(config.to_dict()))
         return folder
 
     @classmethod
@@ -65,32 +74,76 @@ class RunFolder:
             UserError: not the folder of a run.
         """
         folder = cls(path, writes)
-        if not (folder.path / "config.yaml").is_file():
-            raise UserError(f"{folder.path}: not a run folder (no config.yaml in it)")
+        if not (folder.path / CONFIG).is_file():
+            raise UserError(f"{folder.path}: not a run folder (no {CONFIG} in it)")
         return folder
+
+    def usable_checkpoint(self) -> tuple[Path | None, int]:
+        """The newest training state that is whole, and the number of updates in it; (None, 0) if there is none yet.
+
+        A damaged one is named in the log.
+
+        Raises:
+            UserError: there are states, but all are damaged.
+        """
+        from sgformer.training.state_file import read_step
+
+        found = [path for path in (self.checkpoint, self.previous) if path.exists()]
+        damage = []
+        for path in found:
+            try:
+                step = read_step(path)
+            except UserError as error:
+                damage.append(str(error))
+                continue
+            for line in damage if self.writes else ():
+                log.warning(f"{line}; going on from {path.name}, step {step}")
+            return path, step
+        if damage:
+            raise UserError("; ".join(damage) + "; remove what is damaged to start this run again from its beginning")
+        return None, 0
+
+    def clear_unfinished(self) -> None:
+        """Remove what a killed process was writing: files called `*.tmp`."""
+        if self.writes:
+            for file in self.path.rglob("*.tmp"):
+                file.unlink()
+
+    def standing(self, command: str) -> str:
+        """What a stopped run can go on from, and how."""
+        try:
+            path, step = self.usable_checkpoint()
+        except UserError as error:
+            return str(error)
+        if path is None:
+            return f"no checkpoint was written yet in {self.path}"
+        return f"step {step} is safe in {path}; go on with: sgformer train {command} --resume {self.path}"
 
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
         if self.writes:
             unfinished = self.path / f"{name}.tmp"
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, self.path / name)
+            try:
+                unfinished.write_text(text, encoding="utf-8")
+                os.replace(unfinished, self.path / name)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path / name)) from None
 
     def write_environment(self, **facts: Any) -> None:
         """`environment.json`: versions, commit, machine, command line, and the given facts."""
         self.write("environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
 
     def note(self, text: str) -> None:
-        """One more line in `log.txt`, and there only."""
+        """One more line in `log.txt`, and there only; lost where it cannot be written."""
         if self.writes:
-            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime(TIME)} {text}\n")
 
     def start_log(self) -> logging.Handler:
         """Let the `sgformer` logger also write to `log.txt`; remove the returned handler at the end."""
         handler: logging.Handler = logging.NullHandler()
         if self.writes:
-            handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+            handler = _LogFile(self.path / "log.txt", encoding="utf-8")
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
         log.addHandler(handler)
         return handler
@@ -132,6 +185,13 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+class _LogFile(logging.FileHandler):
+    """Loses lines on a full disk without a word: whatever stops the run says what is wrong."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 class _Terminal(logging.Handler):

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from sgformer.errors import UserError
 from sgformer.training.config import RunConfig
 from sgformer.training.device import find_device
+from sgformer.training.state_file import StateIO
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -68,6 +69,7 @@ def build_trainer(
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1),
         precision=PRECISION[precision],  # type: ignore[arg-type]
         callbacks=list(callbacks),
+        plugins=[StateIO()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -86,6 +88,7 @@ def trainer_options(config: RunConfig) -> dict[str, Any]:
         "precision": config.precision,
         "accumulate_grad_batches": config.accumulate,
         "gradient_clip_val": config.clip_grad,
+        "deterministic": config.deterministic or None,
     }
 
 

@@ -41,7 +41,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
 def save_weights(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
     """Write weights and JSON-able metadata to a safetensors file, whole or not at all."""
     if hasattr(model, "save"):  # a backbone with its heads
-        model.save(path, metadata)
+        model.save(path, metadata)  # type: ignore[operator]
         return
     if isinstance(model, SGFormer):
         checkpoint.save_model(model, path, metadata)
@@ -86,5 +86,5 @@ def load_weights(
     model = timm.create_model(metadata["timm_model"], num_classes=metadata["num_classes"], **options).eval()
     model.load_state_dict(checkpoint.read_safetensors(path)[0])
     if num_classes not in (None, metadata["num_classes"]):
-        model.reset_classifier(num_classes)
+        model.reset_classifier(num_classes)  # type: ignore[operator]
     return model, metadata

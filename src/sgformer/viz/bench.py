@@ -52,8 +52,7 @@ def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path
                 here = sorted((p["size"], p[name]) for p in points if p["label"] == network and p[name])
                 if not here:
                     continue
-                x, y = zip(*here, strict=True)
-                y = [value * scale for value in y]
+                x, y = [size for size, _ in here], [value * scale for _, value in here]
                 slope = exponent([side * side for side in x], y)
                 legend = network if slope is None else f"{network}: pixels^{round(slope, 2) + 0:.2f}"
                 axes.plot(x, y, marker=MARKERS[i % 5], markersize=4, color=COLOURS[i % 5], label=legend)

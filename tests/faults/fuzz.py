@@ -1,0 +1,128 @@
+"""Fuzzing that looks for new branches (atheris, from `pip install 'sgformer[fuzz]'`): `make fuzz`, or
+
+python tests/faults/fuzz.py TARGET --seconds 60
+
+What opened a new branch is kept in `corpus/TARGET/`, what broke something in `finds/TARGET/`; `test_fuzz.py` replays
+both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile
+
+HERE = Path(__file__).parent
+WORK = Path(tempfile.mkdtemp(prefix="sgformer-fuzz-"))
+
+
+def checkpoint_adapter(data: bytes) -> None:
+    """Names and shapes in any combination: `from_released` refuses what does not fit, without a half-built model."""
+    from sgformer.checkpoint import load_released
+
+    names = hostile.released_names()
+    state, place = {}, 0
+    if data[:1] == b"!":  # all but what the bytes say
+        state = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+    while place + 3 < len(data):
+        index, sides, kind = data[place], data[place + 1], data[place + 2]
+        name = list(names)[(index * 7 + kind) % len(names)]
+        if kind % 4 == 0:
+            state.pop(name, None)
+        elif kind % 4 == 1:
+            state[data[place : place + 3].decode("latin-1")] = torch.empty(sides % 3, device="meta")
+        else:
+            shape = tuple(1 + (sides >> (2 * i)) % 4 for i in range(kind % 5))
+            state[name] = torch.empty(shape if kind % 4 == 2 else names[name], device="meta")
+        place += 3
+    hostile.refused("state dict", lambda: load_released(state))
+
+
+def pickles(data: bytes) -> None:
+    """Any bytes as a checkpoint file."""
+    from sgformer.checkpoint import load_released
+
+    path = WORK / "a.pth"
+    path.write_bytes(data)
+    hostile.refused("a.pth", lambda: load_released(path))
+
+
+def safetensors_files(data: bytes) -> None:
+    from sgformer import load_model
+
+    path = WORK / "a.safetensors"
+    path.write_bytes(data)
+    hostile.refused("a.safetensors", lambda: load_model(path))
+
+
+def coco_files(data: bytes) -> None:
+    hostile.try_annotations("a.json", data, WORK)
+
+
+def label_maps(data: bytes) -> None:
+    hostile.try_label_map("a.png", data, WORK)
+
+
+def configs(data: bytes) -> None:
+    hostile.try_yaml(data, WORK)
+
+
+TARGETS = {f.__name__: f for f in (checkpoint_adapter, pickles, safetensors_files, coco_files, label_maps, configs)}
+
+
+def seeds(target: str) -> list[bytes]:
+    """What to begin with."""
+    if target == "checkpoint_adapter":
+        return [b"", b"!", b"!abcdef"]
+    if target == "pickles":
+        file = WORK / "seed.pth"
+        torch.save({"state_dict": {"head.weight": torch.zeros(2, 2)}}, file, _use_new_zipfile_serialization=False)
+        return [file.read_bytes()]
+    if target == "safetensors_files":
+        from safetensors.torch import save
+
+        return [save({"a": torch.zeros(2)}, {"format": "sgformer", "config": "{}", "metadata": "{}"})]
+    if target == "coco_files":
+        return [json.dumps(hostile.annotations()).encode()]
+    if target == "label_maps":
+        return [hostile.seeds()["L.png"], hostile.seeds()["P.png"], hostile.seeds()["1.png"]]
+    return [next(hostile.mutated_recipes())[1], b"lr: 1e-3\nimage_size: [32, 64]\n"]
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=60)
+    asked = parser.parse_args()
+    import atheris
+
+    # Only what is ours is watched: the branches of torch and Pillow are not what is looked for.
+    with atheris.instrument_imports(include=["sgformer"]):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sgformer"]:
+            del sys.modules[name]
+        del sys.modules["hostile"]
+        globals()["hostile"] = __import__("hostile")
+    corpus, finds = HERE / "corpus" / asked.target, HERE / "finds" / asked.target
+    for folder in (corpus, finds):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(seeds(asked.target)):
+        (corpus / f"seed{number}").write_bytes(data)
+    # The library ends the process by itself; what it finds goes to a folder that is thinned out into the corpus.
+    options = [f"-max_total_time={asked.seconds}", "-timeout=20", "-rss_limit_mb=4096", f"-artifact_prefix={finds}/"]
+    atheris.Setup([sys.argv[0], *options, "-max_len=4096", "-print_final_stats=1", str(corpus)], TARGETS[asked.target])
+    try:
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(WORK, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,465 @@
+"""Bad and hostile input, and what has to become of it: accepted and right, or refused in one line that names the file.
+
+`mutated_images`, `mutated_checkpoints`, ... yield (name, bytes) without end, the same for the same seed. `try_image`,
+`try_weights`, ... give "accepted" or "refused" and raise on anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import json
+import random
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, features
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import coco_scene
+
+import sgformer
+from sgformer.checkpoint import load_released, to_released
+from sgformer.cli import main
+from sgformer.data.ade20k import read_label_map
+from sgformer.data.coco import CocoDataset, ground_truth, read_coco
+from sgformer.data.image import MAX_PIXELS, probe_image, read_image
+from sgformer.errors import UserError
+from sgformer.training.config import ClassifyConfig, make_config, read_yaml
+from sgformer.training.detect_config import DetectConfig
+from sgformer.training.segment_config import SegmentConfig
+
+Inputs = Iterator[tuple[str, bytes]]
+
+
+def refused(path: str, call: Callable[[], Any]) -> str:
+    """Run `call`; "refused" if it raises a UserError of one line that names the file, "accepted" if it returns."""
+    try:
+        call()
+    except UserError as error:
+        text = str(error)
+        assert "\n" not in text and len(text) <= 600, f"not a line: {text[:100]!r} ... {text[-400:]!r}"
+        assert path in text, f"does not name {path}: {text}"
+        return "refused"
+    return "accepted"
+
+
+# -- mutations of bytes -----------------------------------------------------------------------------------------------
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Cut, flip, overwrite, insert, remove or repeat something."""
+    if not data:
+        return data
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        here, length = rng.randrange(len(result) or 1), rng.choice((1, 2, 4, 8, 64, 512))
+        # Headers say what the rest means: half of the damage goes there.
+        here = min(here, rng.randrange(256)) if rng.random() < 0.5 else here
+        kind = rng.choice(("flip", "flip", "overwrite", "number", "insert", "remove", "repeat", "cut"))
+        if kind == "flip" and result:
+            result[here % len(result)] ^= 1 << rng.randrange(8)
+        elif kind == "overwrite":
+            result[here : here + length] = rng.randbytes(length)
+        elif kind == "number":
+            number = rng.choice((0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF))
+            result[here : here + 4] = struct.pack(rng.choice("<>") + "I", number)
+        elif kind == "insert":
+            result[here:here] = rng.randbytes(length)
+        elif kind == "remove":
+            del result[here : here + length]
+        elif kind == "repeat":
+            result[here:here] = result[here : here + length]
+        elif kind == "cut" and rng.random() < 0.3:
+            del result[here:]
+    return bytes(result)
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_claiming(width: int, height: int, pixels: bytes = b"", depth: int = 8, color: int = 2) -> bytes:
+    """A PNG with this header, and `pixels` as its compressed data, whatever they are."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    chunks = (header, b"IDAT" + pixels, b"IEND")
+    parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bomb(width: int, height: int, depth: int = 8, color: int = 0) -> bytes:
+    """A PNG of zeros that is small on the disk and large in memory."""
+    channels = {0: 1, 2: 3, 6: 4}[color]
+    packer, line = zlib.compressobj(9), bytes(1 + (width * channels * depth + 7) // 8)
+    return png_claiming(width, height, b"".join([*(packer.compress(line) for _ in range(height)), packer.flush()]),
+                        depth, color)  # fmt: skip
+
+
+@functools.cache
+def seeds() -> dict[str, bytes]:
+    """Small whole images of every kind, by file name."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8))
+    grey, sixteen = noise.convert("L"), Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    alpha = noise.convert("RGBA")
+    alpha.putalpha(grey)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames = {"save_all": True, "append_images": [grey.convert("RGB"), noise]}
+    found = {
+        "rgb.jpg": encoded(noise, "JPEG"),
+        "grey.jpg": encoded(grey, "JPEG"),
+        "cmyk.jpg": encoded(noise.convert("CMYK"), "JPEG"),
+        "progressive.jpg": encoded(noise, "JPEG", progressive=True),
+        "turned.jpg": encoded(noise, "JPEG", exif=turned),
+        **{f"{m}.png": encoded(noise.convert(m), "PNG") for m in ("1", "L", "P", "RGB")},
+        "alpha.png": encoded(alpha, "PNG"),
+        "grey_alpha.png": encoded(alpha.convert("LA"), "PNG"),
+        "colour_key.png": encoded(noise.convert("P"), "PNG", transparency=3),
+        "sixteen.png": encoded(sixteen, "PNG"),
+        "animated.png": encoded(noise, "PNG", **frames),
+        "still.gif": encoded(noise, "GIF"),
+        "animated.gif": encoded(noise, "GIF", **frames),
+        "plain.bmp": encoded(noise, "BMP"),
+        "plain.ppm": encoded(noise, "PPM"),
+        "sixteen.pgm": encoded(sixteen, "PPM"),
+        "sixteen.tif": encoded(sixteen, "TIFF"),
+        "float.tif": encoded(Image.fromarray(np.linspace(-1, 2, 600, dtype=np.float32).reshape(20, 30)), "TIFF"),
+        "cmyk.tif": encoded(noise.convert("CMYK"), "TIFF"),
+        "turned.tif": encoded(noise, "TIFF", exif=turned),
+        "palette.tif": encoded(noise.convert("P"), "TIFF"),
+    }
+    if features.check("libtiff"):
+        for packing in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"):
+            found[f"{packing}.tif"] = encoded(noise, "TIFF", compression=packing)
+        found["fax.tif"] = encoded(noise.convert("1"), "TIFF", compression="group4")
+    if features.check("webp"):
+        found["lossy.webp"] = encoded(noise, "WEBP")
+        found["lossless.webp"] = encoded(alpha, "WEBP", lossless=True)
+        found["animated.webp"] = encoded(noise, "WEBP", **frames)
+    if features.check("avif"):
+        found["plain.avif"] = encoded(noise, "AVIF")
+    return found
+
+
+def special_images() -> Inputs:
+    """What is not made by chance."""
+    yield "empty.jpg", b""
+    yield "text.png", b"not an image"
+    for width, height in ((2**31 - 1, 2**31 - 1), (100_000, 100_000), (MAX_PIXELS, 2), (2**31 - 1, 1), (0, 5), (5, 0)):
+        yield f"claims_{width}x{height}.png", png_claiming(width, height)
+        yield f"claims_{width}x{height}.ppm", f"P6 {width} {height} 255\n".encode()
+        yield f"claims_{width}x{height}.gif", b"GIF89a" + struct.pack("<HHBBB", width % 2**16, height % 2**16, 0, 0, 0)
+        if min(width, height) > 0:
+            tags = ((256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8),
+                    (279, 4, 1, 2**31 - 1))  # fmt: skip
+            entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+            yield f"claims_{width}x{height}.tif", b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    yield "bomb_16_megapixels.png", bomb(4096, 4096)
+    yield "bomb_text.png", png_text_bomb()
+    for name, data in seeds().items():
+        for other in (".jpg", ".png", ".tif", ".gif", ".webp", ".bmp"):
+            yield name.replace(".", "_") + other, data  # under a wrong name
+
+
+def png_text_bomb() -> bytes:
+    """A small image whose comment unpacks to 64 MB."""
+    whole = seeds()["RGB.png"]
+    text = b"zTXtComment\0\0" + zlib.compress(bytes(2**26), 9)
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    return whole[:33] + chunk + whole[33:]
+
+
+def mutated_images(seed: int = 0) -> Inputs:
+    yield from special_images()
+    rng, names = random.Random(seed), list(seeds())
+    number = 0
+    while True:
+        name = rng.choice(names)
+        data = mutate(seeds()[name], rng)
+        if rng.random() < 0.05:  # the beginning of one, the end of another
+            other = seeds()[rng.choice(names)]
+            data = data[: rng.randrange(len(data) + 1)] + other[rng.randrange(len(other)) :]
+        yield f"{number}_{name}", data
+        number += 1
+
+
+def try_image(name: str, data: bytes) -> str:
+    def read() -> None:
+        header = probe_image(data, name)
+        image = read_image(data, name)
+        assert image.mode == "RGB" and image.size == (header.width, header.height)
+        assert image.width * image.height <= MAX_PIXELS
+
+    return refused(name, read)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def weights() -> tuple[bytes, bytes, dict[str, torch.Tensor]]:
+    """A safetensors file, a released file, and the tensors in both."""
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=3, img_size=64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = sgformer.save_model(model, Path(folder) / "w.safetensors", {"classes": ["a", "b", "c"]})
+        ours = path.read_bytes()
+    file = io.BytesIO()
+    torch.save({"epoch": 3, "state_dict": to_released(model)}, file)
+    return ours, file.getvalue(), {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@functools.cache
+def released_names() -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a released checkpoint."""
+    model = sgformer.create_model("sgformer_n", num_classes=3, img_size=64)
+    return {name: tuple(value.shape) for name, value in to_released(model).items()}
+
+
+def mutated_weights(seed: int = 0) -> Inputs:
+    """Of both kinds in turn."""
+    rng, number = random.Random(seed), 0
+    while True:
+        for ending, whole in zip((".safetensors", ".pth"), weights()[:2], strict=True):
+            data = whole
+            if rng.random() < 0.2:
+                data = whole[: rng.randrange(len(whole))]
+            elif ending == ".safetensors" and rng.random() < 0.6:  # inside the header
+                length = 8 + int.from_bytes(whole[:8], "little")
+                data = mutate(whole[:length], rng) + whole[length:]
+            elif ending == ".pth" and rng.random() < 0.6:  # inside the pickle, or the archive's list of contents
+                middle = 8192 if rng.random() < 0.5 else len(whole) - 20000
+                data = whole[:middle] + mutate(whole[middle : middle + 20000], rng) + whole[middle + 20000 :]
+                if middle == 8192:
+                    data = mutate(whole[:20000], rng) + whole[20000:]
+            else:
+                data = mutate(whole, rng)
+            yield f"{number}{ending}", data
+        number += 1
+
+
+def try_weights(name: str, data: bytes, folder: Path) -> str:
+    """Accepted only if the model is the original to the bit: nothing is ever half loaded."""
+    path = folder / name
+    path.write_bytes(data)
+
+    def load() -> None:
+        model = sgformer.load_model(path) if path.suffix == ".safetensors" else load_released(path)
+        expected = weights()[2]
+        state = model.state_dict()
+        assert state.keys() == expected.keys(), "another model"
+        different = [key for key, value in state.items() if not torch.equal(value, expected[key])]
+        assert not different, f"other weights: {different}"
+        if path.suffix == ".safetensors":
+            assert model.metadata == {"classes": ["a", "b", "c"]}, "other metadata"
+
+    try:
+        return refused(name, load)
+    finally:
+        path.unlink()
+
+
+# -- annotations ------------------------------------------------------------------------------------------------------
+
+JUNK = (
+    *(None, True, -1, 0, 1.5, 1e308, -1e308, float("nan"), float("inf"), 2**63, 10**400),
+    *("", "x", "3", "\0", "../../etc/passwd", "/etc/passwd", "C:\\x.png", "\ud800", "a" * 5000),
+    *([], [[]], {}, [1], [None], [[1, 1, 5, 1, 5, 5]], [[1, 2, 3]], {"size": [1, 1], "counts": [1]}),
+    *({"size": [48, 64], "counts": counts} for counts in ("0000", [3072], [2**62, 7])),
+)
+
+
+@functools.cache
+def annotations() -> dict[str, Any]:
+    rle = {"size": [48, 64], "counts": [10, 5, 48 * 64 - 15]}
+    packed = {"size": [48, 64], "counts": "PQ3"}
+    boxes = [coco_scene.thing(10, 3, [4, 5, 20, 10]), coco_scene.thing(20, 7, [30, 20, 10, 10], segmentation=rle)]
+    return coco_scene.content([*boxes, coco_scene.thing(10, 7, [0, 0, 64, 48], segmentation=packed, iscrowd=1)])
+
+
+def mutated_annotations(seed: int = 0) -> Inputs:
+    rng, number = random.Random(seed), 0
+    while True:
+        if rng.random() < 0.2:
+            data = mutate(json.dumps(annotations()).encode(), rng)
+        else:
+            content = json.loads(json.dumps(annotations()))
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                spoil(content, rng)
+            data = json.dumps(content).encode()
+        yield f"{number}.json", data
+        number += 1
+
+
+def spoil(value: Any, rng: random.Random) -> None:
+    """Replace, remove, double or add something somewhere in nested lists and dicts."""
+    while isinstance(value, (dict, list)) and value:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = rng.choice(keys)
+        if isinstance(value[key], (dict, list)) and value[key] and rng.random() < 0.75:
+            value = value[key]
+            continue
+        what = rng.choice(("replace", "replace", "replace", "remove", "double", "add"))
+        if what == "remove":
+            del value[key]
+        elif what == "double" and isinstance(value, list):
+            value.append(value[key])
+        elif what == "add" and isinstance(value, dict):
+            value[rng.choice(("iscrowd", "ignore", "extra", "segmentation"))] = copy.deepcopy(rng.choice(JUNK))
+        else:
+            value[key] = copy.deepcopy(rng.choice(JUNK))
+        return
+
+
+def coco_folder(folder: Path) -> Path:
+    """Images for `annotations`, written once."""
+    if not (folder / "train").is_dir():
+        coco_scene.write_coco(folder, annotations())
+    return folder
+
+
+def try_annotations(name: str, data: bytes, folder: Path) -> str:
+    path = coco_folder(folder) / name
+    path.write_bytes(data)
+
+    def read() -> None:
+        listing = read_coco(path, folder / "train", check_files=False)
+        inside = (folder / "train").resolve()
+        assert all(listing.path(i).resolve().is_relative_to(inside) for i in range(len(listing))), "leads out"
+        dataset = CocoDataset(listing, bad_images="skip")
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            if sample.skipped is None:
+                boxes = sample.target["boxes"]
+                assert boxes.isfinite().all() and len(boxes) == len(sample.target["labels"])
+                assert (sample.target["labels"] <= len(listing.classes)).all()
+        ground_truth(listing)
+
+    try:
+        return refused(name, read)
+    finally:
+        path.unlink()
+
+
+def mutated_label_maps(seed: int = 0) -> Inputs:
+    rng, number = random.Random(seed), 0
+    values = np.random.default_rng(0).integers(0, 5, (16, 20), dtype=np.uint8)
+    whole = [
+        encoded(Image.fromarray(values), "PNG"),
+        encoded(Image.fromarray(values.astype(np.uint16)), "PNG"),
+        encoded(Image.fromarray(values).convert("P"), "PNG"),
+        encoded(Image.fromarray(values > 2), "PNG"),
+        bytes(seeds()["RGB.png"]),
+        bytes(seeds()["animated.png"]),
+    ]
+    while True:
+        yield f"{number}.png", mutate(rng.choice(whole), rng)
+        number += 1
+
+
+def try_label_map(name: str, data: bytes, folder: Path) -> str:
+    path = folder / name
+    path.write_bytes(data)
+
+    def read() -> None:
+        values = read_label_map(path)
+        assert values.ndim == 2 and values.min(initial=0) >= 0
+
+    try:
+        return refused(name, read)
+    finally:
+        path.unlink()
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+CONFIGS = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+WORDS = (
+    *("", "-1", "0", "1", "2", "1.5", "-0.0", "1e400", "nan", "inf", "null", "None", "true", "99999999999999999999"),
+    *("[]", "[1,2]", "[32,32]", "{}", "a: b", "[", "*x", "&x", "!!python/object/apply:os.system ['true']"),
+    *("x", "..", "/", "/dev/null", "/proc/self/mem", "a\nb", "é", "--", "-", "=", "'", "%", "$HOME", "~"),
+    *(
+        "rand-m9",
+        "cuda:99",
+        "mps",
+        "cpu",
+        "adamw",
+        "softmax",
+        "single",
+        "upernet",
+        ".5:28,.5:7/.5:4,.5:2/1:1",
+        "8,4,1/4",
+    ),
+)
+
+
+def mutated_commands(seed: int = 0) -> Iterator[list[str]]:
+    """Command lines of `train`, with options and values that rarely make sense; data is never there."""
+    rng = random.Random(seed)
+    while True:
+        task = rng.choice(list(CONFIGS))
+        names = [f.name.replace("_", "-") for f in fields(CONFIGS[task]) if f.name not in ("run", "data")]
+        words: list[str] = []
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            name = rng.choice(names)
+            if rng.random() < 0.2:
+                name = mutate(name.encode(), rng).decode("latin-1").replace("\0", "").replace("\n", "") or "x"
+            value = rng.choice(WORDS)
+            words += [f"--{name}={value}"] if rng.random() < 0.5 else [f"--{name}", value]
+        yield ["train", task, *words, "--data", "nowhere"]
+
+
+def try_command(arguments: list[str]) -> str:
+    """Status 2 and one line, whatever was asked: the data are not there."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    said = err.getvalue()
+    if status == 0 and out.getvalue().startswith("usage:"):  # a mutation asked for --help
+        return "accepted"
+    assert status == 2, f"status {status}: {said}"
+    assert said.startswith("sgformer: error: ") and said.count("\n") == 1 and "Traceback" not in said, said
+    return "refused"
+
+
+def mutated_recipes(seed: int = 0) -> Inputs:
+    rng, number = random.Random(seed), 0
+    whole = b"model: sgformer_n\nlr: 2e-5\nepochs: 7\nauto_augment: null\nimage_size: [64, 96]\nmixup: 0.2\nema: 0.99\n"
+    keys = whole.decode().split("\n")[:-1]
+    while True:
+        lines = [line.split(":")[0] + ": " + rng.choice(WORDS) if rng.random() < 0.2 else line for line in keys]
+        data = "\n".join(lines).encode()
+        yield f"{number}.yaml", mutate(data, rng) if rng.random() < 0.5 else data
+        number += 1
+
+
+def try_recipe(name: str, data: bytes, folder: Path) -> str:
+    path = folder / name
+    path.write_bytes(data)
+    try:
+        return try_command(["train", "classify", "--config", str(path), "--data", "nowhere"])
+    finally:
+        path.unlink()
+
+
+def try_yaml(data: bytes, folder: Path) -> None:
+    """The config loader alone, for fuzzing by coverage."""
+    path = folder / "c.yaml"
+    path.write_bytes(data)
+    for config in CONFIGS.values():
+        refused("", lambda config=config: make_config(config, read_yaml(path, config)))
