@@ -25,7 +25,7 @@ ALLOWED = {
     "data": {"errors"},
     "viz": {"errors"},
     "heads": {"errors"},
-    "app": {"api", "data", "errors", "explanations", "viz"},
+    "app": {"answers", "api", "data", "errors", "explanations", "viz"},
 }
 
 
