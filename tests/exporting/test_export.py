@@ -14,6 +14,7 @@ from sgformer import exporting
 from sgformer.cli import main
 from sgformer.errors import UserError
 from sgformer.exporting import compare, difference
+from sgformer.exporting.formats import FORMATS
 from sgformer.exporting.graphs import ClassifierGraph
 from sgformer.tasks.pyramid import pyramid_backbone
 from sgformer.tasks.segment import Segmenter
@@ -100,6 +101,30 @@ def test_segmentation(segmenter, tmp_path):
     result = sgformer.export(segmenter, tmp_path / "s.onnx", significance=True)
     assert result.largest < 1e-4 and result.outputs[0] == "logits" and len(result.outputs) == 4
     assert run(tmp_path / "s.onnx", torch.zeros(1, 3, 70, 33))["logits"].shape == (1, 3, 70, 33)
+
+
+@torch.no_grad()
+def test_a_whole_detector_finds_the_same_objects(tmp_path):
+    """Untrained, its scores are nearly equal, and rounding may decide which of two boxes stays: most must agree."""
+    from sgformer.exporting.graphs import DetectorGraph
+    from sgformer.tasks.detect import Detector
+
+    torch.manual_seed(0)
+    detector = Detector(pyramid_backbone(small().float()), 2, width=8).eval()
+    about = {"image_size": 60, "category_ids": [1, 5], "classes": ["a", "b"]}
+    graph, file = DetectorGraph(detector, about).eval(), tmp_path / "d.onnx"
+    assert exporting._fixed_size(graph, None) == (64, 64)
+    FORMATS["onnx"].write(graph, torch.randn(1, 3, 64, 64), (64, 64), graph.about, file)
+    image = torch.randn(1, 3, 64, 64)
+    found = run(file, image)
+    assert list(found) == ["boxes", "labels", "scores", "masks"] and found["masks"].shape[1:] == (1, 28, 28)
+    with exporting.ranked(FORMATS["onnx"].open(file)(image)[1]):
+        boxes, labels, scores, _ = graph(image)
+    distance = torch.cdist(torch.from_numpy(found["boxes"]), boxes) + 100 * (
+        torch.from_numpy(found["labels"])[:, None] != labels
+    )
+    distance += 100 * (torch.from_numpy(found["scores"])[:, None] - scores).abs()
+    assert len(boxes) > 20 and (distance.min(0).values < 0.01).float().mean() > 0.8
 
 
 @pytest.mark.slow

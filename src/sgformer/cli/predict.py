@@ -27,7 +27,7 @@ def predict(
     """Say what is on images: the most probable classes of each, the class of every pixel, or objects and where.
 
     Args:
-        weights: a run folder, a .safetensors file, a released .pth, or an .onnx file of sgformer export
+        weights: a run folder, .safetensors, released .pth, or .onnx of sgformer export
         images: image files, or folders of them
         top: classification: classes per image [5]
         score: detection: leave out what is less certain [0.5]
