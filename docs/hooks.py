@@ -18,6 +18,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".js": "javascript", ".css": "css", ".toml": "toml"}
+#: Front matter: sources would drown the pages in what a search finds.
+UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 #: Roles that docstrings mark names with; what they mark is shown as code.
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):(?=<code>)")
 
@@ -78,9 +80,9 @@ def _source_page(path: str) -> str:
             f"| [`{p.name}`]({os.path.relpath(f'source/{path}/{p.name}.md', here)}) | {_first_line(p)} |"
             for p in sorted(file.glob("*.py"))
         )
-        return "\n".join([f"# {path}/", "", "| file | |", "|---|---|", *rows])
-    fence = "`" * 6
-    return f"# {path}\n\n{fence}{LANGUAGES.get(file.suffix, 'text')}\n{file.read_text(encoding='utf-8')}\n{fence}\n"
+        return "\n".join([UNSEARCHED, f"# {path}/", "", "| file | |", "|---|---|", *rows])
+    fence, language = "`" * 6, LANGUAGES.get(file.suffix, "text")
+    return "\n".join([UNSEARCHED, f"# {path}", "", fence + language, file.read_text(encoding="utf-8"), fence, ""])
 
 
 def _first_line(path: Path) -> str:

@@ -103,6 +103,9 @@ def test_examples_come_from_the_run_s_own_validation_images(tmp_path, weights, m
     assert len(Desk(["run"]).examples) == 1  # without data: a photograph that comes with matplotlib
     (tmp_path / "run" / "config.yaml").write_text("data: photos\n")
     assert [e.size for e in Desk(["run"]).examples] == [(32, 32)] * 9
+    assert len(Desk(["run/best.safetensors"]).examples) == 9
+    (tmp_path / "run" / "config.yaml").write_text("[broken")
+    assert len(Desk(["run"]).examples) == 1
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------

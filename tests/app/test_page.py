@@ -40,6 +40,8 @@ def server(tmp_path_factory):
     )  # fmt: skip
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+    with urllib.request.urlopen(line.split()[0]) as plain:  # a visitor without a websocket does no harm
+        assert plain.status == 200
     yield line.split()[0]
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
@@ -56,6 +58,7 @@ def page(server):
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1300, "height": 900})
+        page.set_default_timeout(120_000)  # a busy machine is no failure
         asked, complaints = set(), []
         page.on("request", lambda request: asked.add(request.url))
         page.on("websocket", lambda socket: asked.add(socket.url))
@@ -82,10 +85,18 @@ def shown_shares(page) -> list[tuple[str, str]]:
 def ask(server: str, data: bytes, network: str = "one") -> tuple[int, dict]:
     request = urllib.request.Request(f"{server}/look?network={network}", data=data, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
+
+
+def ask_until_served(server: str, data: bytes) -> tuple[int, dict]:
+    """As a visitor does who is asked to try again, on a machine that is busy with other things."""
+    answer = ask(server, data)
+    while answer[0] == 503:
+        answer = ask(server, data)
+    return answer
 
 
 def percents(answer: list[dict]) -> list[tuple[str, str]]:
@@ -171,7 +182,7 @@ def test_a_broken_upload_and_a_bomb_are_told_and_nothing_breaks(page):
 def test_twenty_at_once_get_each_their_own_answer(server):
     images = [photo(seed) for seed in range(20)]
     with ThreadPoolExecutor(20) as crowd:
-        answers = list(crowd.map(lambda data: ask(server, data), images))
+        answers = list(crowd.map(lambda data: ask_until_served(server, data), images))
     assert [status for status, _ in answers] == [200] * 20
     alone = [ask(server, data)[1]["answer"] for data in images]
     assert [said["answer"] for _, said in answers] == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import secrets
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from sgformer.answers import find_images
 from sgformer.data.image import read_image
+from sgformer.errors import require
 from sgformer.explanations import Looker, load_looker, ranked_by
 from sgformer.viz.segmentation import palette
 from sgformer.viz.significance import Explanation, colour_map, draw_explanation, region_colours, region_names
@@ -53,7 +56,10 @@ def read_upload(data: bytes) -> Image.Image:
     Raises:
         UserError: no image, broken, of another format than `FORMATS`, or more than `MAX_PIXELS` pixels.
     """
-    image = read_image(data, "this file", formats=FORMATS, max_pixels=MAX_PIXELS)
+    return _reduced(read_image(data, "this file", formats=FORMATS, max_pixels=MAX_PIXELS))
+
+
+def _reduced(image: Image.Image) -> Image.Image:
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     return image
 
@@ -207,7 +213,7 @@ class Desk:
                     longer = f"{name}, ranked by {ranking}"
                     self.networks[longer] = Network(longer, looker, ranking)
         self.checkpoints = [name for name, network in self.networks.items() if network.ranking is None]
-        self.examples = [read_upload(_bytes(image)) for image in _examples(weights[0], examples)]
+        self.examples = [_reduced(read_image(path)) for path in _examples(Path(weights[0]), examples)]
         self.waiting = 0
         self._worker = ThreadPoolExecutor(1, "sgformer-look")
         self._recent: deque[Look] = deque(maxlen=KEPT)
@@ -255,22 +261,16 @@ class Desk:
             self.waiting -= 1
 
 
-def _bytes(image: Path | Image.Image) -> bytes:
-    assert isinstance(image, Path)
-    return image.read_bytes()
-
-
-def _examples(weights: str, folder: str | None) -> list[Path | Image.Image]:
-    """Images spread over a folder, over the validation images of a run, or those that packages bring along."""
+def _examples(weights: Path, folder: str | None) -> list[Path]:
+    """Images spread over a folder, over the validation images of a run, or one that a package brings along."""
     places = [Path(folder)] if folder else []
-    if not folder and (Path(weights) / "config.yaml").is_file():
-        import yaml
-
-        data = Path(str((yaml.safe_load((Path(weights) / "config.yaml").read_text()) or {}).get("data")))
-        places = [p for p in (data / "val", data / "val2017", data / "images" / "validation") if p.is_dir()]
+    config = (weights if weights.is_dir() else weights.parent) / "config.yaml"
+    if not folder and config.is_file():
+        with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's file after all
+            data = Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data")))
+            places = [p for p in (data / "val", data / "val2017", data / "images" / "validation") if p.is_dir()]
     if not places:
-        import matplotlib
-
-        places = [Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"]
-    found = list(find_images(places[:1]))
+        data = Path(require("matplotlib", extra="train").get_data_path())
+        places = [p for p in (data / "sample_data" / "grace_hopper.jpg",) if p.is_file()]
+    found = [path for path in find_images(places[:1]) if isinstance(path, Path)]
     return [found[i * len(found) // EXAMPLES] for i in range(EXAMPLES)] if len(found) > EXAMPLES else found
