@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install bench demo demo-dense test test-fast torture fuzz oldest newest api licences audit lint format types clean
+.PHONY: help install bench demo demo-dense docs test test-fast torture fuzz oldest newest api licences audit lint format types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-fast: install  ## the quick part of it
 bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (15 minutes on 2 quiet cores)
 	$(BIN)/python benchmarks/standing.py --out bench
 
+docs: install  ## the documentation as a site, in site/; open site/index.html (search needs a server: python3 -m http.server -d site)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 torture: install  ## kill it 100 times, feed it 30,000 bad inputs, and count (25 minutes of a core); counts in torture/
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py --out torture
 
@@ -64,8 +67,8 @@ oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that 
 # The lower bounds as they stand in pyproject.toml, of the base install and of the extras that the tests need.
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v setuptools \
-	  | sed 's/"//g; s/\[[a-z]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
+	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z_]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v setuptools \
+	  | sed 's/"//g; s/\[[a-z_]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
 	@touch $@
 
@@ -97,4 +100,4 @@ format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest torture demo build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest torture demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sgformer
 from sgformer.backbone import GuidedBlock
-from sgformer.guidance import make_source
+from sgformer.explanations import ranked_by
 from sgformer.training.weights import find_weights, read_metadata
 
 RANKINGS = ("coarse", "fine", "uniform", "random", "inverted", "feature-norm")
@@ -32,14 +32,10 @@ CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
 def changes(model: Any) -> Iterator[str]:
     """Change the network in place, one way after the other; the name of each."""
     blocks = [module for module in model.modules() if isinstance(module, GuidedBlock)]
-    own = [block.source for block in blocks]
     yield "none"
     for name in RANKINGS:
-        for block in blocks:
-            block.source = make_source(name, 0)
-        yield f"ranked by {name}"
-    for block, source in zip(blocks, own, strict=True):
-        block.source = source
+        with ranked_by(model, name):
+            yield f"ranked by {name}"
     for name, change in CONTENTS.items():
         hooks = [
             block.attn.aggregate.register_forward_hook(

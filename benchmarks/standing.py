@@ -28,7 +28,7 @@ MIB = 2**20
 
 
 def inference(folder: Path) -> list[dict[str, Any]]:
-    ways = [(m, b) for b in ("eager", "onnxruntime") for m in (PLAIN, OURS, SWIN, PVT)] + [(OURS, "optimize")]
+    ways = [(m, b) for b in ("eager", "openvino") for m in (PLAIN, OURS, SWIN, PVT)] + [(OURS, "optimize")]
     return timed([Case(m, batch_size=n, backend=b) for n in (1, 8) for m, b in ways], folder, rounds=5)
 
 
@@ -100,7 +100,7 @@ def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | 
     def ratio(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None
 
-    every = ("eager", "optimize", "onnxruntime")
+    every = ("eager", "optimize", "openvino")
     rows: list[tuple[str, str, float | None, float, bool]] = []  # text, unit, figure, bound, whether larger is better
 
     def aim(text: str, figure: float | None, bound: float, unit: str = "x", larger: bool = False) -> None:
@@ -141,8 +141,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = ["## Speed and memory", "", "```sh", "make bench", "```", ""]
     m = found.get("machine", {})
     lines += [
-        f"{m.get('cores')} cores of {m.get('processor')}, torch {m.get('torch')}, timm {m.get('timm')}, onnxruntime "
-        f"{m.get('onnxruntime')}, float32. Ratios are of medians of interleaved rounds within one run. Plain is",
+        f"{m.get('cores')} cores of {m.get('processor')}, torch {m.get('torch')}, timm {m.get('timm')}, OpenVINO "
+        f"{m.get('openvino')}, float32. Ratios are of medians of interleaved rounds within one run. Plain is",
         "[`benchmarks/plain.py`](../benchmarks/plain.py), the stand-in for the published code; what each step brought",
         "and what is left is in [performance.md](performance.md).",
         "",

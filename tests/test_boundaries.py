@@ -25,6 +25,7 @@ ALLOWED = {
     "data": {"errors"},
     "viz": {"errors"},
     "heads": {"errors"},
+    "app": {"answers", "api", "data", "errors", "explanations", "viz"},
 }
 
 

@@ -6,16 +6,21 @@ import difflib
 import importlib
 from typing import Any
 
-import timm
-
-from sgformer import timm_models as timm_models  # registers the sizes with timm
 from sgformer._version import __version__
-from sgformer.backbone import Inspection, SGFormer
-from sgformer.checkpoint import load_model, load_released, save_model
 from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
 from sgformer.errors import UserError
-from sgformer.guidance import register_significance
-from sgformer.inference import optimize
+
+try:
+    import timm
+
+    from sgformer import timm_models as timm_models  # registers the sizes with timm
+    from sgformer.backbone import Inspection, SGFormer
+    from sgformer.checkpoint import load_model, load_released, save_model
+    from sgformer.guidance import register_significance
+    from sgformer.inference import optimize
+except ModuleNotFoundError as error:  # to predict with an exported file, none of this is needed
+    if error.name not in ("torch", "torchvision", "timm", "safetensors"):
+        raise
 
 __all__ = [
     "Inspection",
@@ -28,6 +33,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "explain",
+    "export",
     "load_model",
     "load_released",
     "optimize",
@@ -43,12 +49,15 @@ _LATER = {
     "evaluate": "sgformer.api",
     "predict": "sgformer.api",
     "explain": "sgformer.explanations",
+    "export": "sgformer.exporting",
     "SelfGuidedAttention1d": "sgformer.sequence",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
+        if name in __all__:
+            raise ImportError(f"sgformer.{name} needs torch and timm, which are not installed: pip install sgformer")
         raise AttributeError(f"module 'sgformer' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LATER[name]), name)
     globals()[name] = value

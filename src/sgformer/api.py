@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sgformer.answers import Prediction, find_images, open_image
 from sgformer.config import VARIANTS
-from sgformer.data.image import IMAGE_EXTENSIONS, read_image
 from sgformer.data.transforms import denormalize, eval_transform, preprocessing, train_transform
 from sgformer.errors import UserError, require
 from sgformer.training.config import ClassifyConfig, Config, dashed, make_config, read_yaml
@@ -273,22 +272,6 @@ def _size(metadata: dict[str, Any], image_size: Any, crop_pct: float | None) -> 
 # -- prediction -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a classifier says of one image.
-
-    Attributes:
-        image: path or, for images given as objects, their position as text.
-        labels: (class name, probability), most probable first.
-    """
-
-    image: str
-    labels: tuple[tuple[str, float], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"image": self.image, "labels": [{"class": n, "probability": p} for n, p in self.labels]}
-
-
 def predict(
     weights: str | os.PathLike[str],
     images: str | os.PathLike[str] | Image.Image | Sequence[str | os.PathLike[str] | Image.Image],
@@ -327,40 +310,3 @@ def predict(
             labels = tuple((names[k], v) for k, v in zip(indices[i].tolist(), values[i].tolist(), strict=True))
             result.append(Prediction(str(start + i) if isinstance(source, Image.Image) else str(source), labels))
     return result
-
-
-def find_images(sources: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Path | Image.Image]:
-    """Files as they are, folders replaced by the images in them in sorted order.
-
-    Raises:
-        UserError: no such file, or no image in a folder.
-    """
-    for source in sources:
-        if isinstance(source, Image.Image):
-            yield source
-            continue
-        path = Path(source)
-        if not path.is_dir():
-            if not path.exists():
-                raise UserError(f"{path}: no such image or folder")
-            yield path
-            continue
-        files = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and not p.name.startswith(".")
-        )
-        if not files:
-            raise UserError(f"{path}: no images in this folder")
-        yield from files
-
-
-def open_image(source: Path | Image.Image) -> Image.Image:
-    """An RGB image, read as a viewer shows it."""
-    return source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
-
-
-def annotate(prediction: Prediction, out: str | os.PathLike[str]) -> None:
-    """Write a picture of the image and its most probable classes."""
-    from sgformer.viz.sheets import draw_prediction
-
-    pixels = np.asarray(read_image(prediction.image))
-    draw_prediction(pixels, prediction.labels, Path(out), Path(prediction.image).name)

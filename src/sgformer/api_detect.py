@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sgformer.api import find_images, open_image, train
+from sgformer.answers import find_images, open_image
+from sgformer.api import train
 from sgformer.data.detection_transforms import eval_transform, short_and_longest, train_transform
 from sgformer.errors import UserError, require
 from sgformer.training.detect_config import DetectConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sgformer.api import find_images, open_image, train
+from sgformer.answers import Segments, find_images, open_image
+from sgformer.api import train
 from sgformer.data.dense_transforms import eval_transform, train_transform
 from sgformer.data.transforms import denormalize
 from sgformer.errors import UserError, require
@@ -256,52 +256,6 @@ def draw_examples(
         Path(out),
         [f"{100 * by_image[i]:.0f} % right" for i in chosen],
     )
-
-
-@dataclass(frozen=True)
-class Segments:
-    """What a network says of one image's pixels.
-
-    Attributes:
-        image: path or, for images given as objects, their position as text.
-        labels: (H, W) class indices, at the size of the image as it is shown.
-        class_names: one per class.
-        first: the label of class 0 in files: 1 where the data set's 0 means "no class".
-    """
-
-    image: str
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    first: int = 0
-
-    def shares(self) -> list[tuple[str, float]]:
-        """(class name, share of the pixels) of the classes that are there, the largest first."""
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
-        order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-        return [(self.class_names[i], float(counts[i] / self.labels.size)) for i in order]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The shares, as JSON takes them."""
-        return {"image": self.image, "classes": [{"class": n, "share": s} for n, s in self.shares()]}
-
-    def write(self, out: str | os.PathLike[str], pixels: np.ndarray, stem: str | None = None) -> list[Path]:
-        """Write `STEM_labels.png` (a label map with a palette) and `STEM_overlay.png` into a folder.
-
-        Args:
-            out: the folder.
-            pixels: the image, (H, W, 3) uint8.
-            stem: by default the image's name without its ending.
-
-        Returns:
-            The two files.
-        """
-        from sgformer.viz.segmentation import draw_overlay, write_label_png
-
-        stem = stem or Path(self.image).stem
-        labels, overlay = Path(out) / f"{stem}_labels.png", Path(out) / f"{stem}_overlay.png"
-        write_label_png(self.labels, labels, self.class_names, self.first)
-        draw_overlay(pixels, self.labels, self.class_names, overlay, Path(self.image).name)
-        return [labels, overlay]
 
 
 def predict_segmentation(

@@ -75,7 +75,7 @@ class HybridScaleAttention(nn.Module):
             q_coarse, self.kv_coarse(reduced), self.heads, self.reduction, self.window, self.coarse == "global"
         )
         near, near_significance = look(q_fine, kv_fine, self.heads, 1, self.window)
-        out = torch.cat([far, near], dim=-1) + self.local(local)
+        out = torch.cat([far, near], dim=-1) + self.local(local.contiguous())  # a copy, so that proj_in's output can go
         return self.proj(out), far_significance, near_significance
 
 
@@ -108,7 +108,7 @@ class MultiScaleAttention(nn.Module):
             out, received = look(q, kv(seen), self.heads, scale, self.window, scale > 1 and self.coarse == "global")
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
-        out = torch.cat(outs, dim=-1) + self.local(local)
+        out = torch.cat(outs, dim=-1) + self.local(local.contiguous())
         return self.proj(out), coarse.expand_as(received), fine.expand_as(received)
 
 
@@ -116,7 +116,9 @@ def reduce_grid(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C): strided convolution of the zero-padded grid, norm, GELU."""
     _, H, W, _ = x.shape
     r = conv.kernel_size[0]
-    image = F.pad(x.permute(0, 3, 1, 2), (0, -W % r, 0, -H % r))
+    image = x.permute(0, 3, 1, 2)
+    if H % r or W % r:
+        image = F.pad(image, (0, -W % r, 0, -H % r))
     return F.gelu(norm(conv(image).permute(0, 2, 3, 1)))
 
 
@@ -262,7 +264,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, seen: Inspection | None = None, name: str = "") -> Tensor:
-        x = self.downsample(x)
+        x = self._run(self.downsample, x)
         for i, block in enumerate(self.blocks):
             key = f"{name}.{i}"
             if isinstance(block, HybridBlock):
@@ -284,10 +286,10 @@ class Stage(nn.Module):
             return MultiScaleAttention(stage.dim, stage.heads, stage.scales, config.window, config.coarse)
         return HybridScaleAttention(stage.dim, stage.heads, stage.reduction, config.window, config.coarse)
 
-    def _run(self, block: nn.Module, *args: Any) -> Any:
+    def _run(self, part: nn.Module, *args: Any) -> Any:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
 
 class SGFormer(nn.Module):
@@ -327,6 +329,7 @@ class SGFormer(nn.Module):
                 for i, stage in enumerate(config.stages)
             )
             self.head = ClassifierHead(dims[-1], config.num_classes, global_pool, config.drop_rate)
+        self.grad_checkpointing = False
         self.init_weights()
 
     @torch.no_grad()
@@ -342,10 +345,15 @@ class SGFormer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last stage's map, (B, C, ceil(H / 32), ceil(W / 32))."""
-        x = self.stem(x)
+        x = self._embed(x)
         for stage in self.stages:
             x = stage(x)
         return x.permute(0, 3, 1, 2)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(self.stem, x, use_reentrant=False)
+        return self.stem(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -353,7 +361,7 @@ class SGFormer(nn.Module):
     def inspect(self, x: Tensor) -> Inspection:
         """One forward pass that returns all it saw: logits, four feature maps, significance maps, token groups."""
         seen = Inspection()
-        x = self.stem(x)
+        x = self._embed(x)
         for i, stage in enumerate(self.stages, start=1):
             x = stage(x, seen, str(i))
             seen.features.append(x.permute(0, 3, 1, 2))
@@ -381,7 +389,7 @@ class SGFormer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC (got {output_fmt!r})")
         take = self._take(indices)
-        x = self.stem(x)
+        x = self._embed(x)
         maps = []
         for i, stage in enumerate(self.stages):
             if stop_early and i > max(take):
@@ -427,7 +435,9 @@ class SGFormer(nn.Module):
         self.head.apply(init_module).to(parameter.device, parameter.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep each block's input only, and run the block again when going back."""
+        """Trade time for memory in training: keep only what goes into the stem, each downsampling and each block, and
+        run them again in the backward pass."""
+        self.grad_checkpointing = enable
         for stage in self.stages:
             stage.grad_checkpointing = enable
 

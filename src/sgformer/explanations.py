@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sgformer.api import find_images, open_image
-from sgformer.backbone import Inspection, SGFormer
+from sgformer.answers import find_images, open_image
+from sgformer.backbone import GuidedBlock, Inspection, SGFormer
 from sgformer.data.transforms import denormalize, eval_transform, preprocessing
 from sgformer.errors import UserError
+from sgformer.guidance import make_source
 from sgformer.training.device import find_device
 from sgformer.training.weights import load_weights, read_metadata
 from sgformer.viz.significance import Explanation
@@ -155,7 +157,7 @@ class SegmenterLooker(Looker):
         return eval_transform((image.height, image.width), 1.0)(image)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        from sgformer.data.dense_transforms import fit_size
+        from sgformer.data.image import fit_size
 
         return fit_size(height, width, int(self.metadata.get("short_side", min(height, width))))
 
@@ -271,6 +273,25 @@ def load_looker(weights: str | os.PathLike[str], device: str = "auto", **metadat
         return looker(model.eval().to(where), {**about, **metadata})
     except UserError as error:
         raise UserError(f"{weights}: holds {error}") from None
+
+
+@contextmanager
+def ranked_by(network: nn.Module, ranking: str | None) -> Iterator[None]:
+    """Within the block, a trained network's tokens are ranked by another source of significance; None: its own."""
+    blocks = [module for module in network.modules() if isinstance(module, GuidedBlock)] if ranking else []
+    own = [block.source for block in blocks]
+    try:
+        for block in blocks:
+            _replace_source(block, make_source(str(ranking), 0))
+        yield
+    finally:
+        for block, source in zip(blocks, own, strict=True):
+            _replace_source(block, source)
+
+
+def _replace_source(block: GuidedBlock, source: Any) -> None:
+    del block.source  # a module's place in its parent takes nothing but modules
+    block.source = source
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------

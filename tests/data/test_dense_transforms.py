@@ -14,9 +14,9 @@ from sgformer.data.dense_transforms import (
     PhotometricDistortion,
     RatioResize,
     eval_transform,
-    fit_size,
     train_transform,
 )
+from sgformer.data.image import fit_size
 from sgformer.data.transforms import denormalize
 
 

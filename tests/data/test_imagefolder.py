@@ -257,3 +257,14 @@ def test_bad_arguments_say_what_they_are(root):
         EpochSampler(5, 0, train=True)
     with pytest.raises(UserError, match="'replace'"):
         ImageFolderDataset(scan(root), bad_images="replace")
+
+
+@pytest.mark.parametrize("magnitude, levels", [(10, 1), (7.5, 2), (0, 16)])
+def test_augmentation_at_full_strength_posterizes_to_black(magnitude, levels):
+    from timm.data.auto_augment import AugmentOp
+
+    import sgformer.data.transforms  # noqa: F401  (what it mends)
+
+    image = Image.linear_gradient("L").convert("RGB")
+    seen = np.asarray(AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=magnitude)(image))
+    assert len(np.unique(seen)) == levels and seen.shape == (256, 256, 3)

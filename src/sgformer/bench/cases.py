@@ -21,7 +21,8 @@ from torch import Tensor
 import sgformer
 from sgformer.errors import UserError, require
 
-BACKENDS = ("eager", "optimize", "compile", "onnxruntime")
+BACKENDS = ("eager", "optimize", "compile", "onnxruntime", "openvino")
+EXPORTED = ("onnxruntime", "openvino")
 MODES = ("infer", "train")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,7 +38,7 @@ class Case:
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
         backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``,
             for inference with our sizes ``sgformer.optimize(compile=True)``, which compiles block by block;
-            "onnxruntime": inference only.
+            "onnxruntime", "openvino": inference only, exported to ONNX.
         coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
         grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
         precision: "fp32", or mixed "bf16" or "fp16".
@@ -131,8 +132,8 @@ def build(case: Case) -> Callable[[], Any]:
     torch.manual_seed(0)
     model = create(case).to(device)
     image = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
-    if case.backend == "onnxruntime":
-        return _onnx_step(model, image, case)
+    if case.backend in EXPORTED:
+        return _exported_step(model, image, case)
     forward = _prepare(model, case)
     dtype = AUTOCAST[case.precision]
 
@@ -180,10 +181,10 @@ def _prepare(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def _onnx_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], Any]:
+def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], Any]:
     if case.mode == "train" or case.precision != "fp32" or case.device != "cpu":
-        raise Unsupported("onnxruntime is measured for inference in fp32 on the CPU")
-    onnxruntime = require("onnxruntime", extra="bench")
+        raise Unsupported(f"{case.backend} is measured for inference in fp32 on the CPU")
+    runtime = require(case.backend, extra="bench")
     require("onnx", extra="bench")
     if is_ours(case.model):
         model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot see through a computed kernel
@@ -192,11 +193,20 @@ def _onnx_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], Any]
     with warnings.catch_warnings(), torch.no_grad(), quiet[0], quiet[1]:
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
-    options = onnxruntime.SessionOptions()
+    feed = {"image": image.numpy()}
+    if case.backend == "openvino":
+        core = runtime.Core()
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",  # its own choice would be bfloat16 where the processor has it
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = core.compile_model(core.read_model(file.getvalue(), b""), "CPU", options).create_infer_request()
+        return lambda: torch.from_numpy(request.infer(feed)[0])
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {"image": image.numpy()}
+    session = runtime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 

@@ -31,6 +31,8 @@ def peak_memory(case: Case, timeout: float = 1800) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     # One arena: else what is measured depends on which thread happened to allocate.
     environment["MALLOC_ARENA_MAX"] = "1"
+    # What is freed goes back at once: else glibc's heap keeps up to 600 MiB more, for any network, and hides the need.
+    environment["MALLOC_TRIM_THRESHOLD_"] = str(1 << 20)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "sgformer": __version__,
     }
-    for name in ("timm", "onnxruntime"):
+    for name in ("timm", "onnxruntime", "openvino"):
         try:
-            found[name] = __import__(name).__version__
-        except ImportError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found[name] = None
     return found
 

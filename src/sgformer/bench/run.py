@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sgformer.bench.cases import Case, Unsupported, build, create
+from sgformer.bench.cases import EXPORTED, Case, Unsupported, build, create
 from sgformer.bench.memory import peak_memory
 from sgformer.errors import UserError
 
@@ -97,7 +97,7 @@ def run(
         _time(now, rounds, seconds, tell)
         if memory:
             for result in now:
-                if result.seconds and result.case.backend != "onnxruntime":
+                if result.seconds and result.case.backend not in EXPORTED:
                     tell(f"memory: {result.case.label()}")
                     try:
                         result.memory = peak_memory(result.case)
@@ -131,7 +131,7 @@ def _time(results: list[Result], rounds: int, seconds: float, tell: Callable[[st
                 built = time.perf_counter()
                 step()
                 # An export is part of the first call of what it makes; drawing fresh weights is not.
-                result.first = time.perf_counter() - (start if result.case.backend == "onnxruntime" else built)
+                result.first = time.perf_counter() - (start if result.case.backend in EXPORTED else built)
             step()
         except Exception as error:  # whatever a network, a compiler or an exporter may raise: told, not fatal
             result.error = _one_line(error)

@@ -21,6 +21,8 @@ COMMANDS = {
     "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
     "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
     "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
+    "export": ("sgformer.cli.export", "export", "write a network for another runtime: ONNX, OpenVINO, torch.export"),
+    "app": ("sgformer.cli.app", "app", "a page to look into trained networks with"),
     "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
     "landing": ("sgformer.cli.landing", "landing", "measure whether salient tokens land on the objects"),
     "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
@@ -58,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except ModuleNotFoundError as error:  # torch is not there, because only exported files are to be predicted with
+        if error.name not in ("torch", "torchvision", "timm", "safetensors"):
+            raise
+        print(f"sgformer: error: this command needs {error.name}, which is not installed", file=sys.stderr)
+        return 2
     except OSError as error:  # no space, no permission, no such folder
         if os.environ.get("SGFORMER_DEBUG") or error.strerror is None:
             raise

@@ -16,7 +16,7 @@ def bench(
     image_size: list[int] = [224],  # noqa: B006
     batch_size: list[int] = [1],  # noqa: B006
     mode: list[Literal["infer", "train"]] = ["infer"],  # noqa: B006
-    backend: list[Literal["eager", "optimize", "compile", "onnxruntime"]] = ["eager"],  # noqa: B006
+    backend: list[Literal["eager", "optimize", "compile", "onnxruntime", "openvino"]] = ["eager"],  # noqa: B006
     coarse: list[Literal["global", "window"]] | None = None,
     grad_checkpointing: bool = False,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -35,7 +35,7 @@ def bench(
         image_size: pixels, height and width
         batch_size: images at a time
         mode: infer; train is forward, loss, backward
-        backend: eager; optimize: sgformer.optimize; compile: torch.compile, or optimize(compile=True); onnxruntime
+        backend: eager; optimize: ours; compile: torch.compile, optimize(compile=True) of ours; onnxruntime; openvino
         coarse: reach of the coarse heads, sgformer and plain only [as the size has it]
         grad_checkpointing: less memory, more time
         precision: arithmetic; bf16, fp16: mixed

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sgformer import api_detect
-from sgformer.api import open_image
+from sgformer.answers import open_image
 from sgformer.cli.output import own_stem, write_json
 
 MOST = 8  # objects of an image that are told on the terminal

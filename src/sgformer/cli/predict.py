@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-from sgformer.cli.output import write_json
 from sgformer.cli.tasks import options_of_task, task_of
+from sgformer.cli.tell import tell_classes, tell_segments
 from sgformer.errors import UserError
+from sgformer.training.config import dashed
 
 
 def predict(
@@ -26,7 +27,7 @@ def predict(
     """Say what is on images: the most probable classes of each, the class of every pixel, or objects and where.
 
     Args:
-        weights: a run folder, a .safetensors file or a released .pth
+        weights: a run folder, a .safetensors file, a released .pth, or an .onnx file of sgformer export
         images: image files, or folders of them
         top: classification: classes per image [5]
         score: detection: leave out what is less certain [0.5]
@@ -42,31 +43,44 @@ def predict(
     for name, value in (("--top", top), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be above 0, got {value}")
-    task = task_of(weights)
     special = {"top": top, "score": score, "batch_size": batch_size}
     special |= {"multi_scale": multi_scale, "flip": flip, "sliding": sliding}
+    if weights.endswith(".onnx"):
+        return predict_exported(weights, images, json, out, image_size, device, special)
+    task = task_of(weights)
     options = {**options_of_task(weights, task, special), "image_size": image_size, "device": device}
-    if task == "segment":
-        from sgformer.cli import segment
-
-        return segment.predict(weights, images, json, out, **options)
     if task == "detect":
         from sgformer.cli import detect
 
         return detect.predict(weights, images, json, out, **options)
+    if task == "segment":
+        from sgformer.api_segment import predict_segmentation
 
-    from sgformer import api
+        tell_segments(predict_segmentation(weights, images, **options), json, out)
+    else:
+        from sgformer import api
 
-    predictions = api.predict(weights, images, **options)
-    if json:
-        write_json([p.to_dict() for p in predictions], json)
-    if json != "-":
-        wide = min(60, max(len(p.image) for p in predictions))
-        for p in predictions:
-            labels = "   ".join(f"{name} {100 * share:.1f} %" for name, share in p.labels)
-            print(f"{p.image:<{wide}}  {labels}")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        for number, p in enumerate(predictions):
-            api.annotate(p, Path(out) / f"{number:04d}-{Path(p.image).stem}.png")
+        tell_classes(api.predict(weights, images, **options), json, out)
+    return 0
+
+
+def predict_exported(
+    path: str, images: list[str], json: str | None, out: str | None, image_size: Any, device: str, special: Any
+) -> int:
+    """The same with a file of `sgformer export`. Nothing here imports torch."""
+    from sgformer import exported
+
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: exported files run on the CPU here")
+    task = exported.task_of(path)
+    options = {**options_of_task(path, task, special), "image_size": image_size}
+    for name in ("multi_scale", "flip", "sliding"):
+        if name in options:
+            raise UserError(f"--{dashed(name)} is for weights; {path} is an exported file")
+    if task == "segment":
+        tell_segments(exported.predict_segmentation(path, images, **options), json, out)
+    elif task == "classify":
+        tell_classes(exported.predict(path, images, **options), json, out)
+    else:
+        raise UserError(f"{path}: holds a detector; predict takes its run, or see docs/export.md on calling the file")
     return 0

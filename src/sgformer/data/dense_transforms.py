@@ -16,12 +16,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
+from sgformer.data.image import fit_size
 from sgformer.data.transforms import MEAN, STD
 
 DenseTransform = Callable[[Image.Image, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
-
-#: The long side is at most so many times the short side's target: 2048 for 512.
-LONG_TO_SHORT = 4
 
 
 def train_transform(
@@ -62,15 +60,6 @@ def train_transform(
 def eval_transform() -> DenseTransform:
     """Normalisation alone, at the size of the file. Returns what `train_transform` returns, of that size."""
     return _on_arrays(*_normalized())
-
-
-def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
-    """The size at which an image's short side is `short_side * factor`, or its long side 4 times that if this is less.
-
-    Proportions stay; both sides are at least 32 pixels, which backbones need.
-    """
-    ratio = factor * min(short_side / min(height, width), LONG_TO_SHORT * short_side / max(height, width))
-    return max(32, int(height * ratio + 0.5)), max(32, int(width * ratio + 0.5))
 
 
 class RatioResize(v2.Transform):

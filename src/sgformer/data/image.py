@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -59,7 +59,13 @@ class ImageHeader(NamedTuple):
     orientation: int
 
 
-def read_image(source: ImageSource, name: str | None = None) -> Image.Image:
+def read_image(
+    source: ImageSource,
+    name: str | None = None,
+    *,
+    formats: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
     """Read an image as a viewer shows it.
 
     EXIF rotation is applied; transparency (alpha, palette or colour key) is composited on white; CMYK, grey, palette
@@ -70,21 +76,23 @@ def read_image(source: ImageSource, name: str | None = None) -> Image.Image:
     Args:
         source: a path, the bytes of a file, or a seekable binary file object.
         name: what error messages call it; by default the path.
+        formats: names of Pillow's decoders that may be tried, such as "PNG"; by default all.
+        max_pixels: images of more are refused before anything is decoded.
 
     Returns:
         A PIL image of mode RGB, fully loaded.
 
     Raises:
-        UserError: missing, empty, truncated, not an image, or more than `MAX_PIXELS` pixels; names the file.
+        UserError: missing, empty, truncated, not an image, or more than `max_pixels` pixels; names the file.
         StalledError: a path that gives no answer, see `in_time`.
     """
     if isinstance(source, (str, os.PathLike)):
-        return in_time(lambda: _read(source, name), source)
-    return _read(source, name)
+        return in_time(lambda: _read(source, name, formats, max_pixels), source)
+    return _read(source, name, formats, max_pixels)
 
 
-def _read(source: ImageSource, name: str | None) -> Image.Image:
-    with opened(source, name) as image:
+def _read(source: ImageSource, name: str | None, formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
+    with opened(source, name, formats, max_pixels) as image:
         image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
@@ -142,7 +150,9 @@ def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
 
 
 @contextmanager
-def opened(source: ImageSource, name: str | None) -> Iterator[Image.Image]:
+def opened(
+    source: ImageSource, name: str | None, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
     """Open an image lazily within the pixel bound; whatever fails in the block becomes a UserError that names it."""
     if name is None:
         path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
@@ -150,24 +160,25 @@ def opened(source: ImageSource, name: str | None) -> Iterator[Image.Image]:
     try:
         if isinstance(source, (str, os.PathLike)):
             with Path(source).open("rb") as file:
-                yield _checked(file)
+                yield _checked(file, formats, max_pixels)
         else:
-            yield _checked(io.BytesIO(source) if isinstance(source, bytes) else source)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            yield _checked(file, formats, max_pixels)
     except Exception as error:  # Pillow's decoders raise a zoo of types on broken files
-        raise UserError(f"{name}: {_reason(error)}") from error
+        raise UserError(f"{name}: {_reason(error, formats, max_pixels)}") from error
 
 
-def _checked(file: IO[bytes]) -> Image.Image:
+def _checked(file: IO[bytes], formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
     if not file.read(1):
         raise EOFError("0 bytes")
     file.seek(0)
-    image = Image.open(file)
-    if image.width * image.height > MAX_PIXELS:
+    image = Image.open(file, formats=formats)
+    if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     return image
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) -> str:
     """One line on why an image could not be read."""
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
@@ -177,9 +188,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or of a format that Pillow does not know"
+        return "not an image, or not of a format " + (
+            "that Pillow knows" if formats is None else f"taken here: {', '.join(formats)}"
+        )
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"too large, the limit is {MAX_PIXELS} pixels ({text.split(' exceeds')[0]})"
+        return f"too large, the limit is {max_pixels} pixels ({text.split(' exceeds')[0]})"
     if text == "0 bytes":
         return "the file is empty (0 bytes)"
     if isinstance(error, EOFError) or "truncated" in text.lower():
@@ -225,3 +238,16 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
         part = values[start : start + rows].astype(np.float64)
         result[start : start + rows] = np.rint((part.clip(low) - low) * scale)
     return result
+
+
+#: The long side is at most so many times the short side's target: 2048 for 512.
+LONG_TO_SHORT = 4
+
+
+def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
+    """The size at which an image's short side is `short_side * factor`, or its long side 4 times that if this is less.
+
+    Proportions stay; both sides are at least 32 pixels, which backbones need.
+    """
+    ratio = factor * min(short_side / min(height, width), LONG_TO_SHORT * short_side / max(height, width))
+    return max(32, int(height * ratio + 0.5)), max(32, int(width * ratio + 0.5))

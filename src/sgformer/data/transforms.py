@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import NAME_TO_OP
+from timm.data.transforms import MaybeToTensor
+from torchvision.transforms import Compose, Normalize
 
 from sgformer.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep so many bits of each value: all from 8 up; none, at a policy's full strength, leaves black."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+# timm leaves 0 bits to Pillow, which refuses them from version 13 on: one image in a thousand would end a training.
+NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def train_transform(
@@ -41,18 +56,20 @@ def train_transform(
         UserError: timm does not know the policy.
     """
     try:
-        return create_transform(
-            (3, *image_size),
-            is_training=True,
-            auto_augment=auto_augment,
-            color_jitter=color_jitter,
-            interpolation=interpolation,
-            scale=(crop_scale, 1.0),
-            hflip=hflip,
-            re_prob=reprob,
-            re_mode="pixel",
-            mean=MEAN,
-            std=STD,
+        return _fused(
+            create_transform(
+                (3, *image_size),
+                is_training=True,
+                auto_augment=auto_augment,
+                color_jitter=color_jitter,
+                interpolation=interpolation,
+                scale=(crop_scale, 1.0),
+                hflip=hflip,
+                re_prob=reprob,
+                re_mode="pixel",
+                mean=MEAN,
+                std=STD,
+            )
         )
     except AssertionError as error:
         raise UserError(
@@ -66,7 +83,26 @@ def eval_transform(image_size: tuple[int, int], crop_pct: float = 0.9) -> Transf
     Returns:
         PIL RGB image -> float32 (3, height, width).
     """
-    return create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct, mean=MEAN, std=STD)
+    return _fused(create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct, mean=MEAN, std=STD))
+
+
+class ToNormalizedTensor:
+    """PIL RGB image -> float32 (3, H, W), normalised; a third of the passes of two steps."""
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
+        self.scale, self.shift = 1 / (255 * std.view(3, 1, 1)), (mean / std).view(3, 1, 1)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels.float().mul_(self.scale).sub_(self.shift)
+
+
+def _fused(transform: Compose) -> Compose:
+    steps = list(transform.transforms)
+    at = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
+    if not isinstance(steps[at - 1], MaybeToTensor):
+        raise TypeError(f"expected timm to convert images just before it normalises them (got {steps[at - 1]})")
+    return Compose([*steps[: at - 1], ToNormalizedTensor(steps[at].mean, steps[at].std), *steps[at + 1 :]])
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,9 @@ def group_tokens(order: Tensor, shares: Sequence[float], rates: Sequence[int]) -
     lengths = region_lengths(order.shape[1], shares)
     regions = order.split(lengths, dim=1)
     return [
-        region[:, group_positions(length, rate, order.device)]
+        region.unflatten(1, (-1, rate))
+        if length % rate == 0
+        else region[:, group_positions(length, rate, order.device)]
         for region, length, rate in zip(regions, lengths, rates, strict=True)
     ]
 
@@ -126,9 +128,13 @@ def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bi
     """
     B, N, C = x.shape
     rows = x.reshape(B * N, C)  # row gathers are far quicker than an element-wise gather of (B, N, C)
-    offset = torch.arange(B, device=x.device)[:, None, None] * N
+    index = torch.cat([group.flatten(1) for group in groups], dim=1)  # (B, S): one gather for all regions
+    if B > 1:
+        index = index + torch.arange(0, B * N, N, device=x.device)[:, None]
+    members = rows.index_select(0, index.flatten()).view(B, -1, C)
     out = []
-    for index, weight, b in zip(groups, weights, bias, strict=True):
-        members = rows.index_select(0, (index + offset).flatten()).view(*index.shape, C)  # (B, G, r, C)
-        out.append((weight.view(1, -1) @ members).squeeze(2) + b)
+    sizes = [group.shape[1] * group.shape[2] for group in groups]
+    for part, group, weight, b in zip(members.split(sizes, dim=1), groups, weights, bias, strict=True):
+        part = part.unflatten(1, group.shape[1:])  # (B, G, r, C)
+        out.append((weight.view(1, -1) @ part).squeeze(2) + b)
     return torch.cat(out, dim=1)

@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
     def train(self, mode: bool = True) -> Pyramid:
         """Training mode, but not of frozen parts: there neither batch statistics nor drop path move."""
         super().train(mode)
-        for module in self.modules():
+        for module in self.network.modules():
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()

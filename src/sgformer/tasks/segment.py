@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import PolyLRScheduler
 from torch import Tensor, nn
 
-from sgformer.data.dense_transforms import fit_size
+from sgformer.data.image import fit_size
 from sgformer.errors import UserError
 from sgformer.heads.common import resize
 from sgformer.heads.semantic_fpn import SemanticFPN

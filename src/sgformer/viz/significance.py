@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sgformer.errors import require
 from sgformer.viz.style import figure
 
 MAP = "viridis"  # perceptually uniform, also in print and for the colour-blind
@@ -129,9 +130,7 @@ def _photos(fig: Any, grid: Any, seen: Explanation) -> None:
         from matplotlib.patches import Patch
 
         count = max(len(rates) for rates in seen.rates.values())
-        names = {1: ["all"], 2: ["dull", "salient"], 3: ["dull", "middle", "salient"]}.get(
-            count, ["dull", *[""] * (count - 2), "salient"]
-        )
+        names = region_names(count)
         legend.legend(
             handles=[Patch(facecolor=c, label=n) for c, n in zip(region_colours(count), names, strict=True)],
             title="regions", loc="upper left", bbox_to_anchor=(0, -0.02), fontsize=8, title_fontsize=8, borderaxespad=0,
@@ -241,6 +240,20 @@ def region_colours(count: int) -> list[str]:
     from matplotlib import colormaps, colors
 
     return [colors.to_hex(colormaps[MAP](i / (count - 1))) for i in range(count)]
+
+
+def region_names(count: int) -> list[str]:
+    """One name a region, dull to salient; only the first and the last have one where there are many."""
+    known = {1: ["all"], 2: ["dull", "salient"], 3: ["dull", "middle", "salient"]}
+    return known.get(count, ["dull", *[""] * (count - 2), "salient"])
+
+
+def colour_map(values: np.ndarray, name: str = MAP) -> np.ndarray:
+    """(h, w) numbers as (h, w, 3) uint8 colours; the least and the greatest hundredth do not stretch the scale."""
+    colormaps = require("matplotlib", extra="train").colormaps
+    low, high = np.percentile(values, (1, 99))
+    scaled = (values - low) / (high - low) if high > low else np.full(values.shape, 0.5)
+    return (colormaps[name](scaled.clip(0, 1))[..., :3] * 255).round().astype(np.uint8)
 
 
 def write_index(folder: str | Path, entries: Sequence[tuple[str, str]], title: str) -> Path:

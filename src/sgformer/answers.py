@@ -1,0 +1,120 @@
+"""What networks say of images, and how images are found and read for them. No torch here: files of `sgformer export`
+are asked where it is not installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sgformer.data.image import IMAGE_EXTENSIONS, read_image
+from sgformer.errors import UserError
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def find_images(sources: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Path | Image.Image]:
+    """Files as they are, folders replaced by the images in them in sorted order.
+
+    Raises:
+        UserError: no such file, or no image in a folder.
+    """
+    for source in sources:
+        if isinstance(source, Image.Image):
+            yield source
+            continue
+        path = Path(source)
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"{path}: no such image or folder")
+            yield path
+            continue
+        files = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and not p.name.startswith(".")
+        )
+        if not files:
+            raise UserError(f"{path}: no images in this folder")
+        yield from files
+
+
+def open_image(source: Path | Image.Image) -> Image.Image:
+    """An RGB image, read as a viewer shows it."""
+    return source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of one image.
+
+    Attributes:
+        image: path or, for images given as objects, their position as text.
+        labels: (class name, probability), most probable first.
+    """
+
+    image: str
+    labels: tuple[tuple[str, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"image": self.image, "labels": [{"class": n, "probability": p} for n, p in self.labels]}
+
+
+def annotate(prediction: Prediction, out: str | os.PathLike[str]) -> None:
+    """Write a picture of the image and its most probable classes."""
+    from sgformer.viz.sheets import draw_prediction
+
+    pixels = np.asarray(read_image(prediction.image))
+    draw_prediction(pixels, prediction.labels, Path(out), Path(prediction.image).name)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What a network says of one image's pixels.
+
+    Attributes:
+        image: path or, for images given as objects, their position as text.
+        labels: (H, W) class indices, at the size of the image as it is shown.
+        class_names: one per class.
+        first: the label of class 0 in files: 1 where the data set's 0 means "no class".
+    """
+
+    image: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    first: int = 0
+
+    def shares(self) -> list[tuple[str, float]]:
+        """(class name, share of the pixels) of the classes that are there, the largest first."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+        return [(self.class_names[i], float(counts[i] / self.labels.size)) for i in order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shares, as JSON takes them."""
+        return {"image": self.image, "classes": [{"class": n, "share": s} for n, s in self.shares()]}
+
+    def write(self, out: str | os.PathLike[str], pixels: np.ndarray, stem: str | None = None) -> list[Path]:
+        """Write `STEM_labels.png` (a label map with a palette) and `STEM_overlay.png` into a folder.
+
+        Args:
+            out: the folder.
+            pixels: the image, (H, W, 3) uint8.
+            stem: by default the image's name without its ending.
+
+        Returns:
+            The two files.
+        """
+        from sgformer.viz.segmentation import draw_overlay, write_label_png
+
+        stem = stem or Path(self.image).stem
+        labels, overlay = Path(out) / f"{stem}_labels.png", Path(out) / f"{stem}_overlay.png"
+        write_label_png(self.labels, labels, self.class_names, self.first)
+        draw_overlay(pixels, self.labels, self.class_names, overlay, Path(self.image).name)
+        return [labels, overlay]

@@ -1,0 +1,287 @@
+"""What one sees: an image, what a network said of it, where it looked, and another network beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nicegui import ui
+from nicegui.element import Element
+from PIL import Image
+
+from sgformer.app import desk as bounds
+from sgformer.app.desk import Busy, Desk, Look
+
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+TASKS = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
+NOTHING = "nothing"
+
+
+class Viewer(Element, component="viewer.js"):
+    """The image with a map over it; what is under the pointer is the browser's business."""
+
+    def show(self, look: Look, kind: str, block: str, opacity: float) -> None:
+        self.props["look"], self.props["kind"], self.props["block"] = look.id, kind, block
+        self.props["opacity"] = opacity
+        self.update()
+
+
+class Drop(Element, component="drop.js"):
+    """Sends an image that is dropped, pasted or chosen to `POST /look`."""
+
+
+class Panel:
+    """One network's view of the image.
+
+    Args:
+        networks: names to choose from.
+        chosen: one of them.
+        kind: the map shown at first.
+        asked: called when another network was chosen.
+        changed: called when another map was chosen.
+    """
+
+    def __init__(
+        self, networks: list[str], chosen: str, kind: str, asked: Callable[[], Any], changed: Callable[[], Any]
+    ):
+        self.look: Look | None = None
+        with ui.element("section").classes("sg-panel") as self.frame:
+            with ui.element("div").classes("sg-choices"):
+                self.network = ui.select(networks, value=chosen, label="network", on_change=asked).props(PLAIN)
+                self.kind = ui.select([kind], value=kind, label="map", on_change=changed).props(PLAIN)
+            with ui.element("div").classes("sg-seen"):
+                with ui.element("div").classes("sg-left"):
+                    self.viewer = Viewer()
+                    self.scale = ui.element("div").classes("sg-scale")
+                self.said = ui.element("div").classes("sg-said")
+
+    def take(self, look: Look) -> None:
+        """Another look: its answer, and the maps that it has."""
+        self.look = look
+        kinds = look.kinds()
+        self.kind.set_options(kinds, value=self.kind.value if self.kind.value in kinds else "significance")
+        self.said.clear()
+        with self.said:
+            _answer(look)
+
+    def show(self, place: float, opacity: float) -> str:
+        """Show the map at a place between the first block, 0, and the last, 1; what the block is called."""
+        assert self.look is not None
+        blocks = list(self.look.seen.significance)
+        block = blocks[round(place * (len(blocks) - 1))]
+        if self.kind.value in ("regions", "spent") and self.look.guided(block) is None:
+            self.kind.value = "significance"
+        self.viewer.show(self.look, self.kind.value, block, opacity)
+        self.scale.clear()
+        with self.scale:
+            _scale(self.look, self.kind.value, block)
+        height, width = self.look.seen.significance[block].shape
+        stage, number = block.split(".")
+        return f"stage {stage}, block {int(number) + 1} · {height} x {width} places"
+
+
+PLAIN = "outlined dense options-dense"
+
+
+def _answer(look: Look) -> None:
+    """What the network said, in words and bars; for dense tasks also as a picture."""
+    if look.seen.overlay is not None:
+        ui.image(f"/looks/{look.id}/answer.png").props("no-spinner no-transition").classes("sg-overlay")
+    said = look.answer()
+    if not said:
+        sure = f"Nothing of which it is at least {100 * getattr(look.network.looker, 'score', 0):.0f} % sure."
+        ui.label(sure if look.task == "detect" else "This network names no classes.").classes("sg-quiet")
+    for entry in said[:12]:
+        colour = entry.get("colour", "var(--sg-accent)")
+        with ui.element("div").classes("sg-row"):
+            ui.label(entry["class"]).classes("sg-name").tooltip(entry["class"])
+            with ui.element("div").classes("sg-track"):
+                ui.element("div").style(f"width: {100 * entry['share']:.1f}%; background: {colour}")
+            ui.label(_percent(entry["share"])).classes("sg-share")
+    if len(said) > 12:
+        ui.label(f"and {len(said) - 12} more").classes("sg-quiet")
+    what = {"classify": "probability", "segment": "share of the image", "detect": "confidence"}[look.task]
+    with ui.element("div").classes("sg-foot"):
+        ui.label(what).classes("sg-quiet")
+        name = f"{look.network.name.replace(', ', '-').replace(' ', '-').replace('/', '-')}.png"
+        ui.button("Sheet", icon="download", on_click=lambda: ui.download(f"/looks/{look.id}/sheet.png", name)).props(
+            "flat dense no-caps"
+        ).classes("sg-sheet").tooltip("Every stage on one page, as `sgformer explain` draws it")
+
+
+def _percent(share: float) -> str:
+    return "< 1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
+
+
+def _scale(look: Look, kind: str, block: str) -> None:
+    """What the colours of a map mean."""
+    if kind == "regions":
+        tokens = look.tokens(block)
+        assert tokens is not None
+        rates = look.seen.rates[str(look.guided(block))]
+        for name, colour, rate in zip(tokens["names"], tokens["colours"], rates, strict=True):
+            ui.element("i").classes("sg-dot").style(f"background: rgb{tuple(colour)}")
+            ui.label(f"{name} {rate} : 1")
+        return
+    ends = {"spent": ("few tokens", "many"), "significance": ("dull", "salient")}.get(kind, ("looked at least", "most"))
+    ui.label(ends[0])
+    ui.element("div").classes("sg-bar" + (" sg-magma" if kind == "spent" else ""))
+    ui.label(ends[1])
+
+
+class Page:
+    """The page of one visitor."""
+
+    def __init__(self, desk: Desk):
+        self.desk = desk
+        self.picture: Image.Image | None = None
+        names = list(desk.networks)
+        ui.add_css(STYLE)
+        ui.colors(primary="#1d7f7a")
+        self._header()
+        with ui.element("main").classes("sg-main"):
+            with ui.element("aside").classes("sg-aside"):
+                self.drop = Drop()
+                self.drop.props["limit"] = bounds.MAX_BYTES
+                self.drop.props["formats"] = ", ".join(bounds.FORMATS[:-1]).replace("WEBP", "WebP")
+                self.drop.props["network"] = desk.checkpoints[0]
+                self.drop.on("sent", lambda: self._busy(True))
+                self.drop.on("looked", lambda event: self._looked(str(event.args)))
+                self.drop.on("refused", lambda event: self._refused(str(event.args)))
+                self.error = ui.label().classes("sg-error").props('role="alert"')
+                self.error.set_visibility(False)
+                if desk.examples:
+                    ui.label("or take one of these").classes("sg-quiet")
+                with ui.element("div").classes("sg-examples"):
+                    for number, picture in enumerate(desk.examples):
+                        with (
+                            ui.element("button")
+                            .classes("sg-example")
+                            .props(f'type="button" aria-label="example {number + 1}"')
+                            .on("click", lambda _, picture=picture: self.ask(picture))
+                        ):
+                            ui.element("img").props(f'src="/examples/{number}.jpg" alt=""')
+            with ui.element("div").classes("sg-work"):
+                self._controls()
+                with ui.element("div").classes("sg-panels") as self.panels:
+                    self.left = Panel(names, desk.checkpoints[0], "significance", self._chosen, self.show)
+                    other = desk.checkpoints[1] if len(desk.checkpoints) > 1 else desk.checkpoints[0]
+                    self.right = Panel(names, other, "significance", self._chosen_right, self.show)
+                self.right.frame.set_visibility(False)
+
+    def _header(self) -> None:
+        network = self.desk.networks[self.desk.checkpoints[0]]
+        looker = network.looker
+        count = sum(p.numel() for p in looker.model.parameters()) / 1e6
+        task = TASKS.get(str(looker.metadata.get("task", "classify")), "")
+        about = [str(looker.metadata.get("model", "sgformer")), f"{count:.3g} M parameters", task]
+        about += [f"{len(looker.names)} classes"] if looker.names else []
+        with ui.element("header").classes("sg-header"):
+            ui.html(LOGO, sanitize=False)
+            ui.label("SG-Former").classes("sg-title")
+            ui.label("where a network looks, and where it spends its tokens").classes("sg-quiet sg-motto")
+            ui.space()
+            ui.label(" · ".join(about)).classes("sg-quiet sg-about")
+
+    def _controls(self) -> None:
+        with ui.element("div").classes("sg-controls"):
+            with ui.element("div").classes("sg-control sg-wide"):
+                self.where = ui.label("stage").classes("sg-where")
+                self.depth = ui.slider(min=0, max=1, step=1, value=0, on_change=self.show)
+                self.depth.props('aria-label="stage and block" markers snap')
+            with ui.element("div").classes("sg-control"):
+                ui.label("opacity").classes("sg-where")
+                self.opacity = ui.slider(min=0, max=100, step=5, value=65, on_change=self.show)
+                self.opacity.props('aria-label="opacity"')
+            self.compare = ui.switch("side by side", on_change=self._compare).props("dense").classes("sg-compare")
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+
+    async def ask(self, picture: Image.Image) -> None:
+        """Show a picture that is here already."""
+        self._busy(True)
+        try:
+            self._take(await self.desk.look(picture, self.left.network.value))
+        except Busy as error:
+            self._refused(str(error))
+        else:
+            await self._ask_right()
+
+    async def _looked(self, id: str) -> None:
+        try:
+            self._take(self.desk.find(id))
+        except KeyError:
+            self._refused("So many images came in that this one was dropped again. Please try once more.")
+        else:
+            await self._ask_right()
+
+    def _take(self, look: Look) -> None:
+        self.picture = look.picture
+        self.left.take(look)
+        self.depth.props["max"] = max(1, len(look.seen.significance) - 1)
+        self.depth.set_value(min(self.depth.value, self.depth.props["max"]))
+        self.depth.update()
+        self._busy(False)
+        self.show()
+
+    async def _ask_right(self) -> None:
+        if not self.compare.value or self.picture is None:
+            return
+        try:
+            self.right.take(await self.desk.look(self.picture, self.right.network.value))
+        except Busy as error:
+            self._refused(str(error))
+        else:
+            self.show()
+
+    async def _chosen(self) -> None:
+        self.drop.props["network"] = self.left.network.value
+        self.drop.update()
+        if self.picture is not None:
+            await self.ask(self.picture)
+
+    async def _chosen_right(self) -> None:
+        await self._ask_right()
+
+    async def _compare(self) -> None:
+        self.panels.classes(toggle="sg-two")
+        if self.compare.value:
+            await self._ask_right()
+        self.right.frame.set_visibility(self.compare.value)
+
+    def show(self) -> None:
+        """Bring maps up to the sliders."""
+        place = self.depth.value / self.depth.props["max"]
+        opacity = self.opacity.value / 100
+        if self.left.look is not None:
+            self.where.text = self.left.show(place, opacity)
+        if self.right.look is not None and self.compare.value:
+            self.right.show(place, opacity)
+
+    def _busy(self, busy: bool) -> None:
+        self.error.set_visibility(False)
+        self.panels.classes(**{"add" if busy else "remove": "sg-busy"})
+
+    def _refused(self, why: str) -> None:
+        self._busy(False)
+        self.error.text = why[:1].upper() + why[1:]
+        self.error.set_visibility(True)
+
+
+LOGO = (
+    '<svg class="sg-logo" viewBox="0 0 4 4" shape-rendering="crispEdges" aria-hidden="true">'
+    '<rect width="4" height="4" fill="#440154"/><rect x="1" width="2" height="4" fill="#21918c"/>'
+    '<rect y="1" width="4" height="2" fill="#21918c"/><rect x="1" y="1" width="2" height="2" fill="#fde725"/></svg>'
+)
+
+
+def add_page(desk: Desk) -> None:
+    """Register the page at `/`; it opens with the first example."""
+
+    @ui.page("/", title="SG-Former")
+    async def page() -> None:
+        shown = Page(desk)
+        if desk.examples:
+            await ui.context.client.connected()
+            await shown.ask(desk.examples[0])

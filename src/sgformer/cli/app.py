@@ -1,0 +1,43 @@
+"""`sgformer app`."""
+
+from __future__ import annotations
+
+import sys
+
+from sgformer.errors import UserError, require
+
+
+def app(
+    weights: list[str],
+    examples: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+) -> int:
+    """Serve a page on which networks can be looked into: drop an image, see the answer and where they looked.
+
+    Args:
+        weights: one or two of: a run folder, a .safetensors file, a released .pth
+        examples: folder of images to choose from; by default validation images of the run
+        host: the address to listen on; any but this machine's own lets others in
+        port: port to listen on; 0 takes a free one
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    if len(weights) > 2:
+        raise UserError(f"app takes one or two networks, got {len(weights)}")
+    for package, extra in (("nicegui", "app"), ("matplotlib", "train")):
+        require(package, extra=extra)
+
+    from sgformer.app.desk import Desk
+    from sgformer.app.server import bind, is_loopback, serve
+
+    if not is_loopback(host):
+        print(
+            f"sgformer: warning: listening on {host}: whoever can reach this machine can use the page and load its "
+            "processor; there is no password and no encryption",
+            file=sys.stderr,
+        )
+    with bind(host, port) as listener:
+        desk = Desk(weights, examples, device)
+        serve(desk, listener, host, lambda address: print(f"{address}  (ctrl-C ends it)", flush=True))
+    return 0

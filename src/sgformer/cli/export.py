@@ -1,0 +1,47 @@
+"""`sgformer export`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sgformer.errors import UserError
+
+
+def export(
+    weights: str,
+    out: str | None = None,
+    format: Literal["onnx", "torch-export", "openvino"] = "onnx",
+    image_size: int | tuple[int, int] | None = None,
+    features: bool = False,
+    significance: bool = False,
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    calibration: str | None = None,
+) -> int:
+    """Write a network for another runtime, and compare it there with PyTorch at once.
+
+    Args:
+        weights: a run folder, a .safetensors file or a released .pth
+        out: the file to write: .onnx, .pt2 (torch-export) or .xml (openvino)
+        format: onnx, torch-export or openvino
+        image_size: take this size only, in multiples of 32; by default any multiple of 32 (a detector: as trained)
+        features: also give the four feature maps
+        significance: also give the significance map of every hybrid-scale block
+        precision: fp32; onnx: also fp16 and int8
+        calibration: folder of pictures to make int8 from (static), and to measure the change in the answers on
+    """
+    if out is None:
+        raise UserError("--out is missing: the file to write")
+    from sgformer.exporting import export as run
+
+    result = run(
+        weights,
+        out,
+        format=format,
+        image_size=image_size,
+        features=features,
+        significance=significance,
+        precision=precision,
+        calibration=calibration,
+    )
+    print(result.describe())
+    return 0

@@ -1,0 +1,49 @@
+"""How `sgformer predict` shows answers, whatever network gave them: on the terminal, as JSON, as pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sgformer.answers import Prediction, Segments, annotate, open_image
+from sgformer.cli.output import own_stem, write_json
+
+
+def tell_classes(predictions: Sequence[Prediction], json_out: str | None, out: str | None) -> None:
+    """Print the classes of images; write JSON and annotated pictures on request.
+
+    Args:
+        json_out: a file, or - for standard output and nothing else there.
+        out: a folder.
+    """
+    if json_out:
+        write_json([p.to_dict() for p in predictions], json_out)
+    if json_out != "-":
+        wide = min(60, max(len(p.image) for p in predictions))
+        for p in predictions:
+            labels = "   ".join(f"{name} {100 * share:.1f} %" for name, share in p.labels)
+            print(f"{p.image:<{wide}}  {labels}")
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for number, p in enumerate(predictions):
+            annotate(p, Path(out) / f"{number:04d}-{Path(p.image).stem}.png")
+
+
+def tell_segments(answers: Iterable[Segments], json_out: str | None, out: str | None) -> None:
+    """Print the classes of images' pixels as they come; write JSON, label maps and overlays on request."""
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    told, stems = [], Counter[str]()
+    for segments in answers:
+        told.append(segments.to_dict())
+        if json_out != "-":
+            shares = "   ".join(f"{name} {100 * share:.1f} %" for name, share in segments.shares()[:5])
+            print(f"{segments.image}  {shares}", flush=True)
+        if out:
+            own = own_stem(segments.image, stems)
+            segments.write(out, np.asarray(open_image(Path(segments.image))), own)
+    if json_out:
+        write_json(told, json_out)

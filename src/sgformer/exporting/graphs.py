@@ -1,0 +1,225 @@
+"""What is exported of each task: a module from an image to a few named tensors, and what a reader must know of it.
+
+Legend: B batch, H x W image, C_s channels of stage s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgformer._version import __version__
+from sgformer.backbone import SGFormer
+from sgformer.data.transforms import MEAN, STD
+from sgformer.errors import UserError
+from sgformer.exporting.portable import obstacle, refusal
+from sgformer.heads.common import resize
+from sgformer.tasks.pyramid import STRIDES
+from sgformer.training.weights import load_weights, read_metadata
+
+FEATURES = tuple(f"stride{stride}" for stride in STRIDES)
+
+
+class Graph(nn.Module):
+    """``forward``: normalised images (B, 3, H, W) -> a tuple of tensors, called ``names``.
+
+    Attributes:
+        task: "classify", "segment" or "detect".
+        network: the SG-Former inside; None where it is another network of timm.
+        names: of the outputs.
+        about: what the file says of itself beside its task.
+    """
+
+    task: str
+    whole_image = False  # whether only one image of a fixed size can be taken
+
+    def __init__(self, model: Any, metadata: Mapping[str, Any], features: bool = False, significance: bool = False):
+        super().__init__()
+        self.model, self.features, self.significance = model, features, significance
+        network = self._network()
+        if (features or significance) and not isinstance(network, SGFormer):
+            held = metadata.get("model") or type(network).__name__
+            raise UserError(f"--features and --significance are of SG-Former; this is {held}")
+        if isinstance(network, SGFormer) and (reason := refusal(network.config)):
+            raise UserError(f"this network cannot be exported: {reason}")
+        self._significance = self._maps(network)
+        self.names = [*self._own(), *(FEATURES if features else ()), *self._significance]
+        self.about = {
+            "sgformer": __version__,
+            "task": self.task,
+            "model": metadata.get("model") or type(network).__name__,
+            "config": network.config.to_dict() if isinstance(network, SGFormer) else None,
+            "classes": [str(name) for name in metadata.get("classes") or range(model.num_classes)],
+            "mean": list(MEAN),
+            "std": list(STD),
+            "outputs": self.names,
+            **self._reading(metadata),
+        }
+
+    def obstacle(self) -> str | None:
+        """Why it can be exported for one image size only; None where sizes may stay open."""
+        network = self._network()
+        return obstacle(network.config) if isinstance(network, SGFormer) else "the network is not SG-Former"
+
+    def axes(self, open_size: bool) -> dict[str, dict[int, str]]:
+        """Which axes of which output follow the input, and what they are called."""
+        maps = dict.fromkeys(FEATURES, (2, 3)) | dict.fromkeys(self._significance, (1, 2)) | self._own_maps()
+        result: dict[str, dict[int, str]] = {name: {0: "batch"} for name in self.names}
+        for name, (height, width) in maps.items() if open_size else ():
+            if name in result:
+                result[name] |= {height: f"{name}_height", width: f"{name}_width"}
+        return result
+
+    def _own(self) -> list[str]:
+        return ["logits"]
+
+    def _own_maps(self) -> dict[str, tuple[int, int]]:
+        """Where its own outputs, as far as they are maps, have height and width."""
+        return {}
+
+    def _maps(self, network: Any) -> list[str]:
+        """Names of the significance maps: "significance_STAGE_BLOCK", stages from 1 and blocks from 0."""
+        if not self.significance:
+            return []
+        with torch.no_grad():
+            seen = network.inspect(torch.zeros(1, network.in_chans, 32, 32))
+        return [f"significance_{key.replace('.', '_')}" for key in seen.significance]
+
+    def _network(self) -> Any:
+        raise NotImplementedError
+
+    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _extra(self, seen: Any) -> list[Tensor]:
+        return [*(seen.features if self.features else ()), *(seen.significance.values() if self.significance else ())]
+
+
+class ClassifierGraph(Graph):
+    """logits (B, classes)."""
+
+    task = "classify"
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        if not (self.features or self.significance):
+            return (self.model(image),)
+        seen = self.model.inspect(image)
+        return (seen.logits, *self._extra(seen))
+
+    def _network(self) -> Any:
+        return self.model
+
+    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        size = metadata.get("image_size", 224)
+        crop = {"crop_pct": metadata.get("crop_pct", 0.9), "interpolation": "bicubic"}
+        return {"image_size": size if isinstance(size, int) else list(size), **crop}
+
+
+class SegmenterGraph(Graph):
+    """logits (B, classes, H, W)."""
+
+    task = "segment"
+
+    def _own_maps(self) -> dict[str, tuple[int, int]]:
+        return {"logits": (2, 3)}
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        if not (self.features or self.significance):
+            return (self.model(image)["out"],)
+        seen = self.model.backbone.network.inspect(image)
+        return (resize(self.model.head(seen.features), image), *self._extra(seen))
+
+    def _network(self) -> Any:
+        return self.model.backbone.network
+
+    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        size = metadata["image_size"]
+        return {
+            "image_size": size if isinstance(size, int) else list(size),
+            "short_side": metadata["short_side"],
+            "reduce_zero_label": bool(metadata["reduce_zero_label"]),
+        }
+
+
+class PyramidGraph(Graph):
+    """A detector's backbone and feature pyramid: "level0" ... "level4", (B, width, H / s, W / s), strides s 4 to 64."""
+
+    task = "detect"
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        if not (self.features or self.significance):
+            return self._levels(self.model.backbone(image))
+        seen = self.model.backbone.network.inspect(image)
+        return (*self._levels(seen.features), *self._extra(seen))
+
+    def _levels(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(self.model.heads.fpn({str(i): m for i, m in enumerate(maps)}).values())
+
+    def _own(self) -> list[str]:
+        return [f"level{i}" for i in range(len(STRIDES) + 1)]
+
+    def _own_maps(self) -> dict[str, tuple[int, int]]:
+        return dict.fromkeys(self._own(), (2, 3))
+
+    def _network(self) -> Any:
+        return self.model.backbone.network
+
+    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        size = metadata["image_size"]
+        return {
+            "image_size": size if isinstance(size, int) else list(size),
+            "category_ids": list(metadata["category_ids"]),
+            "part": "backbone and feature pyramid",
+        }
+
+
+class DetectorGraph(PyramidGraph):
+    """The whole detector for one image of a fixed size: boxes (N, 4) [x1, y1, x2, y2] in its pixels, labels (N,) class
+    indices, scores (N,), and where it has them masks (N, 1, 28, 28), for the N found."""
+
+    whole_image = True
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        maps, extra = self.model.backbone(image), []
+        if self.features or self.significance:
+            seen = self.model.backbone.network.inspect(image)
+            maps, extra = seen.features, self._extra(seen)
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        (found,), _ = self.model.heads(maps, image, [size])
+        masks = (found["masks"],) if self.model.masks else ()
+        return (found["boxes"], found["labels"] - 1, found["scores"], *masks, *extra)
+
+    def axes(self, open_size: bool) -> dict[str, dict[int, str]]:
+        return {name: {0: "objects"} for name in self._own()}
+
+    def _own(self) -> list[str]:
+        return ["boxes", "labels", "scores", *(["masks"] if self.model.masks else [])]
+
+    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super()._reading(metadata), "part": "whole"}
+
+
+def build_graph(weights: str | os.PathLike[str], whole: bool, features: bool, significance: bool) -> Graph:
+    """What is exported of a run folder or weights file.
+
+    Args:
+        whole: of a detector, everything and not only its pyramid.
+
+    Raises:
+        UserError: unreadable, or without what is asked for.
+    """
+    task = read_metadata(weights).get("task", "classify")
+    if task == "segment":
+        from sgformer.tasks.segment import Segmenter
+
+        return SegmenterGraph(*Segmenter.load(weights), features, significance).eval()
+    if task == "detect":
+        from sgformer.tasks.detect import Detector
+
+        kind = DetectorGraph if whole else PyramidGraph
+        return kind(*Detector.load(weights), features, significance).eval()
+    return ClassifierGraph(*load_weights(weights), features, significance).eval()

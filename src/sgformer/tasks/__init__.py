@@ -1,0 +1,1 @@
+"""One file a task: backbone, head, loss and metric as a Lightning module."""

@@ -1,0 +1,1 @@
+"""A run: settings, trainer, callbacks, folder and report."""

@@ -1,0 +1,200 @@
+"""Exported files agree with PyTorch at sizes they were not traced at, say what they are, and are not left if wrong."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from test_portable import SMALL, small
+
+import sgformer
+from sgformer import exporting
+from sgformer.cli import main
+from sgformer.errors import UserError
+from sgformer.exporting import compare, difference
+from sgformer.exporting.graphs import ClassifierGraph
+from sgformer.tasks.pyramid import pyramid_backbone
+from sgformer.tasks.segment import Segmenter
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "five.safetensors"
+    about = {"task": "classify", "classes": CLASSES, "image_size": 64, "crop_pct": 0.9, "model": "mine"}
+    sgformer.save_model(small().float(), path, about)
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "segment.safetensors"
+    model = Segmenter(pyramid_backbone(small().float()), "upernet", 3, 16)
+    model.save(path, {"classes": ["a", "b", "c"], "short_side": 64, "image_size": 64, "reduce_zero_label": True})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Fewer and smaller images to compare on, but for the first test."""
+    if "any_size" not in request.node.name:
+        monkeypatch.setattr(exporting, "CHECKED", ((1, 64, 96),))
+        monkeypatch.setattr(exporting, "TRACED", (2, 96, 64))
+
+
+def run(path, image):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"image": image.numpy()}), strict=True))
+
+
+@torch.no_grad()
+def test_onnx_takes_any_size_and_says_what_it_is(weights, tmp_path):
+    result = sgformer.export(weights, tmp_path / "m.onnx", features=True, significance=True)
+    assert result.largest < 1e-4 and len({check.shape for check in result.checks}) == 5
+    assert result.fixed is None and list(tmp_path.iterdir()) == result.files == [tmp_path / "m.onnx"]
+    model = sgformer.load_model(weights)
+    for shape in ((1, 3, 32, 416), (2, 3, 101, 77)):
+        image = torch.randn(shape)
+        seen, found = model.inspect(image), run(tmp_path / "m.onnx", image)
+        assert list(found) == result.outputs
+        assert difference(torch.from_numpy(found["logits"]), seen.logits) < 1e-3
+        for stride, features in zip((4, 8, 16, 32), seen.features, strict=True):
+            assert found[f"stride{stride}"].shape == features.shape
+        np.testing.assert_allclose(found["significance_1_0"], seen.significance["1.0"], rtol=1e-3, atol=1e-6)
+    about = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert about["classes"] == CLASSES and about["mean"] == [0.485, 0.456, 0.406] and about["task"] == "classify"
+    whole = about["sgformer"]
+    assert sgformer.SGFormerConfig.from_dict(whole["config"]) == model.config
+    assert whole["crop_pct"] == 0.9 and whole["image_size"] == 64 and whole["input_size"] is None
+
+
+@torch.no_grad()
+def test_equal_tokens_stay_in_raster_order(weights, tmp_path):
+    """On an image of one colour much significance is equal: only a stable order gives the network's answer."""
+    sgformer.export(weights, tmp_path / "m.onnx", image_size=96)
+    image = torch.full((1, 3, 96, 96), 0.3)
+    expected = sgformer.load_model(weights)(image)
+    assert difference(torch.from_numpy(run(tmp_path / "m.onnx", image)["logits"]), expected) < 1e-3
+
+
+def test_a_fixed_size_of_any_multiple_of_32(weights, tmp_path):
+    result = sgformer.export(weights, tmp_path / "m.onnx", image_size=(96, 160))
+    assert result.input_size == (96, 160) and result.largest < 1e-4
+    assert "96 x 160 pixels only" in result.describe()
+    assert run(tmp_path / "m.onnx", torch.zeros(3, 3, 96, 160))["logits"].shape == (3, 5)
+
+
+@pytest.mark.parametrize("changes", [{"aggregation": "merge"}, {"aggregation": "weighted"}, {"significance": "random"}])
+def test_what_formats_do_not_have_is_refused(changes, tmp_path):
+    sgformer.save_model(small(**changes), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="cannot be exported"):
+        sgformer.export(tmp_path / "w.safetensors", tmp_path / "m.onnx", image_size=64)
+
+
+def test_segmentation(segmenter, tmp_path):
+    result = sgformer.export(segmenter, tmp_path / "s.onnx", significance=True)
+    assert result.largest < 1e-4 and result.outputs[0] == "logits" and len(result.outputs) == 4
+    assert run(tmp_path / "s.onnx", torch.zeros(1, 3, 70, 33))["logits"].shape == (1, 3, 70, 33)
+
+
+@pytest.mark.slow
+def test_openvino(segmenter, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    result = sgformer.export(segmenter, tmp_path / "s.xml", format="openvino")
+    assert result.largest < 1e-4 and sorted(p.name for p in tmp_path.iterdir()) == ["s.bin", "s.xml"]
+    about = json.loads(openvino.Core().read_model(tmp_path / "s.xml").get_rt_info(["sgformer"]).astype(str))
+    assert about["task"] == "segment" and about["classes"] == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_torch_export(weights, tmp_path):
+    result = sgformer.export(weights, tmp_path / "m.pt2", format="torch-export")
+    assert result.largest < 1e-4 and result.step == 32
+    files = {"sgformer.json": ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=files).module(check_guards=False)
+    assert (
+        program(torch.zeros(1, 3, 96, 64))[0].shape == (1, 5)
+        and json.loads(files["sgformer.json"])["task"] == "classify"
+    )
+
+
+# -- the check --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mismatch_is_an_error_and_leaves_no_file(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting.portable.Position, "forward", lambda self, x: x)
+    with pytest.raises(UserError, match=r"logits differs from PyTorch by .* at 1x3x"):
+        sgformer.export(weights, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_must_be_those_of_significance():
+    """A file that sorts otherwise than by significance fails, although PyTorch is given the same order."""
+    model = small().float()
+    graph = ClassifierGraph(model, {})
+
+    def file_that(changes):
+        def run(image):
+            with torch.no_grad():
+                seen = model.inspect(image)
+                maps = (seen.significance[key] for key in ("1.0", "2.0", "3.0"))
+                orders = [changes(s.flatten(1).argsort(dim=1, stable=True)) for s in maps]
+                with exporting.ranked(orders):
+                    return list(graph(image)), orders
+
+        return compare(graph, run, [(1, 64, 64)])[0]
+
+    assert file_that(lambda order: order).largest == 0
+    assert file_that(lambda order: order.flip(1)).differences["the order of tokens"] > 1e-4
+    twice = file_that(lambda order: order.index_copy(1, torch.tensor([0]), order[:, 1:2]))
+    assert twice.differences["the order of tokens"] > 1e-4
+
+
+def test_differences_of_shape_and_nan_never_pass():
+    assert difference(torch.ones(2), torch.ones(3)) == float("inf")
+    assert not difference(torch.tensor([float("nan")]), torch.ones(1)) <= 1e-4
+    assert difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "m.pt"], "ends in .onnx"),
+        ([], "--out is missing"),
+        (["--out", "nowhere/m.onnx"], "does not exist"),
+        (["--out", "m.onnx", "--image-size", "100"], "multiples of 32"),
+        (["--out", "m.xml", "--format", "openvino", "--precision", "int8"], "for --format onnx"),
+        (["--out", "m.onnx", "--calibration", "."], "--precision int8"),
+        (["--out", "m.onnx", "--format", "tflite"], "onnx, torch-export or openvino"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(weights), *arguments]) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_other_networks_of_timm_have_no_significance(tmp_path):
+    import timm
+
+    from sgformer.training.weights import save_weights
+
+    save_weights(timm.create_model("resnet10t", num_classes=3), tmp_path / "r.safetensors", {"task": "classify"})
+    with pytest.raises(UserError, match="of SG-Former"):
+        sgformer.export(tmp_path / "r.safetensors", tmp_path / "r.onnx", significance=True)
+    with pytest.raises(UserError, match="--image-size is needed"):
+        sgformer.export(tmp_path / "r.safetensors", tmp_path / "r.onnx")
+    assert sgformer.export(tmp_path / "r.safetensors", tmp_path / "r.onnx", image_size=64).largest < 1e-4
+
+
+def test_small_is_the_published_kind():
+    assert [stage.regions for stage in SMALL.stages] == [s.regions for s in sgformer.VARIANTS["sgformer_s"].stages]
