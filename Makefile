@@ -67,8 +67,8 @@ oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that 
 # The lower bounds as they stand in pyproject.toml, of the base install and of the extras that the tests need.
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v setuptools \
-	  | sed 's/"//g; s/\[[a-z]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
+	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z_]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v setuptools \
+	  | sed 's/"//g; s/\[[a-z_]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
 	@touch $@
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -160,39 +161,42 @@ def largest_images(seed: int = 0) -> hostile.Inputs:
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
-def kill(tries: int, seed: int, out: Path) -> Iterator[Count]:
-    """`tries` kills, shared out over tasks, in chains of a few per run; the counts of a task when it is done."""
+def kill(tries: int, seed: int, out: Path, until: float) -> list[Count]:
+    """`tries` kills, shared out over tasks, in chains of a few per run; fewer where time is up (`until`, monotonic)."""
     rng = random.Random(seed)
     phases = list(killing.PHASES)
-    courses = [
+    tasks = [
         ("classification", killing.classification(out), 0.6),
         ("classification, two loader processes", killing.classification(out, workers=2), 0.2),
         ("segmentation", killing.segmentation(out), 0.1),
         ("detection", killing.detection(out), 0.1),
     ]
-    for number, (name, course, share) in enumerate(courses):
-        count, begun, kills = Count(f"kill -9, {name}"), time.monotonic(), killing.Kills()
+    courses = []
+    for number, (name, course, share) in enumerate(tasks):
         folder = out / "kills" / str(number)
         folder.mkdir(parents=True)
         reference = killing.undisturbed(course, folder)
-        turn = 0
-        while kills.survived + count.lost < round(share * tries) and turn < 10 * tries:
+        courses.append((Count(f"kill -9, {name}"), reference, killing.Kills(), round(share * tries), folder))
+    turn, open_ = 0, courses
+    while open_ and time.monotonic() < until and turn < 10 * tries:
+        for count, reference, kills, wanted, folder in open_:
             chain = [phases[(turn * 3 + i) % len(phases)] for i in range(3)] + ["any time"]
             rng.shuffle(chain)
-            before = len(kills.lost), sum(kills.by_phase.values())
+            before, begun = (len(kills.lost), sum(kills.by_phase.values())), time.monotonic()
             try:
-                killing.kill_and_resume(reference, folder / f"run{turn}", rng, chain, kills)
+                killing.kill_and_resume(reference, folder / f"run{turn}", rng, chain[:wanted], kills)
             except TimeoutError as error:
                 kills.lost.append(str(error))
             if len(kills.lost) > before[0]:
                 count.lost += sum(kills.by_phase.values()) - before[1] or 1
                 print(f"LOST {kills.lost[-1]}", flush=True)
-            turn += 1
-        count.tried = kills.survived + count.lost
-        count.outcomes["survived"] = kills.survived
-        count.seconds = time.monotonic() - begun
-        count.note = f"in {kills.runs} runs: " + ", ".join(f"{n} {p}" for p, n in kills.by_phase.most_common())
-        yield count
+            count.tried, count.outcomes["survived"] = kills.survived + count.lost, kills.survived
+            count.seconds += time.monotonic() - begun
+            count.note = f"in {kills.runs} runs: " + ", ".join(f"{n} {p}" for p, n in kills.by_phase.most_common())
+            print(f"{count.what}: {kills.survived} of {count.tried}", flush=True)
+        turn += 1
+        open_ = [one for one in courses if one[0].tried < one[3]]
+    return [count for count, *_ in courses]
 
 
 # -- whole trainings with odd settings --------------------------------------------------------------------------------
@@ -246,16 +250,17 @@ PARTS = {
     "commands": ("command lines", hostile.mutated_commands, a_command, MEMORY),
     "recipes": ("recipes", hostile.mutated_recipes, a_recipe, MEMORY),
 }
-SIZES = {"kills": 100, "images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "labels": 10_000,
-         "commands": 1000, "recipes": 500, "trainings": 40}  # fmt: skip
+SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "labels": 10_000,
+         "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
 
 
 def _counts(asked: argparse.Namespace, out: Path) -> Iterator[tuple[str, Count]]:
     """The parts one after the other."""
+    begun = time.monotonic()
     for name in asked.only:
         size = getattr(asked, name)
         if name == "kills":
-            yield from ((name, count) for count in kill(size, asked.seed, out))
+            yield from ((name, count) for count in kill(size, asked.seed, out, begun + 60 * asked.minutes))
         elif name == "trainings":
             yield name, odd_trainings(size, asked.seed, out)
         else:
@@ -267,6 +272,7 @@ def run() -> int:
     parser = argparse.ArgumentParser(description="break things for real and count")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no kill after so long, whatever --kills says")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--out", type=Path, default=Path("torture"))
