@@ -35,6 +35,14 @@ def test_weights(tmp_path):
         assert hostile.try_weights(f"whole{ending}", data, tmp_path) == "accepted"
 
 
+def test_a_tensor_that_is_marked_as_a_folder_is_not_left_to_chance(tmp_path):
+    """torch's reader skips it and returns uninitialised memory."""
+    data = bytearray(hostile.weights()[1])
+    entry = data.rfind(b"PK\1\2", 0, data.rfind(b"archive/data/2"))
+    data[entry + 38] |= 16  # the directory bit of DOS
+    assert hostile.try_weights("folder.pth", bytes(data), tmp_path) == "refused"
+
+
 def test_annotations(tmp_path):
     outcomes = [hostile.try_annotations(*one, tmp_path) for one in islice(hostile.mutated_annotations(1), 400)]
     assert set(outcomes) == {"accepted", "refused"}

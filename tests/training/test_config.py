@@ -124,3 +124,8 @@ def test_guidance_is_asked_for_by_name(config_class):
 def test_guidance_that_does_not_do_is_named(options, words):
     with pytest.raises(UserError, match=words):
         ClassifyConfig(**{"model": "sgformer_n", **options})
+
+
+def test_a_value_of_the_wrong_kind_is_a_line():
+    with pytest.raises(UserError, match="wrong kind"):
+        make_config(ClassifyConfig, {"epochs": "many"})

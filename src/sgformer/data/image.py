@@ -162,8 +162,7 @@ def opened(
             with Path(source).open("rb") as file:
                 yield _checked(file, formats, max_pixels)
         else:
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            yield _checked(file, formats, max_pixels)
+            yield _checked(io.BytesIO(source) if isinstance(source, bytes) else source, formats, max_pixels)
     except Exception as error:  # Pillow's decoders raise a zoo of types on broken files
         raise UserError(f"{name}: {_reason(error, formats, max_pixels)}") from error
 
@@ -172,7 +171,7 @@ def _checked(file: IO[bytes], formats: Sequence[str] | None, max_pixels: int) ->
     if not file.read(1):
         raise EOFError("0 bytes")
     file.seek(0)
-    image = Image.open(file, formats=formats)
+    image = Image.open(file, formats=None if formats is None else tuple(formats))
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     return image

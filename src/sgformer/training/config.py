@@ -260,4 +260,7 @@ def make_config(config_class: type[Config], options: Mapping[str, Any]) -> Confi
     for name in options:
         if name not in known:
             raise UserError(f"unknown option {name!r}{nearest(name, known)}")
-    return config_class(**options)
+    try:
+        return config_class(**options)
+    except (TypeError, AttributeError) as error:  # values that no parser has looked at
+        raise UserError(f"an option has a value of the wrong kind ({error})") from None
