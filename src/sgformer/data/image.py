@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import queue
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -127,26 +130,54 @@ def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
     limit = float(os.environ.get("SGFORMER_READ_TIMEOUT", READ_TIMEOUT))
     if not limit:
         return read()
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(read())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit)
-    if failure:
-        raise failure[0]
-    if not result:
+    reader = _Reader.take()
+    reader.todo.put(read)
+    try:
+        result, failure = reader.done.get(timeout=limit)
+    except queue.Empty:
         raise StalledError(
             f"{path}: no answer for {limit:g} seconds: does its disk or network mount respond? "
             "(SGFORMER_READ_TIMEOUT=SECONDS waits longer, 0 for ever)"
-        )
-    return result[0]
+        ) from None
+    _Reader.idle.append(reader)
+    if failure is not None:
+        raise failure
+    return result
+
+
+class _Reader(threading.Thread):
+    """A thread that does what it is given, one thing after the other. It is used again: a new one for every image would
+    cost a twentieth of decoding it."""
+
+    idle: ClassVar[deque[_Reader]] = deque()
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)  # one that is stuck must not keep the process
+        self.process = os.getpid()
+        self.todo: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    @classmethod
+    def take(cls) -> _Reader:
+        while cls.idle:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                reader = cls.idle.pop()
+                if reader.process == os.getpid():  # threads do not survive a fork
+                    return reader
+        reader = cls()
+        reader.start()
+        return reader
+
+    def run(self) -> None:
+        while True:
+            read = self.todo.get()
+            try:
+                answer = read(), None
+            except BaseException as error:
+                answer = None, error
+            del read
+            self.done.put(answer)
+            del answer  # an image is not held until the next one comes
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def seeded(*entropy: int) -> Iterator[None]:
     """Seed `random`, `numpy.random` and torch's CPU generator from some integers >= 0; put them back afterwards."""
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - transforms use it
+    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
     random.seed(words[0])
     np.random.seed(words[1])  # noqa: NPY002
     torch.random.default_generator.manual_seed(words[2])  # torch.manual_seed would also reset the accelerators
