@@ -67,7 +67,9 @@ def flip(data: bytes) -> bytes:
     return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda data: b"", lambda data: data + b"\0"], ids=str)
+@pytest.mark.parametrize(
+    "damage", [cut, flip, lambda data: b"", lambda data: data + b"\0"], ids=["cut", "flip", "empty", "longer"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, stopped, caplog, damage):
     last = stopped / "checkpoints/last.ckpt"
     last.write_bytes(damage(last.read_bytes()))
