@@ -14,7 +14,7 @@ from sgformer.cli import main
 for package in ("lightning", "matplotlib", "sklearn", "skimage", "pycocotools"):
     pytest.importorskip(package)
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
-ORDER = ("train", "detect", "segment", "explain", "gpus")
+ORDER = ("train", "detect", "segment", "explain", "export", "gpus")
 SMALLER = {
     "--train 2000 --val 200": "--train 40 --val 20",
     "--train 400 --val 40": "--train 8 --val 4",
@@ -60,5 +60,5 @@ def test_tutorials(tmp_path, monkeypatch):
                     assert subprocess.run(words, env=environment, timeout=300).returncode == 0, f"{page}.md: {line}"
                 else:
                     assert words[0] == "sgformer" and main(words[1:]) == 0, f"{page}.md: {line}"
-    for left in ("runs/photos/report.md", "predictions", "found.json", "seen", "labelled", "explained/index.html"):
+    for left in ("runs/photos/report.md", "predictions", "found.json", "seen", "labelled", "explained/index.html", "fields.onnx"):
         assert (tmp_path / left).exists(), left
