@@ -25,7 +25,8 @@ def test_every_phase_is_there(reference):
     [
         ["backward pass", "averaging weights", "writing a checkpoint"],
         pytest.param(["saving weights", "validation", "results of a validation"], marks=pytest.mark.slow),
-        pytest.param(["any time"] * 3, marks=pytest.mark.slow),
+        # The first surely hits; moments of the whole run may come after its end, when the machine has become quicker.
+        pytest.param(["update", "any time", "any time"], marks=pytest.mark.slow),
     ],
     ids=lambda phases: phases[0],
 )
