@@ -163,7 +163,7 @@ def markdown(found: dict[str, Any]) -> str:
         if part in found:
             lines += [
                 "",
-                "| network | size, batch | images/s | ms | spread, ms | GMACs | plain eager's time / its time |",
+                "| network | size, batch | images/s | ms | spread, ms | GMACs | plain's time / its time, same backend (`optimize`: plain eager) |",
             ]
             lines += ["|---|---|---|---|---|---|---|"]
             for e in found[part]:
