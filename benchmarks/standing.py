@@ -163,7 +163,8 @@ def markdown(found: dict[str, Any]) -> str:
         if part in found:
             lines += [
                 "",
-                "| network | size, batch | images/s | ms | spread, ms | GMACs | plain's time / its time, same backend (`optimize`: plain eager) |",
+                "| network | size, batch | images/s | ms | spread, ms | GMACs | plain's time / its time, "
+                "same backend (`optimize`: plain eager) |",
             ]
             lines += ["|---|---|---|---|---|---|---|"]
             for e in found[part]:

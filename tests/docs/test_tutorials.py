@@ -60,5 +60,14 @@ def test_tutorials(tmp_path, monkeypatch):
                     assert subprocess.run(words, env=environment, timeout=300).returncode == 0, f"{page}.md: {line}"
                 else:
                     assert words[0] == "sgformer" and main(words[1:]) == 0, f"{page}.md: {line}"
-    for left in ("runs/photos/report.md", "predictions", "found.json", "seen", "labelled", "explained/index.html", "fields.onnx"):
+    made = (
+        "runs/photos/report.md",
+        "predictions",
+        "found.json",
+        "seen",
+        "labelled",
+        "explained/index.html",
+        "fields.onnx",
+    )
+    for left in made:
         assert (tmp_path / left).exists(), left
