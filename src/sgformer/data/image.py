@@ -172,7 +172,7 @@ class _Reader(threading.Thread):
         while True:
             read = self.todo.get()
             try:
-                answer = read(), None
+                answer: tuple[Any, BaseException | None] = read(), None
             except BaseException as error:
                 answer = None, error
             del read
