@@ -73,18 +73,16 @@ class ExportedNetwork:
         return (pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255) - mean) / std
 
 
-def task_of(path: str | os.PathLike[str]) -> str:
-    """The task that an exported network is for: "classify", "segment" or "detect"."""
-    return ExportedNetwork(path).metadata["task"]
+File = str | os.PathLike[str] | ExportedNetwork
 
 
 def predict(
-    path: str | os.PathLike[str], images: Images, *, top: int = 5, batch_size: int = 32, image_size: Any = None
+    file: File, images: Images, *, top: int = 5, batch_size: int = 32, image_size: Any = None
 ) -> list[Prediction]:
     """The most probable classes of images, as `sgformer.predict` gives them.
 
     Args:
-        path: an exported classifier.
+        file: an exported classifier, or its network if that is open already.
         images: one or several files, folders (searched for images, also nested) or PIL images.
         top: number of classes per image.
         batch_size: images at a time.
@@ -93,7 +91,7 @@ def predict(
     Raises:
         UserError: file or image cannot be read, or the size does not do.
     """
-    network = _open(path, "classify", image_size)
+    network = _open(file, "classify", image_size)
     size = image_size or network.input_size or network.metadata["image_size"]
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
     _check_size(network, size)
@@ -110,20 +108,20 @@ def predict(
     return result
 
 
-def predict_segmentation(path: str | os.PathLike[str], images: Images, *, image_size: Any = None) -> Iterator[Segments]:
+def predict_segmentation(file: File, images: Images, *, image_size: Any = None) -> Iterator[Segments]:
     """The class of every pixel of images, as `api_segment.predict_segmentation` gives it, one image at a time.
 
     A file of fixed size is moved over the image as a window, two thirds of itself at a time.
 
     Args:
-        path: an exported segmenter.
+        file: an exported segmenter, or its network.
         images: as of :func:`predict`.
         image_size: short side in pixels; by default as trained.
 
     Raises:
         UserError: file or image cannot be read, or the size does not do.
     """
-    network = _open(path, "segment")
+    network = _open(file, "segment")
     short = network.metadata["short_side"] if image_size is None else image_size
     if not isinstance(short, int) or short < 32:
         raise UserError(f"--image-size is one number from 32 up, the short side; got {image_size}")
@@ -207,8 +205,9 @@ def _slide(network: ExportedNetwork, image: np.ndarray) -> np.ndarray:
 # -- small things -----------------------------------------------------------------------------------------------------
 
 
-def _open(path: str | os.PathLike[str], task: str, image_size: Any = None) -> ExportedNetwork:
-    network = ExportedNetwork(path)
+def _open(file: File, task: str, image_size: Any = None) -> ExportedNetwork:
+    network = file if isinstance(file, ExportedNetwork) else ExportedNetwork(file)
+    path = network.path
     if network.metadata["task"] != task:
         raise UserError(f"{path}: is for {network.metadata['task']}, not for {task}")
     if image_size is not None and network.input_size is not None:

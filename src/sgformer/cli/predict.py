@@ -72,15 +72,16 @@ def predict_exported(
 
     if device not in ("auto", "cpu"):
         raise UserError(f"--device {device}: exported files run on the CPU here")
-    task = exported.task_of(path)
+    network = exported.ExportedNetwork(path)
+    task = network.metadata["task"]
     options = {**options_of_task(path, task, special), "image_size": image_size}
     for name in ("multi_scale", "flip", "sliding"):
         if name in options:
             raise UserError(f"--{dashed(name)} is for weights; {path} is an exported file")
     if task == "segment":
-        tell_segments(exported.predict_segmentation(path, images, **options), json, out)
+        tell_segments(exported.predict_segmentation(network, images, **options), json, out)
     elif task == "classify":
-        tell_classes(exported.predict(path, images, **options), json, out)
+        tell_classes(exported.predict(network, images, **options), json, out)
     else:
         raise UserError(f"{path}: holds a detector; predict takes its run, or see docs/export.md on calling the file")
     return 0
