@@ -244,6 +244,13 @@ class PlainBlock(Block):
         return self.add(x, self.attn(self.norm1(x)))
 
 
+def run_part(owner: nn.Module, part: nn.Module, *args: Any) -> Any:
+    """``part(*args)``, of which an owner in training with gradient checkpointing keeps the arguments alone."""
+    if owner.grad_checkpointing and owner.training:
+        return checkpoint(part, *args, use_reentrant=False)
+    return part(*args)
+
+
 class Stage(nn.Module):
     """Downsampling, blocks, and the norm that ends a stage: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
 
@@ -264,20 +271,20 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, seen: Inspection | None = None, name: str = "") -> Tensor:
-        x = self._run(self.downsample, x)
+        x = run_part(self, self.downsample, x)
         for i, block in enumerate(self.blocks):
             key = f"{name}.{i}"
             if isinstance(block, HybridBlock):
-                x, coarse, fine = self._run(block, x)
+                x, coarse, fine = run_part(self, block, x)
                 if seen is not None:
                     seen.significance[key], seen.coarse[key], seen.fine[key] = coarse + fine, coarse, fine
             elif isinstance(block, GuidedBlock):
-                x, significance, grouped = self._run(block, x, coarse, fine)
+                x, significance, grouped = run_part(self, block, x, coarse, fine)
                 if seen is not None:
                     seen.significance[f"{name}.{i - 1}"] = significance.detach()
                     seen.tokens[key] = block.attn.describe(grouped, (x.shape[1], x.shape[2]))
             else:
-                x = self._run(block, x)
+                x = run_part(self, block, x)
         return self.norm(x)
 
     @staticmethod
@@ -285,11 +292,6 @@ class Stage(nn.Module):
         if stage.scales:
             return MultiScaleAttention(stage.dim, stage.heads, stage.scales, config.window, config.coarse)
         return HybridScaleAttention(stage.dim, stage.heads, stage.reduction, config.window, config.coarse)
-
-    def _run(self, part: nn.Module, *args: Any) -> Any:
-        if self.grad_checkpointing and self.training:
-            return checkpoint(part, *args, use_reentrant=False)
-        return part(*args)
 
 
 class SGFormer(nn.Module):
@@ -345,15 +347,10 @@ class SGFormer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last stage's map, (B, C, ceil(H / 32), ceil(W / 32))."""
-        x = self._embed(x)
+        x = run_part(self, self.stem, x)
         for stage in self.stages:
             x = stage(x)
         return x.permute(0, 3, 1, 2)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training:
-            return checkpoint(self.stem, x, use_reentrant=False)
-        return self.stem(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -361,7 +358,7 @@ class SGFormer(nn.Module):
     def inspect(self, x: Tensor) -> Inspection:
         """One forward pass that returns all it saw: logits, four feature maps, significance maps, token groups."""
         seen = Inspection()
-        x = self._embed(x)
+        x = run_part(self, self.stem, x)
         for i, stage in enumerate(self.stages, start=1):
             x = stage(x, seen, str(i))
             seen.features.append(x.permute(0, 3, 1, 2))
@@ -389,7 +386,7 @@ class SGFormer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC (got {output_fmt!r})")
         take = self._take(indices)
-        x = self._embed(x)
+        x = run_part(self, self.stem, x)
         maps = []
         for i, stage in enumerate(self.stages):
             if stop_early and i > max(take):

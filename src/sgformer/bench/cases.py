@@ -186,12 +186,12 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
         raise Unsupported(f"{case.backend} is measured for inference in fp32 on the CPU")
     runtime = require(case.backend, extra="bench")
     require("onnx", extra="bench")
+    from sgformer.exporting.formats import onnx_session, quiet
+
     if is_ours(case.model):
         model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot see through a computed kernel
     file = io.BytesIO()
-    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with warnings.catch_warnings(), torch.no_grad(), quiet[0], quiet[1]:
-        warnings.simplefilter("ignore")
+    with quiet(), torch.no_grad():
         torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
     feed = {"image": image.numpy()}
     if case.backend == "openvino":
@@ -203,10 +203,7 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
         }
         request = core.compile_model(core.read_model(file.getvalue(), b""), "CPU", options).create_infer_request()
         return lambda: torch.from_numpy(request.infer(feed)[0])
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(file.getvalue())
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 

@@ -47,6 +47,7 @@ class Graph(nn.Module):
         if isinstance(network, SGFormer) and (reason := refusal(network.config)):
             raise UserError(f"this network cannot be exported: {reason}")
         self._significance = self._maps(network)
+        size = metadata.get("image_size", 224)
         self.names = [*self._own(), *(FEATURES if features else ()), *self._significance]
         self.about = {
             "sgformer": __version__,
@@ -57,6 +58,7 @@ class Graph(nn.Module):
             "mean": list(MEAN),
             "std": list(STD),
             "outputs": self.names,
+            "image_size": size if isinstance(size, int) else list(size),
             **self._reading(metadata),
         }
 
@@ -114,12 +116,17 @@ class ClassifierGraph(Graph):
         return self.model
 
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        size = metadata.get("image_size", 224)
-        crop = {"crop_pct": metadata.get("crop_pct", 0.9), "interpolation": "bicubic"}
-        return {"image_size": size if isinstance(size, int) else list(size), **crop}
+        return {"crop_pct": metadata.get("crop_pct", 0.9), "interpolation": "bicubic"}
 
 
-class SegmenterGraph(Graph):
+class DenseGraph(Graph):
+    """A network below heads."""
+
+    def _network(self) -> Any:
+        return self.model.backbone.network
+
+
+class SegmenterGraph(DenseGraph):
     """logits (B, classes, H, W)."""
 
     task = "segment"
@@ -130,22 +137,14 @@ class SegmenterGraph(Graph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if not (self.features or self.significance):
             return (self.model(image)["out"],)
-        seen = self.model.backbone.network.inspect(image)
+        seen = self._network().inspect(image)
         return (resize(self.model.head(seen.features), image), *self._extra(seen))
 
-    def _network(self) -> Any:
-        return self.model.backbone.network
-
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        size = metadata["image_size"]
-        return {
-            "image_size": size if isinstance(size, int) else list(size),
-            "short_side": metadata["short_side"],
-            "reduce_zero_label": bool(metadata["reduce_zero_label"]),
-        }
+        return {"short_side": metadata["short_side"], "reduce_zero_label": bool(metadata["reduce_zero_label"])}
 
 
-class PyramidGraph(Graph):
+class PyramidGraph(DenseGraph):
     """A detector's backbone and feature pyramid: "level0" ... "level4", (B, width, H / s, W / s), strides s 4 to 64."""
 
     task = "detect"
@@ -153,7 +152,7 @@ class PyramidGraph(Graph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if not (self.features or self.significance):
             return self._levels(self.model.backbone(image))
-        seen = self.model.backbone.network.inspect(image)
+        seen = self._network().inspect(image)
         return (*self._levels(seen.features), *self._extra(seen))
 
     def _levels(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
@@ -165,16 +164,8 @@ class PyramidGraph(Graph):
     def _own_maps(self) -> dict[str, tuple[int, int]]:
         return dict.fromkeys(self._own(), (2, 3))
 
-    def _network(self) -> Any:
-        return self.model.backbone.network
-
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        size = metadata["image_size"]
-        return {
-            "image_size": size if isinstance(size, int) else list(size),
-            "category_ids": list(metadata["category_ids"]),
-            "part": "backbone and feature pyramid",
-        }
+        return {"category_ids": list(metadata["category_ids"]), "part": "backbone and feature pyramid"}
 
 
 class DetectorGraph(PyramidGraph):
@@ -186,7 +177,7 @@ class DetectorGraph(PyramidGraph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         maps, extra = self.model.backbone(image), []
         if self.features or self.significance:
-            seen = self.model.backbone.network.inspect(image)
+            seen = self._network().inspect(image)
             maps, extra = seen.features, self._extra(seen)
         size = (int(image.shape[-2]), int(image.shape[-1]))
         (found,), _ = self.model.heads(maps, image, [size])
