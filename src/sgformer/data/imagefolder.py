@@ -261,19 +261,25 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+#: What NumPy's global functions draw from within `seeded`.
+_SPARE = np.random.MT19937()
+
+
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seed `random`, `numpy.random` and torch's CPU generator from some integers >= 0; put them back afterwards."""
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
     random.seed(words[0])
+    # Another generator in NumPy's place, as copying the state of one and putting it back takes three times all the rest.
+    np.random.set_bit_generator(_SPARE if states[1] is not _SPARE else np.random.MT19937())
     np.random.seed(words[1])  # noqa: NPY002
     torch.random.default_generator.manual_seed(words[2])  # torch.manual_seed would also reset the accelerators
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_bit_generator(states[1])
         torch.set_rng_state(states[2])
 
 
