@@ -204,6 +204,7 @@ def evaluate_segmentation(
     from sgformer.tasks.segment import SegmentationTask, Segmenter
     from sgformer.training.callbacks import SkippedImages
     from sgformer.training.faults import plain_faults
+    from sgformer.training.fit import build_loader
     from sgformer.training.trainer import build_trainer, quiet
 
     if batch_size < 1 or workers < 0:
@@ -216,12 +217,8 @@ def evaluate_segmentation(
         trainer = build_trainer(device=device, devices=devices, precision=precision, callbacks=[skipped])
         rank, world = trainer.global_rank, trainer.world_size
         dataset = LabelledFolderDataset(listing, eval_transform(), bad_images=bad_images)
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=EpochSampler(len(dataset), batch_size, train=False, rank=rank, world=world),
-            num_workers=workers,
-            collate_fn=collate_sizes,
-        )
+        sampler = EpochSampler(len(dataset), batch_size, train=False, rank=rank, world=world)
+        loader = build_loader(dataset, sampler, workers, collate_sizes)
         task = SegmentationTask(model, class_names=listing.classes, ignore=listing.ignore, inference=how)
         with plain_faults():
             trainer.validate(task, loader, verbose=False)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sgformer.errors import UserError
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
-from sgformer.training.faults import plain_faults
+from sgformer.training.faults import end_with_parent, plain_faults
 from sgformer.training.guard import FiniteGuard
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
@@ -239,6 +239,7 @@ def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=end_with_parent,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

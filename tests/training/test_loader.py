@@ -1,0 +1,58 @@
+"""Processes that read images end with the one they read for."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+
+# A batch that does not fit in a pipe, so that both readers wait to hand one over; the second can read the first one's
+# pipe, too, so that it never breaks.
+PROGRAM = """
+import os, time
+import numpy as np
+from sgformer.data.imagefolder import EpochSampler
+from sgformer.training.fit import build_loader
+
+class Pictures:
+    def __getitem__(self, key):
+        return np.zeros(1 << 20, np.uint8), os.getpid()
+
+loader = build_loader(Pictures(), EpochSampler(100, 1, train=False), 2, list)
+batches = iter(loader)
+print(*{next(batches)[0][1] for _ in range(8)}, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does it on Linux only")
+def test_readers_that_wait_to_hand_over_a_batch_end_with_a_killed_process():
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    readers = [int(pid) for pid in process.stdout.readline().split()]
+    try:
+        assert len(readers) == 2 and all(map(alive, readers))
+        time.sleep(2)  # both are waiting
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30  # without help they stay for ever
+        while any(map(alive, readers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(alive, readers))
+    finally:
+        process.kill()
+        for reader in filter(alive, readers):
+            os.kill(reader, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, other than one that has ended and nobody asked for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
