@@ -83,3 +83,32 @@ def test_each_kind_of_block_is_compiled_once(model, monkeypatch):
     assert len(graphs) == 2 * 3 + 1  # hybrid and guided in three stages, plain in the fourth; 11 blocks in all
     with pytest.raises(ValueError, match="opaque"):
         sgformer.optimize(plain, pack=True, compile=True)
+
+
+@torch.no_grad()
+def test_what_is_compiled_for_all_sizes_is_not_compiled_again(monkeypatch):
+    """Sizes with and without padded windows, square and not; float64, where equal significance keeps its order."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: real(f, backend=as_it_is, **o))
+    plain = sgformer.create_model("sgformer_n", img_size=64).double().eval()
+    fast = sgformer.optimize(plain, compile=True, dynamic=True)
+    counts = []
+    for size in ((224, 224), (256, 320), (160, 416), (250, 231)):
+        image = torch.randn(1, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(fast(image), plain(image), rtol=1e-9, atol=1e-12)
+        counts.append(len(graphs))
+    assert counts[0] and counts == counts[:1] * 4
+
+
+def test_what_cannot_be_compiled_for_all_sizes_is_refused():
+    model = sgformer.create_model("sgformer_n", aggregation="merge")
+    with pytest.raises(ValueError, match="merge"):
+        sgformer.optimize(model, compile=True, dynamic=True)
+    with pytest.raises(ValueError, match="compile=False"):
+        sgformer.optimize(model, dynamic=True)

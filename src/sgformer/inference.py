@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,7 +17,7 @@ from sgformer.backbone import SGFormer
 from sgformer.layers import Mlp
 
 
-def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -> SGFormer:
+def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False, dynamic: bool = False) -> SGFormer:
     """A copy of a network that infers faster and computes the same function. The original is left as it is.
 
     The copy is frozen and in evaluation mode, and ``x + depthwise(x)`` of every MLP is one convolution. Where weights
@@ -29,14 +31,27 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -
             asked for. False leaves operations that any exporter and compiler knows.
         compile: also let ``torch.compile`` compile the blocks, each kind of block once and not each block: S has 23
             blocks of seven kinds. It happens in the first call, and anew for another image or batch size.
+        dynamic: with ``compile``, what was compiled serves other image sizes, too. Slower at the first call and, where
+            windows tile the grid, afterwards. Only a batch of one and larger ones are compiled each for themselves, and
+            stages of less than 20,480 numbers an image on the CPU, where torch takes another convolution.
 
     Raises:
         TypeError: not an SGFormer.
-        ValueError: ``pack=True`` where it is not possible, or with ``compile``.
+        ValueError: ``pack=True`` where it is not possible, or with ``compile``; ``dynamic`` without ``compile``, or for
+            a network that has to know the size.
     """
     if not isinstance(model, SGFormer):
         raise TypeError(f"optimize prepares an SGFormer (got {type(model).__name__}); of a wrapper, pass what it wraps")
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    if dynamic and not compile:
+        raise ValueError("dynamic is for compiled networks; others take any size as they are (got compile=False)")
+    if dynamic:
+        from sgformer.exporting import portable  # written for those who must not ask about sizes
+
+        if reason := portable.refusal(model.config) or portable.obstacle(model.config):
+            raise ValueError(f"cannot be compiled for all sizes at once: {reason}; leave dynamic=False")
+        fast = portable.portable(model)
+    else:
+        fast = copy.deepcopy(model).eval().requires_grad_(False)
     first = next(fast.parameters())
     possible = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if pack and compile:
@@ -57,9 +72,23 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False) -
                     setattr(module, name, PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
         block.drop_path = nn.Identity()  # its rate, which differs from block to block, would be compiled in
-        if compile:
+        if dynamic:
+            block.forward = _compiled_for_all_grids(block.forward)
+        elif compile:
             block.compile(dynamic=False)
     return fast
+
+
+def _compiled_for_all_grids(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Of tensors that begin with (B, H, W): compiled once for all H and W, which need not be the same."""
+    compiled = torch.compile(forward)
+
+    def call(*args: Tensor) -> Any:
+        for tensor in args:
+            torch._dynamo.mark_dynamic(tensor, (1, 2))
+        return compiled(*args)
+
+    return call
 
 
 class FoldedMlp(nn.Module):

@@ -99,7 +99,9 @@ class Windows(NamedTuple):
     shape: tuple[Any, Any]
 
     @classmethod
-    def cut(cls, grid: tuple[Any, Any], side: int, count: tuple[Any, Any], device: torch.device) -> Windows:
+    def cut(
+        cls, grid: tuple[Any, Any], side: int, count: tuple[Any, Any], device: torch.device, fixed: bool = False
+    ) -> Windows:
         """``count`` windows (rows, columns) of ``side`` x ``side``, which together cover the grid."""
         rows, cols = (torch.arange(c * side, device=device) for c in count)  # of the padded grid
         inside = (rows < grid[0])[:, None] & (cols < grid[1])  # (rows * side, cols * side)
@@ -110,7 +112,7 @@ class Windows(NamedTuple):
 
         i, j = torch.arange(grid[0], device=device)[:, None], torch.arange(grid[1], device=device)
         place = ((i // side) * count[1] + j // side) * side**2 + (i % side) * side + j % side
-        tiled = all(isinstance(g, int) and g == c * side for g, c in zip(grid, count, strict=True))
+        tiled = fixed and all(g == c * side for g, c in zip(grid, count, strict=True))
         return cls(
             windowed(token).flatten(),
             None if tiled else windowed(inside),
@@ -181,12 +183,13 @@ class HybridScale(nn.Module):
         if everywhere:
             k, v, q = (ops.split_heads(t, heads) for t in (k, v, q))
             weights = (q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)).softmax(-1)
-            out, received = ops.join_heads(weights @ v), weights.sum(2).mean(1)
-            significance = received / (H * W)
+            # A sum over all queries; a compiler would make other code for it from 4096 on, and compile anew.
+            total = weights.sum(2) if self.fixed else (weights.new_ones(1, H * W) @ weights).squeeze(2)
+            out, significance = ops.join_heads(weights @ v), total.mean(1) / (H * W)
         else:
             count = ((h + side - 1) // side, (w + side - 1) // side)
-            queries = Windows.cut((H, W), side * scale, count, q.device)
-            keys = Windows.cut((h, w), side, count, q.device) if scale > 1 else queries
+            queries = Windows.cut((H, W), side * scale, count, q.device, self.fixed)
+            keys = Windows.cut((h, w), side, count, q.device, self.fixed) if scale > 1 else queries
             out, received = attend_windows(q, k, v, queries, keys, heads)
             significance = received / (side * scale) ** 2
         if scale > 1:  # nearest
