@@ -17,9 +17,8 @@ def main(page: str) -> int:
     """Run them; how many failed. A page without any is a mistake, too."""
     failed = ran = 0
     heading = ""
-    for title, code in re.findall(
-        r"^## (.*)$|```python\n(.*?)```", Path(page).read_text(encoding="utf-8"), re.M | re.S
-    ):
+    text = Path(page).read_text(encoding="utf-8")
+    for title, code in re.findall(r"^## ([^\n]*)$|```python\n(.*?)```", text, re.M | re.S):
         heading = title or heading
         if not code:
             continue
