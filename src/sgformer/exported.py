@@ -143,8 +143,8 @@ def predict_detections(
     """Boxes, classes, scores and masks of images, as `api_detect.predict_detections` gives them, one image at a time.
 
     An image is scaled as for the weights themselves or, where that would not fit, to the file's size, and lies in its
-    upper left corner. Answers are those of the weights where scaled image and file have the same size, and close to
-    them elsewhere: what a network says of a place depends a little on the empty rest.
+    upper left corner. Answers are those of the weights where it fills the file (but for less than 32 pixels, which
+    weights pad with, too); elsewhere it is seen smaller, or with a larger empty rest.
 
     Args:
         file: an exported whole detector, or its network.
