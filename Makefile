@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install bench demo demo-dense docs test test-fast torture fuzz oldest newest api licences audit lint format types clean
+.PHONY: help install bench demo demo-dense docs test test-fast torture fuzz interop oldest newest api licences audit lint format types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,14 @@ fuzz: install  ## fuzzing that looks for new branches, a minute a target (needs 
 	for target in checkpoint_adapter pickles safetensors_files coco_files label_maps configs; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py $$target --seconds 60 || exit 1; done
 
+interop:  ## every snippet of docs/interop.md in a fresh environment that has '.[interop]' alone (6 GB while it runs)
+	rm -rf .venv-interop
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[interop]'
+	.venv-interop/bin/python -m pip check
+	.venv-interop/bin/python docs/snippets.py docs/interop.md
+	rm -rf .venv-interop
+
 oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m 'not slow'
 
@@ -100,4 +108,4 @@ format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest torture demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-oldest .venv-newest torture demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -20,6 +20,7 @@ LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".js": "javascript", ".css": "css", ".toml": "toml"}
 #: Front matter: sources would drown the pages in what a search finds.
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
+CELL = re.compile(r"<td\b.*?</td>", re.S)
 #: Roles that docstrings mark names with; what they mark is shown as code.
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):(?=<code>)")
 
@@ -56,7 +57,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    return ROLE.sub("", html).replace("<code>~", "<code>")
+    return CELL.sub(_unbroken, ROLE.sub("", html).replace("<code>~", "<code>"))
+
+
+def _unbroken(cell: re.Match[str]) -> str:
+    """In narrow cells a number keeps its per cent sign, an option its dashes."""
+    return re.sub(r"(?<![\w-])(--[\w-]+)", r"<span class=option>\1</span>", re.sub(r"(\d) %", r"\1&nbsp;%", cell[0]))
 
 
 def _repository_path(uri: str, target: str) -> str:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,15 @@ def test_the_page_has_them_all():
         "lightning",
     }
     assert found >= {"captum", "pycocotools"}
+
+
+def test_the_runner_for_a_fresh_environment_runs_them_all_and_tells_failures(tmp_path):
+    """`make interop` must not pass because it found nothing to run."""
+    runner = PAGE.with_name("snippets.py")
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n## One\n\n```python\n1 + 1\n```\n\n## Two\n\n```python\n1 / 0\n```\n")
+    done = subprocess.run([sys.executable, runner, page], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.splitlines()[:2] == ["ok      One", "failed  Two"]
+    assert "ZeroDivisionError" in done.stderr and "1 of 2 snippets" in done.stdout
+    page.write_text("# Page\n")
+    assert subprocess.run([sys.executable, runner, page], capture_output=True).returncode == 1

@@ -13,13 +13,13 @@ from sgformer.errors import UserError
 try:
     import timm
 
-    from sgformer import timm_models as timm_models  # registers the sizes with timm
     from sgformer.backbone import Inspection, SGFormer
     from sgformer.checkpoint import load_model, load_released, save_model
     from sgformer.guidance import register_significance
     from sgformer.inference import optimize
+    from sgformer.timm_models import from_fields  # its module registers the sizes with timm
 except ModuleNotFoundError as error:  # to predict with an exported file, none of this is needed
-    if error.name not in ("torch", "torchvision", "timm", "safetensors"):
+    if error.name not in ("torch", "torchvision", "timm", "safetensors", "sgformer.backbone"):
         raise
 
 __all__ = [
@@ -78,7 +78,7 @@ def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
         ValueError: an option's value makes no sense; the message has the value.
     """
     if isinstance(name, SGFormerConfig):
-        return timm_models.from_fields(name, **options)
+        return from_fields(name, **options)
     if name not in VARIANTS:
         close = difflib.get_close_matches(str(name), VARIANTS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""

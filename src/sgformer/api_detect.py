@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sgformer.answers import find_images, open_image
+from sgformer.answers import SHOWN, Detections, find_images, named, open_image, stack_masks
 from sgformer.api import train
-from sgformer.data.detection_transforms import eval_transform, short_and_longest, train_transform
+from sgformer.data.detection_transforms import eval_transform, train_transform
+from sgformer.data.image import short_and_longest
 from sgformer.errors import UserError, require
 from sgformer.training.detect_config import DetectConfig
 from sgformer.training.device import find_device
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from sgformer.data.coco import CocoListing
     from sgformer.training.detect_report import DetectionEvaluation
     from sgformer.training.fit import Job
-    from sgformer.viz.detection import Objects
-
-#: Detections of less confidence are not drawn.
-SHOWN = 0.5
-
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
@@ -296,7 +291,7 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
             corners,
             np.array([index[b["category_id"]] for b, _ in mine], dtype=np.int64),
             np.array([b["score"] for b, _ in mine]),
-            _stack([decode_mask(m["segmentation"], about.height, about.width) for _, m in mine])
+            stack_masks([decode_mask(m["segmentation"], about.height, about.width) for _, m in mine])
             if kind == "mask"
             else None,
         )
@@ -308,37 +303,7 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
     draw_examples([example(k) for k in best], [example(k) for k in worst], listing.classes, folder / "examples.png")
 
 
-def _stack(masks: list[np.ndarray]) -> np.ndarray | None:
-    return np.stack(masks).astype(bool) if masks else None
-
-
 # -- prediction -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a detector found on one image.
-
-    Attributes:
-        image: path or, for images given as objects, their position as text.
-        results: in COCO's results format, best first; `category_id` as in the training data, `class` is its name.
-        size: (height, width) of the image.
-    """
-
-    image: str
-    results: list[dict[str, Any]]
-    size: tuple[int, int]
-
-    def objects(self, names: Sequence[str]) -> Objects:
-        """For drawing."""
-        from sgformer.data.coco import decode_mask
-        from sgformer.viz.detection import Objects
-
-        corners = np.array([r["bbox"] for r in self.results], dtype=float).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        masks = [decode_mask(r["segmentation"], *self.size) for r in self.results if "segmentation" in r]
-        labels = np.array([list(names).index(r["class"]) for r in self.results], dtype=np.int64)
-        return Objects(corners, labels, np.array([r["score"] for r in self.results]), _stack(masks))
 
 
 def predict_detections(
@@ -382,34 +347,4 @@ def predict_detections(
         found = {name: value[keep] for name, value in found.items()}
         name = str(number) if isinstance(source, Image.Image) else str(source)
         results = coco_results(found, name, range(len(names)), size)
-        results = [
-            {**r, "category_id": metadata["category_ids"][r["category_id"]], "class": names[r["category_id"]]}
-            for r in results
-        ]
-        yield Detections(name, results, size)
-
-
-def as_coco(detections: Sequence[Detections], category_ids: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Detections as COCO annotations with a `score` each: what labelling tools read, and `--data` again.
-
-    Images are numbered from 1, `file_name` is what they were called.
-    """
-    pairs = [(i, result) for i, found in enumerate(detections, 1) for result in found.results]
-    kept = ("category_id", "bbox", "score", "segmentation")
-    return {
-        "images": [
-            {"id": i, "file_name": found.image, "width": found.size[1], "height": found.size[0]}
-            for i, found in enumerate(detections, 1)
-        ],
-        "categories": [{"id": key, "name": name} for key, name in zip(category_ids, names, strict=True)],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": i,
-                **{name: result[name] for name in kept if name in result},
-                "area": result["bbox"][2] * result["bbox"][3],
-                "iscrowd": 0,
-            }
-            for number, (i, result) in enumerate(pairs, 1)
-        ],
-    }
+        yield Detections(name, named(results, metadata["category_ids"], names), size)

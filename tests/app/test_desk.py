@@ -3,17 +3,21 @@
 import asyncio
 import io
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_networks import grey_png, photo, save_weights
+from small_networks import DEADLY, ENDLESS, Here, Misbehaving, desk_here, grey_png, photo, save_weights
 
 import sgformer
 from sgformer.app import desk as bounds
-from sgformer.app.desk import Busy, Desk, read_upload
-from sgformer.explanations import ranked_by
+from sgformer.app.desk import Busy, Desk
+from sgformer.app.networks import Networks, read_upload
+from sgformer.app.worker import Stopped, Worker
+from sgformer.data.image import read_image
+from sgformer.explanations import DetectorLooker, ranked_by
 
 pytest.importorskip("fastapi")
 from sgformer.app.server import Guard, bind, build, is_loopback, read_body
@@ -38,11 +42,11 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("task", ["classify", "segment", "detect"])
-def test_a_look_of_every_task(weights, pictures, task):
-    desk = Desk([str(weights[task])], str(pictures))
-    desk.networks[task].looker.score = 0.0
+def test_a_look_of_every_task(weights, task, monkeypatch):
+    monkeypatch.setattr(DetectorLooker, "score", 0.0)
+    desk = desk_here(weights[task])
     look = asyncio.run(desk.look(photo(), task))
-    assert look.task == task and desk.find(look.id) is look
+    assert look.network.task == task and desk.find(look.id) is look
     answer = look.answer()
     assert answer and all(0 <= entry["share"] <= 1 for entry in answer)
     if task == "detect":
@@ -60,8 +64,8 @@ def test_a_look_of_every_task(weights, pictures, task):
             look.map(*wrong)
 
 
-def test_colours_rise_with_significance(weights, pictures):
-    look = asyncio.run(Desk([str(weights["classify"])], str(pictures)).look(photo()))
+def test_colours_rise_with_significance(weights):
+    look = asyncio.run(desk_here(weights["classify"]).look(photo()))
     values = look.seen.significance["1.0"]
     green = pixels(look.map("significance", "1.0"))[..., 1].astype(int)  # viridis: green rises throughout
     order = np.argsort(values, axis=None)
@@ -81,12 +85,12 @@ def test_another_ranking_is_as_if_trained_with_it_and_goes_away(trained):
         assert torch.equal(model(x), own)
 
 
-def test_two_checkpoints_of_one_name_are_told_apart(tmp_path, pictures):
+def test_two_checkpoints_of_one_name_are_told_apart(tmp_path):
     paths = [tmp_path / part / "best.safetensors" for part in ("a", "b")]
     for seed, path in enumerate(paths):
         path.parent.mkdir()
         save_weights("classify", path, seed)
-    desk = Desk([str(p) for p in paths], str(pictures))
+    desk = desk_here(*paths)
     assert desk.checkpoints == ["best", "b/best"]
     answers = [asyncio.run(desk.look(photo(), name)).answer() for name in desk.checkpoints]
     assert answers[0] != answers[1]
@@ -94,18 +98,20 @@ def test_two_checkpoints_of_one_name_are_told_apart(tmp_path, pictures):
 
 def test_examples_come_from_the_run_s_own_validation_images(tmp_path, weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    examples = lambda weights, folder=None: bounds._examples(Path(weights), folder)  # noqa: E731
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.safetensors").write_bytes(weights["classify"].read_bytes())
     for i in range(20):
         path = tmp_path / "photos" / "val" / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photo(i, (32, 32)))
-    assert len(Desk(["run"]).examples) == 1  # without data: a photograph that comes with matplotlib
+    assert len(examples("run")) == 1  # without data: a photograph that comes with matplotlib
     (tmp_path / "run" / "config.yaml").write_text("data: photos\n")
-    assert [e.size for e in Desk(["run"]).examples] == [(32, 32)] * 9
-    assert len(Desk(["run/best.safetensors"]).examples) == 9
+    assert [read_image(path).size for path in examples("run")] == [(32, 32)] * 9
+    assert len(examples("run/best.safetensors")) == 9
     (tmp_path / "run" / "config.yaml").write_text("[broken")
-    assert len(Desk(["run"]).examples) == 1
+    assert len(examples("run")) == 1
+    assert len(examples("run", "photos")) == 9
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------
@@ -139,39 +145,123 @@ def test_a_large_picture_is_reduced():
     assert read_upload(grey_png(4000, 1000)).size == (2048, 512)
 
 
-def test_everybody_queues_and_the_last_are_turned_away(weights, pictures, monkeypatch):
-    desk, gate, seen = Desk([str(weights["classify"])], str(pictures)), threading.Event(), []
+class Gate:
+    """In place of networks: whoever looks waits until the gate opens."""
+
+    def __init__(self):
+        self.open, self.seen = threading.Event(), []
+
+    def about(self):
+        return []
+
+    def look(self, who):
+        self.open.wait(10)
+        self.seen.append(who)
+
+
+def test_everybody_queues_and_the_last_are_turned_away(monkeypatch):
+    gate = Gate()
+    desk = Desk(Here(gate))
     monkeypatch.setattr(bounds, "QUEUE", 5)
 
     async def crowd():
-        waiting = [asyncio.create_task(desk.ask(lambda i=i: (gate.wait(10), seen.append(i)))) for i in range(5)]
+        waiting = [asyncio.create_task(desk._ask("look", i)) for i in range(5)]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="waiting"):
-            await desk.ask(lambda: seen.append("late"))
-        gate.set()
+            await desk._ask("look", "late")
+        gate.open.set()
         await asyncio.gather(*waiting)
 
     asyncio.run(crowd())
-    assert seen == [0, 1, 2, 3, 4] and desk.waiting == 0
+    assert gate.seen == [0, 1, 2, 3, 4] and desk.waiting == 0
 
 
-def test_nobody_waits_for_ever(weights, pictures, monkeypatch):
-    desk, gate, done = Desk([str(weights["classify"])], str(pictures)), threading.Event(), []
+def test_nobody_waits_for_ever(monkeypatch):
+    gate = Gate()
+    desk = Desk(Here(gate))
     monkeypatch.setattr(bounds, "PATIENCE", 0.05)
 
     async def two():
-        slow = asyncio.create_task(desk.ask(gate.wait))
+        slow = asyncio.create_task(desk._ask("look", "slow"))
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="longer"):
-            await desk.ask(lambda: done.append("given up"))
+            await desk._ask("look", "given up")
         with pytest.raises(Busy):
             await slow
-        gate.set()
+        gate.open.set()
         monkeypatch.setattr(bounds, "PATIENCE", 10)
-        await desk.ask(lambda: done.append("next"))
+        await desk._ask("look", "next")
 
     asyncio.run(two())
-    assert done == ["next"]  # who gave up is not served to nobody
+    assert gate.seen == ["slow", "next"]  # who gave up is not served to nobody
+
+
+@pytest.fixture(scope="module")
+def misbehaving(weights):
+    desk = Desk(Worker(Misbehaving, [str(weights["classify"])], "cpu"))
+    yield desk
+    desk.close()
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+
+
+@pytest.mark.slow  # processes that import torch are started
+def test_a_look_without_end_is_stopped_and_the_queue_goes_on(misbehaving, monkeypatch):
+    """Several times: no process, pipe or look is left behind, and who waits is served."""
+    desk, before = misbehaving, open_files()
+    for _ in range(2):
+        ended = desk._worker._process
+
+        async def three():
+            monkeypatch.setattr(bounds, "WORK", 1.0)
+            endless = asyncio.create_task(desk.look(photo(1, ENDLESS)))
+            await asyncio.sleep(0)
+            monkeypatch.setattr(bounds, "WORK", 100)
+            others = [asyncio.create_task(desk.look(photo(seed))) for seed in (2, 3)]
+            with pytest.raises(Stopped, match=r"longer than 1 seconds and was stopped\. Please try a smaller"):
+                await endless
+            return [look.answer() for look in await asyncio.gather(*others)]
+
+        answers = asyncio.run(three())
+        assert answers[0] != answers[1] and all(len(answer) == 3 for answer in answers)
+        with pytest.raises(ValueError, match="closed"):  # killed and cleared away
+            ended.is_alive()
+        assert desk.waiting == 0 and open_files() <= before
+
+
+@pytest.mark.slow
+def test_a_look_that_kills_its_process_is_told_and_the_queue_goes_on(misbehaving):
+    with pytest.raises(Stopped, match="ended on this image"):
+        asyncio.run(misbehaving.look(photo(1, DEADLY)))
+    assert len(asyncio.run(misbehaving.look(photo(2))).answer()) == 3
+    with pytest.raises(sgformer.UserError, match="not an image"):
+        asyncio.run(misbehaving.look(b"no picture"))
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*nowhere"):
+        misbehaving._worker.ask("fail")
+
+
+@pytest.mark.slow
+def test_a_page_that_ends_does_not_wait_for_a_look_without_end(weights):
+    desk = Desk(Worker(Misbehaving, [str(weights["classify"])], "cpu"))
+
+    async def leave():
+        endless = asyncio.create_task(desk.look(photo(1, ENDLESS)))
+        await asyncio.sleep(0.2)
+        desk.close()
+        with pytest.raises(Stopped):
+            await endless
+
+    asyncio.run(leave())
+    with pytest.raises(Stopped):
+        desk._worker.ask("about")  # and no process takes its place
+
+
+@pytest.mark.slow
+def test_what_cannot_be_loaded_is_an_error_of_the_user(tmp_path):
+    with pytest.raises(sgformer.UserError, match=r"none\.safetensors"):
+        Worker(Networks, [str(tmp_path / "none.safetensors")], "cpu")
 
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
@@ -227,7 +317,8 @@ def ask(app, method="GET", path="/examples/0.jpg", body=b"", headers=(), kind="h
 
 @pytest.fixture(scope="module")
 def guarded(weights, pictures):
-    return Guard(build(Desk([str(weights["classify"])], str(pictures))), frozenset({"127.0.0.1", "localhost"}))
+    examples = [read_image(path) for path in sorted(pictures.iterdir())]
+    return Guard(build(desk_here(weights["classify"], examples=examples)), frozenset({"127.0.0.1", "localhost"}))
 
 
 def test_images_in_looks_out(guarded):
@@ -246,6 +337,15 @@ def test_images_in_looks_out(guarded):
     status, _, body = ask(guarded, "POST", "/look", b"no picture")
     assert status == 400 and "not an image" in json.loads(body)["error"]
     assert ask(guarded, path="/docs")[0] == 404  # FastAPI's own pages load scripts from elsewhere
+
+
+@pytest.mark.slow
+def test_what_was_stopped_is_said_over_http(misbehaving, monkeypatch):
+    import json
+
+    monkeypatch.setattr(bounds, "WORK", 0.5)
+    status, _, body = ask(build(misbehaving), "POST", "/look", photo(1, ENDLESS))
+    assert status == 504 and "was stopped" in json.loads(body)["error"]
 
 
 @pytest.mark.parametrize(

@@ -94,3 +94,10 @@ def test_links_are_led_into_the_site(uri, before, after):
 
     page = SimpleNamespace(file=SimpleNamespace(src_uri=uri))
     assert hooks().on_page_markdown(f"[a]({before}), `b`", page) == f"[a]({after}), `b`"
+
+
+def test_cells_of_tables_do_not_break_numbers_and_options():
+    page = "<p><code>5 % 2 --out</code></p><td>82.5 % <code>a --epochs 14 b--c</code></td>"
+    kept = "<p><code>5 % 2 --out</code></p>"
+    cell = "<td>82.5&nbsp;% <code>a <span class=option>--epochs</span> 14 b--c</code></td>"
+    assert hooks().on_page_content(page) == kept + cell

@@ -74,6 +74,20 @@ def test_onnx_takes_any_size_and_says_what_it_is(weights, tmp_path):
     assert whole["crop_pct"] == 0.9 and whole["image_size"] == 64 and whole["input_size"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["sgformer_n", "sgformer_s"])
+def test_whole_sizes_agree_at_shapes_that_were_not_traced(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "CHECKED", ((1, 160, 256), (2, 64, 96)))
+    torch.manual_seed(0)
+    sgformer.save_model(sgformer.create_model(size, num_classes=5), tmp_path / "w.safetensors", {"task": "classify"})
+    result = sgformer.export(tmp_path / "w.safetensors", tmp_path / "m.onnx")
+    assert result.largest < 1e-4 and [c.shape for c in result.checks] == [
+        (1, 3, 160, 256),
+        (2, 3, 64, 96),
+        (1, 3, 75, 130),
+    ]
+
+
 @torch.no_grad()
 def test_equal_tokens_stay_in_raster_order(weights, tmp_path):
     """On an image of one colour much significance is equal: only a stable order gives the network's answer."""

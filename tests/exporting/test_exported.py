@@ -20,8 +20,14 @@ from sgformer.api_segment import predict_segmentation
 from sgformer.cli import main
 from sgformer.data.transforms import eval_transform
 from sgformer.errors import UserError
+from sgformer.exporting.formats import FORMATS
+from sgformer.exporting.graphs import build_graph
+from sgformer.heads.mask_rcnn import paste_masks
+from sgformer.tasks.detect import Detector
 from sgformer.tasks.pyramid import pyramid_backbone
 from sgformer.tasks.segment import Segmenter
+
+mask_tools = pytest.importorskip("pycocotools.mask")
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -51,7 +57,33 @@ def place(tmp_path_factory):
     return root
 
 
-def test_the_same_answers_without_torch(place, tmp_path):
+@pytest.fixture(scope="module")
+def detector(place):
+    """A detector as weights and as a file for 64 x 96 pixels; pictures as large, twice as large, and of another shape.
+
+    It finds different things with different confidence, so that rounding does not decide what stays."""
+    torch.manual_seed(3)
+    model = Detector(pyramid_backbone(small().float()), 2, width=16)
+    with torch.no_grad():
+        model.heads.rpn.head.cls_logits.weight.mul_(300)
+        model.heads.roi_heads.box_predictor.cls_score.weight.mul_(15)
+        model.heads.roi_heads.box_predictor.bbox_pred.weight.mul_(20)
+        model.heads.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(50)
+    about = {"classes": ["ant", "bee"], "category_ids": [3, 7], "image_size": [64, 96]}
+    model.save(place / "d.safetensors", about)
+    Detector(pyramid_backbone(small().float()), 2, masks=False, width=16).save(place / "boxes.safetensors", about)
+    for name in ("d", "boxes"):
+        graph = build_graph(place / f"{name}.safetensors", True, False, False)
+        about = {**graph.about, "precision": "fp32", "input_size": (64, 96), "multiple": 1}
+        FORMATS["onnx"].write(graph, torch.randn(1, 3, 64, 96), (64, 96), about, place / f"{name}.onnx")
+    (place / "scenes").mkdir()
+    coarse = Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 12, 3), dtype=np.uint8))
+    for name, size in (("a", (96, 64)), ("b", (192, 128)), ("c", (40, 50))):
+        coarse.resize(size, Image.Resampling.BICUBIC).save(place / f"scenes/{name}.png")
+    return place
+
+
+def test_the_same_answers_without_torch(place, detector, tmp_path):
     """In a process that cannot import torch, timm or torchvision, through the command line."""
     code = f"""
     import sys
@@ -63,6 +95,7 @@ def test_the_same_answers_without_torch(place, tmp_path):
     from sgformer.cli import main
     assert main(["predict", r"{place}/c.onnx", r"{place}/pictures", "--json", "c.json", "--top", "3"]) == 0
     assert main(["predict", r"{place}/s.onnx", r"{place}/pictures", "--json", "s.json"]) == 0
+    assert main(["predict", r"{place}/d.onnx", r"{place}/pictures", "--json", "d.json", "--out", "drawn"]) == 0
     assert main(["predict", r"{place}/c.safetensors", r"{place}/pictures"]) == 2
     assert main(["train", "classify"]) == 2
     assert "torch" not in sys.modules
@@ -87,6 +120,65 @@ def test_the_same_answers_without_torch(place, tmp_path):
         "b",
         "c",
     }
+
+
+def apart(x, y):
+    """How far apart the edges of two objects are, in pixels; of two classes: infinitely."""
+    far = np.abs(np.subtract(x["bbox"], y["bbox"])).max()
+    return far if x["category_id"] == y["category_id"] else np.inf
+
+
+def test_detection_finds_the_same_objects(detector, tmp_path, capsys):
+    """Through the command line, as JSON and as pictures: objects in the picture's own pixels, however it was scaled."""
+    told = {}
+    for kind in ("safetensors", "onnx"):
+        out = ["--json", str(tmp_path / f"{kind}.json"), "--out", str(tmp_path / kind), "--score", "0.3"]
+        assert main(["predict", str(detector / f"d.{kind}"), str(detector / "scenes"), *out]) == 0
+        told[kind] = json.loads((tmp_path / f"{kind}.json").read_text())
+        assert sorted(p.name for p in (tmp_path / kind).iterdir()) == ["a.png", "b.png", "c.png"]
+    theirs, mine = told["safetensors"], told["onnx"]
+    assert mine["images"] == theirs["images"] and mine["categories"] == theirs["categories"]
+    assert {a["category_id"] for a in mine["annotations"]} == {3, 7}
+    for image in (1, 2):  # these fill the file exactly
+        a, b = ([x for x in one["annotations"] if x["image_id"] == image] for one in (mine, theirs))
+        assert len(a) == len(b) > 5
+        pairs = [(x, min(b, key=lambda y: apart(x, y))) for x in a]
+        pairs = [(x, y) for x, y in pairs if apart(x, y) < 0.1 and abs(x["score"] - y["score"]) < 1e-3]
+        assert len(pairs) > 0.9 * len(a)
+        masks, expected = (np.stack([mask_tools.decode(p[k]["segmentation"]) for p in pairs]) > 0 for k in (0, 1))
+        assert masks.shape[1:] == ((64, 96) if image == 1 else (128, 192)) and masks.any((1, 2)).mean() > 0.5
+        # Untrained masks are noise from pixel to pixel, and rounding may move one by a pixel: most must agree.
+        assert ((masks ^ expected).sum((1, 2)) <= 0.02 * expected.sum((1, 2)) + 2).mean() > 0.8
+        drawn = [np.asarray(Image.open(tmp_path / k / f"{' ab'[image]}.png")).astype(int) for k in told]
+        assert (np.abs(drawn[0] - drawn[1]) > 8).mean() < 0.02
+    inside = [x["bbox"] for x in mine["annotations"] if x["image_id"] == 3]
+    assert inside and all(x >= 0 and y >= 0 and x + w <= 40.01 and y + h <= 50.01 for x, y, w, h in inside)
+
+
+def test_a_detector_without_masks(detector):
+    (found,) = exported.predict_detections(detector / "boxes.onnx", detector / "scenes/a.png", score=0.05)
+    assert found.size == (64, 96) and found.results and "segmentation" not in found.results[0]
+    assert found.objects(["ant", "bee"]).masks is None
+
+
+@pytest.mark.parametrize("size", [(64, 96), (300, 41)])
+def test_masks_are_laid_out_as_torchvision_does(size):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(-0.1, 1.1, (20, 2, 2)), axis=1) * np.array(size[::-1])
+    boxes = corners.reshape(20, 4).astype(np.float32)
+    boxes[0] = [5.2, 5.2, 5.3, 5.3]  # less than a pixel
+    masks = rng.uniform(0, 1, (20, 28, 28)).astype(np.float32)
+    theirs = paste_masks(torch.from_numpy(masks)[:, None], torch.from_numpy(boxes), size)
+    for mask, box, expected in zip(masks, boxes, theirs, strict=True):
+        mine = exported.paste_mask(mask, box, size)
+        assert mine.shape == size and (mine ^ expected.numpy()).mean() < 1e-3
+
+
+def test_a_pyramid_alone_predicts_nothing(detector, monkeypatch):
+    network = exported.ExportedNetwork(detector / "d.onnx")
+    network.metadata["part"] = "backbone and feature pyramid"
+    with pytest.raises(UserError, match=r"d\.onnx: holds backbone and feature pyramid, not a whole detector"):
+        next(exported.predict_detections(network, detector / "scenes"))
 
 
 @pytest.mark.parametrize("file", ["s.onnx", "s64.onnx"])
@@ -126,11 +218,14 @@ def test_resizing_is_torchs(size):
         ("s.onnx", ["--flip"], "--flip is for weights; "),
         ("c.onnx", ["--image-size", "20"], "from 32 pixels up, got 20 x 20"),
         ("c.onnx", ["--device", "cuda"], "run on the CPU"),
+        ("d.onnx", ["--top", "3"], "--top is for weights of classify"),
+        ("d.onnx", ["--score", "3"], "--score must be in [0, 1]"),
+        ("d.onnx", ["--image-size", "96"], "takes 64 x 96 pixels and no other size"),
         ("none.onnx", [], "no such file"),
         ("broken.onnx", [], "not an ONNX file"),
     ],
 )
-def test_bad_input_is_one_line(file, options, message, place, capsys):
+def test_bad_input_is_one_line(file, options, message, place, detector, capsys):
     (place / "broken.onnx").write_bytes(b"not a network")
     assert main(["predict", str(place / file), str(place / "pictures"), *options]) == 2
     line = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Asking networks for the page: what is taken in, one worker that everybody queues for, and what comes back."""
+"""The page's desk: who may ask networks, for how long one waits, and what comes back."""
 
 from __future__ import annotations
 
@@ -7,61 +7,38 @@ import contextlib
 import dataclasses
 import io
 import secrets
-import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import yaml
 from PIL import Image
 
 from sgformer.answers import find_images
+from sgformer.app.networks import Network, Networks, reduced
+from sgformer.app.worker import Worker
 from sgformer.data.image import read_image
 from sgformer.errors import require
-from sgformer.explanations import Looker, load_looker, ranked_by
 from sgformer.viz.segmentation import palette
-from sgformer.viz.significance import Explanation, colour_map, draw_explanation, region_colours, region_names
+from sgformer.viz.significance import Explanation, colour_map, region_colours, region_names
 
-#: What is taken in. Decoders without helper programs of their own; pixels as the header says, before decoding.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_BYTES = 20 * 2**20
-MAX_PIXELS = 50_000_000
-#: Larger images are reduced to this many pixels on the long side before a network sees them.
-MAX_SIDE = 2048
-#: Seconds that the bytes of an image may take to arrive, and that its turn and its answer may take.
-ARRIVAL, PATIENCE = 30, 60
+#: Bytes of an image, and seconds that they may take to arrive.
+MAX_BYTES, ARRIVAL = 20 * 2**20, 30
+#: Seconds that a network may work on an image before it is stopped, and that turn and answer may take together.
+WORK, PATIENCE = 60, 150
 #: So many may wait for the worker; the next one is asked to try again.
 QUEUE = 50
 #: The latest looks can be fetched again; older ones while a page shows them.
 KEPT = 24
 EXAMPLES = 9
 
-#: What tokens can be ranked by in place of what the network was trained with.
-RANKINGS = ("coarse", "fine", "random", "uniform", "inverted", "feature-norm")
-
-T = TypeVar("T")
-
 
 class Busy(Exception):
-    """Too many are waiting, or an answer took too long. The message is for the person who waits."""
-
-
-def read_upload(data: bytes) -> Image.Image:
-    """Bytes from anywhere as an RGB image of at most `MAX_SIDE` pixels a side.
-
-    Raises:
-        UserError: no image, broken, of another format than `FORMATS`, or more than `MAX_PIXELS` pixels.
-    """
-    return _reduced(read_image(data, "this file", formats=FORMATS, max_pixels=MAX_PIXELS))
-
-
-def _reduced(image: Image.Image) -> Image.Image:
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return image
+    """Too many are waiting, or for too long. The message is for the person who waits."""
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -69,21 +46,6 @@ def png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(out, "PNG")
     return out.getvalue()
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A checkpoint, or the same with tokens ranked by something else than it was trained with."""
-
-    name: str
-    looker: Looker
-    ranking: str | None = None
-
-    def look(self, picture: Image.Image) -> Look:
-        """One forward pass."""
-        with ranked_by(self.looker.network, self.ranking):
-            seen = self.looker.see(self.looker.read(picture))
-        return Look(secrets.token_urlsafe(12), self, picture, seen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,16 +64,11 @@ class Look:
     picture: Image.Image
     seen: Explanation
 
-    @property
-    def task(self) -> str:
-        """classify, segment or detect."""
-        return str(self.network.looker.metadata.get("task", "classify"))
-
     def answer(self, most: int = 5) -> list[dict[str, Any]]:
         """What the network says, as JSON takes it: the most probable classes, objects, or classes by their area."""
-        names = self.network.looker.names
+        names = list(self.network.classes)
         seen, said = self.seen, self.seen.answer
-        if seen.logits is not None and not self.network.looker.network.num_classes:
+        if not self.network.answers:
             return []
         if seen.logits is not None:
             shares = np.exp(seen.logits - seen.logits.max())
@@ -175,14 +132,6 @@ class Look:
             "colours": [_rgb(c) for c in region_colours(len(rates))],
         }
 
-    def sheet(self) -> bytes:
-        """The sheet of `sgformer explain`, as a PNG."""
-        lines = [self.network.name, self.seen.title]
-        titled = dataclasses.replace(self.seen, title="\n".join(filter(None, lines)))
-        with tempfile.TemporaryDirectory(prefix="sgformer-") as folder:
-            draw_explanation(titled, Path(folder) / "sheet.png")
-            return (Path(folder) / "sheet.png").read_bytes()
-
 
 def _rgb(colour: str) -> tuple[int, int, int]:
     red, green, blue = bytes.fromhex(colour.removeprefix("#"))
@@ -190,41 +139,42 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 
 class Desk:
-    """Networks and the one worker that asks them; all methods but `ask` and `look` are quick.
+    """Networks in a worker that everybody queues for; all methods but `look` and `sheet` are quick.
 
     Args:
-        weights: one or two run folders or weights files.
-        examples: a folder of images to choose from; by default validation images of the first run.
-        device: "auto", "cpu", "cuda" ...
-
-    Raises:
-        UserError: weights or examples do not do.
+        worker: holds a `Networks`; `load` makes both.
+        examples: images to choose from.
     """
 
-    def __init__(self, weights: Sequence[str], examples: str | None = None, device: str = "auto"):
-        self.networks: dict[str, Network] = {}
-        for path in weights:
-            name = self._name(Path(path))
-            looker = load_looker(path, device)
-            self.networks[name] = Network(name, looker)
-            config = looker.network.config
-            for ranking in RANKINGS if config.pairs == "guided" else ():
-                if ranking != config.significance:
-                    longer = f"{name}, ranked by {ranking}"
-                    self.networks[longer] = Network(longer, looker, ranking)
+    def __init__(self, worker: Any, examples: Sequence[Image.Image] = ()):
+        self.networks: dict[str, Network] = {network.name: network for network in worker.ask("about")}
         self.checkpoints = [name for name, network in self.networks.items() if network.ranking is None]
-        self.examples = [_reduced(read_image(path)) for path in _examples(Path(weights[0]), examples)]
+        self.examples = list(examples)
         self.waiting = 0
-        self._worker = ThreadPoolExecutor(1, "sgformer-look")
+        self._worker = worker
+        self._turns = ThreadPoolExecutor(1, "sgformer-turn")
         self._recent: deque[Look] = deque(maxlen=KEPT)
         self._shown: weakref.WeakValueDictionary[str, Look] = weakref.WeakValueDictionary()
 
-    def _name(self, path: Path) -> str:
-        name = path.name if path.is_dir() else path.stem
-        name = name or path.resolve().name
-        if name in self.networks:
-            name = f"{path.resolve().parent.name}/{name}"
-        return name if name not in self.networks else f"{name} (2)"
+    @classmethod
+    def load(cls, weights: Sequence[str], examples: str | None = None, device: str = "auto") -> Desk:
+        """A desk with a worker of its own, to be closed at the end.
+
+        Args:
+            weights: one or two run folders or weights files.
+            examples: a folder of images to choose from; by default validation images of the first run.
+            device: "auto", "cpu", "cuda" ...
+
+        Raises:
+            UserError: weights, examples or device do not do.
+        """
+        pictures = [reduced(read_image(path)) for path in _examples(Path(weights[0]), examples)]
+        return cls(Worker(Networks, list(weights), device), pictures)
+
+    def close(self) -> None:
+        """End the worker, whatever it is doing."""
+        self._worker.close()
+        self._turns.shutdown(cancel_futures=True)
 
     def find(self, id: str) -> Look:
         """KeyError where it is gone."""
@@ -236,25 +186,34 @@ class Desk:
         Raises:
             UserError: the bytes do not do.
             KeyError: no such network.
-            Busy: the queue is full, or it took too long.
+            Busy, Stopped: as of `_ask`.
         """
         asked = self.networks[network or self.checkpoints[0]]
-        look = await self.ask(lambda: asked.look(read_upload(picture) if isinstance(picture, bytes) else picture))
+        image, seen = await self._ask("look", asked.name, picture)
+        look = Look(secrets.token_urlsafe(12), asked, image, seen)
         self._recent.append(look)
         self._shown[look.id] = look
         return look
 
-    async def ask(self, work: Callable[[], T]) -> T:
+    async def sheet(self, look: Look) -> bytes:
+        """The sheet of `sgformer explain` of a look, as a PNG; waits and raises as `look` does."""
+        lines = filter(None, [look.network.name, look.seen.title])
+        return await self._ask("sheet", dataclasses.replace(look.seen, title="\n".join(lines)))
+
+    async def _ask(self, method: str, *args: Any) -> Any:
         """Have something done by the worker, first come, first served.
 
         Raises:
-            Busy: the queue is full, or it took too long.
+            Busy: the queue is full, or turn and answer did not come in time.
+            Stopped: the worker was at it for too long, or died of it.
         """
         if self.waiting >= QUEUE:
             raise Busy("Too many people are waiting at the moment. Please try again in a minute.")
         self.waiting += 1
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(self._worker.submit(work)), PATIENCE)
+            # Who gives up before the turn has come is not served to nobody: the future is cancelled.
+            turn = self._turns.submit(self._worker.ask, method, *args, seconds=WORK)
+            return await asyncio.wait_for(asyncio.wrap_future(turn), PATIENCE)
         except (TimeoutError, asyncio.TimeoutError):
             raise Busy(f"This took longer than {PATIENCE} seconds. Please try again.") from None
         finally:

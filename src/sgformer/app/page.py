@@ -10,8 +10,9 @@ from nicegui import ui
 from nicegui.element import Element
 from PIL import Image
 
-from sgformer.app import desk as bounds
-from sgformer.app.desk import Busy, Desk, Look
+from sgformer.app.desk import MAX_BYTES, Busy, Desk, Look
+from sgformer.app.networks import FORMATS
+from sgformer.app.worker import Stopped
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 TASKS = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
@@ -90,8 +91,8 @@ def _answer(look: Look) -> None:
         ui.image(f"/looks/{look.id}/answer.png").props("no-spinner no-transition").classes("sg-overlay")
     said = look.answer()
     if not said:
-        sure = f"Nothing of which it is at least {100 * getattr(look.network.looker, 'score', 0):.0f} % sure."
-        ui.label(sure if look.task == "detect" else "This network names no classes.").classes("sg-quiet")
+        sure = f"Nothing of which it is at least {100 * look.network.score:.0f} % sure."
+        ui.label(sure if look.network.task == "detect" else "This network names no classes.").classes("sg-quiet")
     for entry in said[:12]:
         colour = entry.get("colour", "var(--sg-accent)")
         with ui.element("div").classes("sg-row"):
@@ -101,7 +102,7 @@ def _answer(look: Look) -> None:
             ui.label(_percent(entry["share"])).classes("sg-share")
     if len(said) > 12:
         ui.label(f"and {len(said) - 12} more").classes("sg-quiet")
-    what = {"classify": "probability", "segment": "share of the image", "detect": "confidence"}[look.task]
+    what = {"classify": "probability", "segment": "share of the image", "detect": "confidence"}[look.network.task]
     with ui.element("div").classes("sg-foot"):
         ui.label(what).classes("sg-quiet")
         name = f"{look.network.name.replace(', ', '-').replace(' ', '-').replace('/', '-')}.png"
@@ -143,8 +144,8 @@ class Page:
         with ui.element("main").classes("sg-main"):
             with ui.element("aside").classes("sg-aside"):
                 self.drop = Drop()
-                self.drop.props["limit"] = bounds.MAX_BYTES
-                self.drop.props["formats"] = ", ".join(bounds.FORMATS[:-1]).replace("WEBP", "WebP")
+                self.drop.props["limit"] = MAX_BYTES
+                self.drop.props["formats"] = ", ".join(FORMATS[:-1]).replace("WEBP", "WebP")
                 self.drop.props["network"] = desk.checkpoints[0]
                 self.drop.on("sent", lambda: self._busy(True))
                 self.drop.on("looked", lambda event: self._looked(str(event.args)))
@@ -172,11 +173,8 @@ class Page:
 
     def _header(self) -> None:
         network = self.desk.networks[self.desk.checkpoints[0]]
-        looker = network.looker
-        count = sum(p.numel() for p in looker.model.parameters()) / 1e6
-        task = TASKS.get(str(looker.metadata.get("task", "classify")), "")
-        about = [str(looker.metadata.get("model", "sgformer")), f"{count:.3g} M parameters", task]
-        about += [f"{len(looker.names)} classes"] if looker.names else []
+        about = [network.model, f"{network.parameters / 1e6:.3g} M parameters", TASKS.get(network.task, "")]
+        about += [f"{len(network.classes)} classes"] if network.classes else []
         with ui.element("header").classes("sg-header"):
             ui.html(LOGO, sanitize=False)
             ui.label("SG-Former").classes("sg-title")
@@ -203,7 +201,7 @@ class Page:
         self._busy(True)
         try:
             self._take(await self.desk.look(picture, self.left.network.value))
-        except Busy as error:
+        except (Busy, Stopped) as error:
             self._refused(str(error))
         else:
             await self._ask_right()
@@ -230,7 +228,7 @@ class Page:
             return
         try:
             self.right.take(await self.desk.look(self.picture, self.right.network.value))
-        except Busy as error:
+        except (Busy, Stopped) as error:
             self._refused(str(error))
         else:
             self.show()

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 
 from sgformer.app import desk as bounds
 from sgformer.app.desk import Busy, Desk, Look, png
+from sgformer.app.worker import Stopped
 from sgformer.errors import UserError
 
 Message = MutableMapping[str, Any]
@@ -94,6 +95,11 @@ def refuse_length() -> JSONResponse:
     return JSONResponse({"error": said}, 413, {"connection": "close"})
 
 
+def refusal(error: Busy | Stopped) -> HTTPException:
+    """Later it may go (503); what was stopped will not (504)."""
+    return HTTPException(504 if isinstance(error, Stopped) else 503, str(error))
+
+
 async def read_body(request: Request) -> bytes:
     """The bytes of a request, in memory.
 
@@ -141,14 +147,14 @@ def build(desk: Desk) -> FastAPI:
             seen = await desk.look(data, network)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
-        except Busy as error:
-            raise HTTPException(503, str(error)) from None
+        except (Busy, Stopped) as error:
+            raise refusal(error) from None
         except KeyError:
             raise HTTPException(404, f"There is no network named {network!r}.") from None
         return {
             "look": seen.id,
             "network": seen.network.name,
-            "task": seen.task,
+            "task": seen.network.task,
             "answer": seen.answer(),
             "blocks": list(seen.seen.significance),
         }
@@ -167,9 +173,9 @@ def build(desk: Desk) -> FastAPI:
     @app.get("/looks/{id}/sheet.png")
     async def sheet(id: str) -> Response:
         try:
-            return as_png(await desk.ask(find(id).sheet))
-        except Busy as error:
-            raise HTTPException(503, str(error)) from None
+            return as_png(await desk.sheet(find(id)))
+        except (Busy, Stopped) as error:
+            raise refusal(error) from None
 
     @app.get("/looks/{id}/tokens/{block}")
     def tokens(id: str, block: str) -> JSONResponse:

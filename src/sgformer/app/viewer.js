@@ -32,7 +32,7 @@ export default {
     told() {
       if (!this.look) return "";
       if (!this.grid) return "Nothing is reallocated here: every place is a key/value token of its own.";
-      if (!this.cell) return "Hover the image: which places share one key/value token?";
+      if (!this.cell) return `${matchMedia("(hover: none)").matches ? "Touch" : "Hover"} the image: which places share one key/value token?`;
       const { tokens, regions, names, colours, count } = this.grid;
       const token = tokens[this.cell.index], region = regions[this.cell.index];
       const shared = tokens.filter((t) => t === token).length;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -61,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:  # torch is not there, because only exported files are to be predicted with
-        if error.name not in ("torch", "torchvision", "timm", "safetensors"):
+        missing = str(error.name)
+        if missing not in ("torch", "torchvision", "timm", "safetensors") and not missing.startswith("sgformer."):
             raise
-        print(f"sgformer: error: this command needs {error.name}, which is not installed", file=sys.stderr)
+        needs = f"needs {missing}, which is not installed"
+        if missing.startswith("sgformer."):  # installed as sgformer-runtime, which is a part of the package
+            needs = "is not part of sgformer-runtime: uninstall that, and pip install sgformer"
+        print(f"sgformer: error: this command {needs}", file=sys.stderr)
         return 2
     except OSError as error:  # no space, no permission, no such folder
         if os.environ.get("SGFORMER_DEBUG") or error.strerror is None:
@@ -100,6 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    names = [name for name in names if importlib.util.find_spec(COMMANDS[name][0])]  # sgformer-runtime has but one
     return "\n".join(
         [
             "sgformer: the self-guided vision transformer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from sgformer.errors import UserError, require
@@ -38,6 +39,7 @@ def app(
             file=sys.stderr,
         )
     with bind(host, port) as listener:
-        desk = Desk(weights, examples, device)
-        serve(desk, listener, host, lambda address: print(f"{address}  (ctrl-C ends it)", flush=True))
+        desk = Desk.load(weights, examples, device)
+        with contextlib.closing(desk):
+            serve(desk, listener, host, lambda address: print(f"{address}  (ctrl-C ends it)", flush=True))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sgformer.cli.tasks import options_of_task, task_of
-from sgformer.cli.tell import tell_classes, tell_segments
+from sgformer.cli.tell import tell_classes, tell_objects, tell_segments
 from sgformer.errors import UserError
 from sgformer.training.config import dashed
 
@@ -50,10 +50,11 @@ def predict(
     task = task_of(weights)
     options = {**options_of_task(weights, task, special), "image_size": image_size, "device": device}
     if task == "detect":
-        from sgformer.cli import detect
+        from sgformer.api_detect import predict_detections
+        from sgformer.training.weights import read_metadata
 
-        return detect.predict(weights, images, json, out, **options)
-    if task == "segment":
+        tell_objects(predict_detections(weights, images, **options), read_metadata(weights), json, out)
+    elif task == "segment":
         from sgformer.api_segment import predict_segmentation
 
         tell_segments(predict_segmentation(weights, images, **options), json, out)
@@ -80,8 +81,8 @@ def predict_exported(
             raise UserError(f"--{dashed(name)} is for weights; {path} is an exported file")
     if task == "segment":
         tell_segments(exported.predict_segmentation(network, images, **options), json, out)
-    elif task == "classify":
-        tell_classes(exported.predict(network, images, **options), json, out)
+    elif task == "detect":
+        tell_objects(exported.predict_detections(network, images, **options), network.metadata, json, out)
     else:
-        raise UserError(f"{path}: holds a detector; predict takes its run, or see docs/export.md on calling the file")
+        tell_classes(exported.predict(network, images, **options), json, out)
     return 0

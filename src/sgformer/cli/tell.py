@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sgformer.answers import Prediction, Segments, annotate, open_image
+from sgformer.answers import Detections, Prediction, Segments, annotate, as_coco, open_image
 from sgformer.cli.output import own_stem, write_json
+
+MOST = 8  # objects of an image that are told on the terminal
 
 
 def tell_classes(predictions: Sequence[Prediction], json_out: str | None, out: str | None) -> None:
@@ -47,3 +50,31 @@ def tell_segments(answers: Iterable[Segments], json_out: str | None, out: str | 
             segments.write(out, np.asarray(open_image(Path(segments.image))), own)
     if json_out:
         write_json(told, json_out)
+
+
+def tell_objects(
+    answers: Iterable[Detections], metadata: Mapping[str, Any], json_out: str | None, out: str | None
+) -> None:
+    """Print what was found on images as it comes; write COCO annotations and pictures on request.
+
+    Args:
+        metadata: of the weights: `classes` and `category_ids`.
+        json_out, out: as of `tell_classes`.
+    """
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    names, stems, told = metadata["classes"], Counter[str](), []
+    for found in answers:
+        told.append(found)
+        if json_out != "-":
+            objects = "   ".join(f"{r['class']} {100 * r['score']:.0f} %" for r in found.results[:MOST]) or "nothing"
+            more = f"   and {len(found.results) - MOST} more" if len(found.results) > MOST else ""
+            print(f"{found.image}  {objects}{more}", flush=True)
+        if out:
+            from sgformer.viz.detection import draw_detections
+
+            own = own_stem(found.image, stems)
+            pixels = np.asarray(open_image(Path(found.image)))
+            draw_detections(pixels, found.objects(names), names, Path(out) / f"{own}.png")
+    if json_out:
+        write_json(as_coco(told, metadata["category_ids"], names), json_out, indent=1)

@@ -9,18 +9,12 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from sgformer.data.image import SHORT, short_and_longest
+
 # Sizes of the published recipes in pixels, for a short side of 800; other sizes scale all of them.
-SHORT, LONGEST = 800, 1333
 MULTI_SCALE = tuple(range(480, 801, 32))
 BEFORE_CROP = (400, 500, 600)
 CROP = (384, 600)
-
-
-def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """`--image-size` of a detector: the short side, and a bound on the long one (1333 for 800, in proportion)."""
-    if isinstance(image_size, int):
-        return image_size, round(image_size * LONGEST / SHORT)
-    return image_size
 
 
 def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip: float = 0.5) -> v2.Transform:

@@ -298,3 +298,14 @@ def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> t
     """
     ratio = factor * min(short_side / min(height, width), LONG_TO_SHORT * short_side / max(height, width))
     return max(32, int(height * ratio + 0.5)), max(32, int(width * ratio + 0.5))
+
+
+# Sides of a detector's images in the published recipes, in pixels.
+SHORT, LONGEST = 800, 1333
+
+
+def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`--image-size` of a detector: the short side, and a bound on the long one (1333 for 800, in proportion)."""
+    if isinstance(image_size, int):
+        return image_size, round(image_size * LONGEST / SHORT)
+    return image_size[0], image_size[1]

@@ -14,7 +14,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from sgformer.errors import UserError, require
+from sgformer.answers import coco_result
+from sgformer.errors import UserError
 from sgformer.heads.mask_rcnn import RCNNHeads, paste_masks
 from sgformer.tasks.pyramid import Pyramid, decay_groups, is_dense, load_dense, pyramid_backbone, save_dense
 from sgformer.training.detect_config import DetectConfig
@@ -287,20 +288,10 @@ def coco_results(
         category_ids: by class index; detections of a class with None are left out.
         size: the image's (height, width), to which the boxes refer.
     """
-    tools = require("pycocotools.mask", "detect")
     boxes, labels, scores = (found[name].cpu().tolist() for name in ("boxes", "labels", "scores"))
     masks = paste_masks(found["masks"], found["boxes"], size) if "masks" in found else [None] * len(boxes)
-    results = []
-    for (x1, y1, x2, y2), label, score, mask in zip(boxes, labels, scores, masks, strict=True):
-        result = {
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
-        if mask is not None:
-            rle = tools.encode(mask.numpy().astype("uint8", order="F"))
-            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
-        if result["category_id"] is not None:
-            results.append(result)
-    return results
+    return [
+        coco_result(image_id, category_ids[label], box, score, None if mask is None else mask.numpy())
+        for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
+        if category_ids[label] is not None
+    ]

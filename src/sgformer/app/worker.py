@@ -1,0 +1,137 @@
+"""A process that works for the page and can be stopped at any moment; another one then takes its place.
+
+A thread that computes cannot be ended from outside, a process can: with what it held, whatever it was doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from sgformer.errors import UserError
+
+
+class Stopped(Exception):
+    """The work took too long and was stopped, or its process died. The message is for the person who waits."""
+
+
+class Worker:
+    """Calls methods of an object that lives in a process of its own, one after the other.
+
+    Args:
+        build: makes the object, there; a function or class that can be imported.
+        args: for `build`.
+
+    Raises:
+        UserError: what `build` raised.
+    """
+
+    def __init__(self, build: Callable[..., Any], *args: Any):
+        # "spawn": a fork of a process with threads, or with a GPU in use, may hang.
+        self._context = multiprocessing.get_context("spawn")
+        self._made_of = build, args
+        self._closed = False
+        self._start()
+
+    def ask(self, method: str, *args: Any, seconds: float | None = None) -> Any:
+        """Call a method and wait for what it returns; for one thread at a time.
+
+        Args:
+            method: its name.
+            args: for it; they and the result travel as pickles.
+            seconds: so long at most; then the process is killed and another one started.
+
+        Raises:
+            Stopped: it took longer, or the process died.
+            UserError: what the method raised.
+            RuntimeError: the method failed; the message has its traceback.
+        """
+        try:
+            self._pipe.send((method, args))
+            if not self._pipe.poll(seconds):
+                self._replace()
+                raise Stopped(f"This took longer than {seconds:g} seconds and was stopped. Please try a smaller image.")
+            return _opened(self._pipe.recv())
+        except (EOFError, OSError):
+            self._replace()
+            raise Stopped(
+                "The network's process ended on this image, perhaps because memory was short. "
+                "Please try a smaller image."
+            ) from None
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._closed = True
+        self._end()
+
+    def _start(self) -> None:
+        self._pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=_serve, args=(theirs, *self._made_of), name="sgformer-look", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that its death is the end of the pipe
+        try:
+            _opened(self._pipe.recv())
+        except EOFError:
+            self._end()
+            raise UserError("the process that networks run in died while it started; is there enough memory?") from None
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        with contextlib.suppress(ValueError):  # it is gone already: the page ended while somebody waited
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+        self._pipe.close()
+
+    def _replace(self) -> None:
+        self._end()
+        if not self._closed:
+            self._start()
+
+
+def _opened(answer: tuple[Any, BaseException | None]) -> Any:
+    result, failure = answer
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The process: build, then answer until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches everybody in the terminal; the page ends this one
+    threading.Thread(target=_end_with_the_page, daemon=True).start()
+    made: list[Any] = []
+    answer = _tried(lambda: made.append(build(*args)))
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send(answer)
+        while made:
+            method, given = pipe.recv()
+            pipe.send(_tried(lambda: getattr(made[0], method)(*given)))  # noqa: B023 - called at once
+            del given  # an image is not held until the next one comes
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return work(), None
+    except UserError as error:
+        return None, UserError(str(error))
+    except BaseException:
+        return None, RuntimeError(traceback.format_exc())
+
+
+def _end_with_the_page() -> None:
+    """Even a look without end ends with the page, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
