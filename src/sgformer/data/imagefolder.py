@@ -271,7 +271,7 @@ def seeded(*entropy: int) -> Iterator[None]:
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
     states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
     random.seed(words[0])
-    # Another generator in NumPy's place, as copying the state of one and putting it back takes three times all the rest.
+    # Another generator takes NumPy's place: to copy the state of one and put it back takes three times all the rest.
     np.random.set_bit_generator(_SPARE if states[1] is not _SPARE else np.random.MT19937())
     np.random.seed(words[1])  # noqa: NPY002
     torch.random.default_generator.manual_seed(words[2])  # torch.manual_seed would also reset the accelerators
