@@ -177,7 +177,9 @@ class RunConfig:
 class ClassifyConfig(RunConfig):
     """Image classification on the ImageNet layout."""
 
-    data: str | None = option(None, "Run", "folder with train/CLASS/* and val/CLASS/*", main=True)
+    data: str | None = option(
+        None, "Run", "folder with train/CLASS/* and val/CLASS/*, or folder or address of shards", main=True
+    )
 
     layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer downwards")
     warmup_epochs: float = option(5, "Optimiser", "linear warm-up")
