@@ -134,6 +134,7 @@ def run_training(
             folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+        whole = [cb.WholeNetwork()] if config.strategy == "fsdp" else []
         seeds = cb.StepSeeds(config.seed)
         guard = FiniteGuard(folder, job.metadata, seeds.on_train_batch_start, job.train.listing.path)  # type: ignore[attr-defined]
         recorder = []
@@ -167,6 +168,7 @@ def run_training(
                         folder.path / "validation", picture=False
                     ),
                 ),
+                *whole,
             ],
         )
         parameters = sum(p.numel() for p in model.parameters())
