@@ -14,6 +14,7 @@ from photos import QUICK, make_photos
 
 from sgformer.api import train_classifier
 from sgformer.checkpoint import read_safetensors
+from sgformer.training.report import Evaluation
 from sgformer.training.run_folder import RunFolder
 
 pytest.importorskip("lightning")
@@ -57,6 +58,11 @@ def test_two_nodes_give_the_weights_of_one_process(photos, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
     rows = [(run / "metrics.csv").read_text().splitlines()[1].split(",") for run in (alone, tmp_path / "both")]
     assert float(rows[0][3]) == pytest.approx(float(rows[1][3]), rel=1e-4)
+    # Nine images to validate, five on one node and four on the other: each counts once.
+    results = [Evaluation.read(run / "validation") for run in (alone, tmp_path / "both")]
+    assert [result.images for result in results] == [9, 9]
+    assert (results[0].confusion.sum(axis=1) == results[1].confusion.sum(axis=1)).all()
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-3)
 
 
 def kill_a_rank(launcher) -> None:

@@ -1,11 +1,14 @@
 """What two processes do for `test_fsdp.py`: python -m torch.distributed.run ... sharing_out.py PHOTOS OUT"""
 
+import copy
 import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from timm.optim import create_optimizer_v2
+from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from photos import QUICK
@@ -13,8 +16,9 @@ from photos import QUICK
 from sgformer.api import evaluate, train_classifier
 from sgformer.errors import UserError
 from sgformer.tasks.classify import ClassificationTask
-from sgformer.tasks.common import own
+from sgformer.tasks.common import full, own, share_out
 from sgformer.training.callbacks import Checkpoints
+from sgformer.training.config import ELEMENTWISE
 
 # Nothing is drawn by chance, so that the number of processes makes no difference; SGD shows gradients as they are.
 PLAIN = {**QUICK, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "lr": 10.0, "device": "cpu"}
@@ -35,6 +39,29 @@ def look(callback, trainer, task):
         held[name] = [sum(own(t).numel() for t in tensors), sum(t.numel() for t in tensors)]
 
 
+def differences():
+    """How far weights that are shared out come from whole ones in three steps, by optimiser: (moved, apart)."""
+    found = {}
+    mesh = init_device_mesh("cpu", (2,))
+    for name in ELEMENTWISE:
+        torch.manual_seed(0)
+        # One process has nothing of the second layer, which has one row.
+        whole = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 1))
+        start = [p.detach().clone() for p in whole.parameters()]
+        parts = share_out(copy.deepcopy(whole), mesh)
+        images = torch.randn(4, 5)
+        for network in (whole, parts):
+            optimizer = create_optimizer_v2(network, opt=name, lr=0.1, weight_decay=0.05)
+            for _ in range(3):
+                network(images).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        pairs = [(p.detach(), full(q.detach())) for p, q in zip(whole.parameters(), parts.parameters(), strict=True)]
+        moved = max((p - q).abs().max().item() for (p, _), q in zip(pairs, start, strict=True))
+        found[name] = moved, max((p - q).abs().max().item() for p, q in pairs)
+    return found
+
+
 def main(photos: str, out: Path) -> None:
     rank = os.environ["RANK"]
     runs = {
@@ -50,7 +77,9 @@ def main(photos: str, out: Path) -> None:
             Checkpoints.on_train_end = lambda self, *args: (look(self, *args), end(self, *args))[1]
         train_classifier(data=photos, run=str(out / name), **options)
         Checkpoints.on_train_end = end
+        torch.distributed.barrier()  # the first process alone puts the last state in its place
     train_classifier(resume=out / "fsdp_resumed", max_steps=6)
+    torch.distributed.barrier()
     result = evaluate(out / "fsdp_random", photos, workers=0, device="cpu", batch_size=2)
 
     step = ClassificationTask.training_step
@@ -65,7 +94,7 @@ def main(photos: str, out: Path) -> None:
         said = ""
     except UserError as error:
         said = str(error)
-    facts = {"held": held, "images": result.images, "top1": result.top1, "said": said}
+    facts = {"held": held, "images": result.images, "top1": result.top1, "said": said, "optimisers": differences()}
     (out / f"{rank}.json").write_text(json.dumps(facts))
     torch.distributed.destroy_process_group()
 
