@@ -16,9 +16,10 @@ from photos import QUICK
 from sgformer.api import evaluate, train_classifier
 from sgformer.errors import UserError
 from sgformer.tasks.classify import ClassificationTask
-from sgformer.tasks.common import full, own, share_out
 from sgformer.training.callbacks import Checkpoints
 from sgformer.training.config import ELEMENTWISE
+from sgformer.training.run_folder import RunFolder
+from sgformer.training.sharing import full, own, share_out
 
 # Nothing is drawn by chance, so that the number of processes makes no difference; SGD shows gradients as they are.
 PLAIN = {**QUICK, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "lr": 10.0, "device": "cpu"}
@@ -82,6 +83,16 @@ def main(photos: str, out: Path) -> None:
     torch.distributed.barrier()
     result = evaluate(out / "fsdp_random", photos, workers=0, device="cpu", batch_size=2)
 
+    usable = RunFolder.usable_checkpoint
+    if rank == "1":
+        RunFolder.usable_checkpoint = lambda folder: (None, 0)  # as if its machine saw an older state of the folder
+    try:
+        train_classifier(resume=out / "fsdp_resumed", max_steps=7)
+        seen = ""
+    except UserError as error:
+        seen = str(error)
+    RunFolder.usable_checkpoint = usable
+
     step = ClassificationTask.training_step
 
     def spoilt(task, batch, batch_idx):
@@ -94,7 +105,14 @@ def main(photos: str, out: Path) -> None:
         said = ""
     except UserError as error:
         said = str(error)
-    facts = {"held": held, "images": result.images, "top1": result.top1, "said": said, "optimisers": differences()}
+    facts = {
+        "held": held,
+        "images": result.images,
+        "top1": result.top1,
+        "said": said,
+        "seen": seen,
+        "optimisers": differences(),
+    }
     (out / f"{rank}.json").write_text(json.dumps(facts))
     torch.distributed.destroy_process_group()
 

@@ -134,6 +134,13 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(out):
 
 
 @pytest.mark.slow
+def test_processes_that_see_different_states_do_not_start(out):
+    for rank in (0, 1):
+        seen = json.loads((out / f"{rank}.json").read_text())["seen"]
+        assert "fsdp_resumed: processes see different checkpoints in it (of steps 0 to 6)" in seen
+
+
+@pytest.mark.slow
 def test_optimisers_that_are_let_through_do_not_need_whole_tensors(out):
     found = json.loads((out / "0.json").read_text())["optimisers"]
     assert tuple(found) == ELEMENTWISE

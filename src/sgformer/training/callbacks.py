@@ -27,8 +27,9 @@ from lightning.pytorch.callbacks import Callback
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sgformer.tasks.common import full, own
+from sgformer.errors import UserError
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.sharing import full, own
 from sgformer.training.state_file import publish
 from sgformer.training.weights import read_metadata, save_weights
 
@@ -138,6 +139,31 @@ class WholeNetwork(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         if task.whole is not None:
             task.whole.to("cpu")
+
+
+class SameStart(Callback):
+    """Stops a run whose processes do not go on from the same state, as where one machine sees an older run folder.
+
+    Args:
+        folder: of the run.
+        step: of the state that this process found.
+    """
+
+    def __init__(self, folder: RunFolder, step: int):
+        self.folder, self.step = folder, step
+
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        # The processes are connected here, and no state has been read yet.
+        if trainer.world_size == 1 or stage != "fit":
+            return
+        ends = torch.tensor([self.step, -self.step], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+        last, first = int(ends[0]), -int(ends[1])
+        if first != last:
+            raise UserError(
+                f"{self.folder.path}: processes see different checkpoints in it (of steps {first} to {last}): do all "
+                "machines share this folder? wait for its file system, or put it on one that they share"
+            )
 
 
 class SkippedImages(Callback):

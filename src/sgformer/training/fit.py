@@ -151,6 +151,7 @@ def run_training(
             limit_train_batches=steps * config.accumulate,
             sync_batchnorm=world > 1 and trainer.strategy.root_device.type == "cuda",
             callbacks=[
+                cb.SameStart(folder, start),
                 skipped,
                 cb.FirstBatches(config.seed, lambda images, targets: job.draw(images, targets, drawn)),
                 seeds,

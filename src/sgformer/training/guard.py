@@ -16,8 +16,8 @@ from torch.nn.utils import get_total_norm
 
 from sgformer.data.imagefolder import some
 from sgformer.errors import UserError
-from sgformer.tasks.common import own
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.sharing import own
 from sgformer.training.weights import save_weights
 
 log = logging.getLogger("sgformer")
