@@ -6,8 +6,10 @@ Needs Linux, root and `ip` (Debian's iproute2); skips itself where namespaces ar
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from photos import QUICK, make_photos
 
 from sgformer.api import train_classifier
 from sgformer.checkpoint import read_safetensors
+from sgformer.training.run_folder import RunFolder
 
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.slow
@@ -59,22 +62,36 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
-def on_both(hosts, words, out):
-    """Run `sgformer WORDS` as one job on both hosts; returns what the first one said."""
+def start(hosts, launch, words, out):
+    """Start `sgformer WORDS` as one job on both hosts; `launch` has torchrun's words for each host."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
-    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", ADDRESS[0], "--master-port", "29400"]
-    agents, said = [], [out / f"{name}.txt" for name in hosts]
-    for rank, (name, text) in enumerate(zip(hosts, said, strict=True)):
-        command = [sys.executable, "-m", "torch.distributed.run", *launch, "--node-rank", str(rank)]
-        command = ["ip", "netns", "exec", name, *command, "-m", "sgformer", "--", *map(str, words)]
-        agents.append(subprocess.Popen(command, env=environment, stdout=text.open("w"), stderr=subprocess.STDOUT))
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
+    agents = []
+    for name, own in zip(hosts, launch, strict=True):
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        command = [*command, "--nproc-per-node", "1", *own, "-m", "sgformer", "--", *words]
+        with (out / f"{name}.txt").open("w") as text:
+            agents.append(
+                subprocess.Popen(list(map(str, command)), env=environment, stdout=text, stderr=subprocess.STDOUT)
+            )
+    return agents
+
+
+def wait(agents, hosts, out):
+    """Wait for a job's good end; returns what the first host said."""
     try:
         statuses = [agent.wait(timeout=400) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
-    assert statuses == [0, 0], "\n".join(text.read_text()[-3000:] for text in said)
-    return said[0].read_text()
+    said = [(out / f"{name}.txt").read_text() for name in hosts]
+    assert statuses == [0, 0], "\n".join(text[-3000:] for text in said)
+    return said[0]
+
+
+def on_both(hosts, words, out):
+    launch = [["--master-addr", ADDRESS[0], "--master-port", 29400, "--node-rank", rank] for rank in (0, 1)]
+    return wait(start(hosts, launch, words, out), hosts, out)
 
 
 def came_over_the_cable(host):
@@ -97,3 +114,26 @@ def test_two_hosts_train_and_evaluate_as_one(hosts, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
     said = on_both(hosts, ["eval", run, "--data", photos, "--device", "cpu", "--workers", "0"], tmp_path)
     assert "9 images of 3 classes" in said  # five on one host, four on the other
+
+
+def test_a_process_that_dies_on_one_host_is_started_again(hosts, tmp_path):
+    photos, run = make_photos(tmp_path / "photos"), tmp_path / "run"
+    options = {**QUICK, "epochs": 400, "device": "cpu", "checkpoint_every": 2}
+    train_classifier(data=str(photos), run=str(run), max_steps=2, **options)
+    meet = ["--max-restarts", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESS[0]}:29401", "--rdzv-id", "job"]
+    launch = [
+        [*meet, "--local-addr", address, "--rdzv-conf", f"is_host={int(first)}"]
+        for address, first in zip(ADDRESS, (True, False), strict=True)
+    ]
+    agents = start(hosts, launch, ["train", "classify", "--resume", run, "--max-steps", 40], tmp_path)
+    deadline = time.monotonic() + 240
+    while RunFolder(run).usable_checkpoint()[1] < 6:
+        assert time.monotonic() < deadline and agents[1].poll() is None, (tmp_path / f"{hosts[1]}.txt").read_text()
+        time.sleep(0.2)
+    # `ip netns exec` becomes the agent, whose youngest child is the process that trains.
+    children = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    wait(agents, hosts, tmp_path)
+    assert RunFolder(run).usable_checkpoint()[1] == 40
+    assert "exitcode: -9" in (tmp_path / f"{hosts[1]}.txt").read_text()
+    assert (run / "log.txt").read_text().count("resuming") == 2

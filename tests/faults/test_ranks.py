@@ -31,6 +31,7 @@ def torchrun(launch, options, out, run, *begin):
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "sgformer", "--", "train", "classify"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
     return subprocess.Popen(
         [*command, *map(str, begin), *words], env=environment, stdout=out.open("a"), stderr=subprocess.STDOUT
     )
@@ -87,9 +88,9 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(photos, tmp_path):
     kill_a_rank(launcher)
     assert launcher.wait(timeout=240) != 0
     assert "SIGKILL" in out.read_text() and RunFolder(run).usable_checkpoint()[1] >= 4
-    # Started with --resume, torchrun's own restarts are enough; now and then gloo fails to meet and takes another.
+    # Started with --resume, torchrun's own restart is enough.
     step = RunFolder(run).usable_checkpoint()[1]
-    launcher = torchrun([*local, "--max-restarts", "4"], {"max_steps": step + 40}, out, run, "--resume", run)
+    launcher = torchrun([*local, "--max-restarts", "1"], {"max_steps": step + 40}, out, run, "--resume", run)
     wait_for_step(run, step + 2, launcher)
     kill_a_rank(launcher)
     assert launcher.wait(timeout=240) == 0, out.read_text()[-3000:]
