@@ -9,7 +9,7 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
     """Look through an image folder before training on it: classes, sizes, kinds of image, and every unreadable file.
 
     Args:
-        dir: the data set, with train/CLASS/* and val/CLASS/*; or folder or address of shards.
+        dir: the data set with train/CLASS/*, val/CLASS/*; or folder or address of shards.
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
 
@@ -49,7 +49,7 @@ def data_index(dir: str) -> int:
     """Read WebDataset shards made elsewhere through, and write the index that training on them needs.
 
     Args:
-        dir: folder or address with train/*.tar and val/*.tar, and classes.txt if the classes have names.
+        dir: folder or address with train/*.tar, val/*.tar, and classes.txt for names.
 
     Returns:
         0.
