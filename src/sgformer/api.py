@@ -43,6 +43,8 @@ def train_classifier(
 ) -> RunFolder:
     """Train a classifier on `data/train/CLASS/*`, validate on `data/val/CLASS/*`, and leave a run folder.
 
+    `data` may also be a folder or address of tar shards, see `sgformer.data.shards`.
+
     Args:
         config: all settings; or give them as keywords, named as on the command line with underscores.
         resume: folder of a run to go on with, at the very step it had reached; its settings hold, and `options` may
@@ -102,15 +104,16 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
 
 def prepare_classifier(config: ClassifyConfig, batch: int, rank: int, world: int) -> Job:
     """What image classification brings to a run; see `training.fit.run_training`."""
-    from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, scan_splits
+    from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
+    from sgformer.data.shards import open_splits
     from sgformer.tasks.classify import ClassificationTask
     from sgformer.training.fit import Job
     from sgformer.training.report import Evaluation, report
     from sgformer.viz.sheets import draw_batch
 
     if config.data is None:
-        raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*")
-    train, val = scan_splits(config.data)
+        raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
+    train, val = open_splits(config.data)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     task = ClassificationTask(_new_model(config, len(train.classes)), config, steps, train.classes)
@@ -163,7 +166,7 @@ def prepare_classifier(config: ClassifyConfig, batch: int, rank: int, world: int
 
 def _scene_objects(listing: Any, index: int, transform: Any) -> np.ndarray | None:
     """Objects' pixels on a validation sample, where the data are composed scenes; else None."""
-    if not (listing.root / "scenes.json").is_file():
+    if not hasattr(listing, "root") or not (listing.root / "scenes.json").is_file():
         return None
     from sgformer.data.scenes import scene_objects
 
@@ -213,7 +216,7 @@ def evaluate(
 
     Args:
         weights: a run folder, a weights file, or a released `.pth` (whose classes are taken to be the sorted folders).
-        data: the data set's folder.
+        data: the data set's folder, or folder or address of its shards.
         batch_size: images per forward pass on each process.
         image_size, crop_pct: by default those of the training.
         bad_images: "stop" at an unreadable image, or "skip" and list them.
@@ -223,7 +226,8 @@ def evaluate(
     """
     for package in ("lightning", "torchmetrics"):
         require(package, extra="train")
-    from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, scan
+    from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
+    from sgformer.data.shards import open_split
     from sgformer.tasks.classify import ClassificationTask
     from sgformer.training.callbacks import SkippedImages
     from sgformer.training.faults import plain_faults
@@ -234,7 +238,7 @@ def evaluate(
     if batch_size < 1 or workers < 0:
         raise UserError(f"--batch-size must be above 0 and --workers 0 or more, got {batch_size} and {workers}")
     model, metadata = load_weights(weights)
-    listing = scan(data, split, metadata.get("classes"))
+    listing = open_split(data, split, metadata.get("classes"))
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights} knows {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
     skipped = SkippedImages()

@@ -22,7 +22,10 @@ class UserError(ValueError):
 
 
 class StalledError(UserError):
-    """A file did not come in time. It need not be damaged, so `--bad-images skip` stops at it, too."""
+    """A file did not come: a disk, mount or server gave no answer, or a shard is gone.
+
+    No image need be damaged, so `--bad-images skip` stops at it, too.
+    """
 
 
 def require(module: str, extra: str) -> ModuleType:

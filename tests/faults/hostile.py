@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -34,6 +35,8 @@ from sgformer.cli import main
 from sgformer.data.ade20k import read_label_map
 from sgformer.data.coco import CocoDataset, ground_truth, read_coco
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
+from sgformer.data.sharding import index_shards, make_shards
+from sgformer.data.shards import INDEX, Index
 from sgformer.errors import UserError
 from sgformer.training.config import ClassifyConfig, make_config, read_yaml
 from sgformer.training.detect_config import DetectConfig
@@ -384,6 +387,80 @@ def try_label_map(name: str, data: bytes, folder: Path) -> str:
         return refused(name, read)
     finally:
         path.unlink()
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def packed() -> tuple[dict[str, bytes], list[bytes]]:
+    """Files of a small data set in shards, by path; and the images' bytes."""
+    images = [seeds()[name] for name in ("rgb.jpg", "L.png", "plain.bmp", "still.gif")]
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work) / "photos"
+        for split in ("train", "val"):
+            for i, data in enumerate(images):
+                path = source / split / ("ant", "bee")[i % 2] / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        out = make_shards(source, Path(work) / "shards")
+        return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")}, images
+
+
+def mutated_shards(seed: int = 0) -> Inputs:
+    """Indexes and shards in turn: spoilt JSON, damaged bytes."""
+    rng, number = random.Random(seed), 0
+    index, shard = packed()[0][INDEX], packed()[0]["train/000000.tar"]
+    while True:
+        if rng.random() < 0.3:
+            data = mutate(index, rng)
+        else:
+            content = json.loads(index)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                spoil(content, rng)
+            data = json.dumps(content).encode()
+        yield f"{number}.json", data
+        yield f"{number}.tar", mutate(shard, rng) if rng.random() < 0.7 else shard[: rng.randrange(len(shard))]
+        number += 1
+
+
+def try_shards(name: str, data: bytes, folder: Path) -> str:
+    """With an index: every image is the original's bytes or an error. Without: so is every image of a made index."""
+    root = Path(tempfile.mkdtemp(dir=folder))
+    for path, whole in packed()[0].items():
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_bytes(whole)
+
+    def read() -> None:
+        listing = Index.read(root).split("train")[0]
+        inside = root.resolve()
+        assert all((root / shard.file).resolve().is_relative_to(inside) for shard in listing.shards), "leads out"
+        if problems := [*listing.missing(), *filter(None, listing.damaged())]:
+            raise UserError(problems[0])
+        for got in listing.read_bytes(range(len(listing))):
+            assert isinstance(got, UserError) or got in packed()[1] or name.endswith(".json"), "other bytes"
+            if isinstance(got, UserError):
+                raise got
+
+    def index() -> None:
+        (root / INDEX).unlink()
+        index_shards(root)
+        listing = Index.read(root).split("train")[0]
+        again = listing.read_bytes(range(len(listing)))
+        assert not any(isinstance(got, UserError) for got in again), again
+
+    try:
+        if name.endswith(".json"):
+            (root / INDEX).write_bytes(data)
+            return refused(str(root), read)
+        (root / "train/000000.tar").write_bytes(data)
+        outcome = refused(str(root), read)
+        assert outcome == "refused" or data == packed()[0]["train/000000.tar"], (
+            "a damaged shard is taken for a whole one"
+        )
+        return refused(str(root), index)
+    finally:
+        shutil.rmtree(root)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

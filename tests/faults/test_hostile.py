@@ -53,6 +53,13 @@ def test_label_maps(tmp_path):
     assert outcomes == {"accepted", "refused"}
 
 
+def test_shards(tmp_path):
+    outcomes = {}
+    for name, data in islice(hostile.mutated_shards(1), 300):
+        outcomes.setdefault(name.rpartition(".")[2], set()).add(hostile.try_shards(name, data, tmp_path))
+    assert outcomes == {"json": {"accepted", "refused"}, "tar": {"accepted", "refused"}}
+
+
 def test_commands_and_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in islice(hostile.mutated_commands(1), 150):

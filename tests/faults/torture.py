@@ -144,6 +144,10 @@ def a_label_map(given: Any, folder: Path) -> str:
     return hostile.try_label_map(*given, folder)
 
 
+def shards(given: Any, folder: Path) -> str:
+    return hostile.try_shards(*given, folder)
+
+
 def a_recipe(given: Any, folder: Path) -> str:
     return hostile.try_recipe(*given, folder)
 
@@ -247,11 +251,12 @@ PARTS = {
     "weights": ("weights files, ours and released ones", hostile.mutated_weights, weights, MEMORY),
     "annotations": ("COCO files", hostile.mutated_annotations, annotations, MEMORY),
     "labels": ("label maps", hostile.mutated_label_maps, a_label_map, MEMORY),
+    "shards": ("tar shards and their indexes", hostile.mutated_shards, shards, MEMORY),
     "commands": ("command lines", hostile.mutated_commands, a_command, MEMORY),
     "recipes": ("recipes", hostile.mutated_recipes, a_recipe, MEMORY),
 }
 SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "labels": 10_000,
-         "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
+         "shards": 4000, "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
 
 
 def _counts(asked: argparse.Namespace, out: Path) -> Iterator[tuple[str, Count]]:

@@ -28,6 +28,8 @@ COMMANDS = {
     "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
     "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
+    "data shards": ("sgformer.cli.data", "data_shards", "put an image folder into tar shards"),
+    "data index": ("sgformer.cli.data", "data_index", "make tar shards from elsewhere readable"),
     "data scenes": (
         "sgformer.cli.data",
         "data_scenes",

@@ -1,4 +1,4 @@
-"""`sgformer data check` and `sgformer data scenes`."""
+"""`sgformer data check`, `shards`, `index` and `scenes`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
     """Look through an image folder before training on it: classes, sizes, kinds of image, and every unreadable file.
 
     Args:
-        dir: the data set, with train/CLASS/* and val/CLASS/*.
+        dir: the data set with train/CLASS/*, val/CLASS/*; or folder or address of shards.
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
 
@@ -21,6 +21,48 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
     report = check_imagefolder(dir, workers=workers)
     print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
+
+
+def data_shards(source: str, out: str, shard_size: int = 512) -> int:
+    """Put an image folder into tar shards of the WebDataset convention, which train, eval and data check read.
+
+    Args:
+        source: the data set, with train/CLASS/* and val/CLASS/*.
+        out: folder to make.
+        shard_size: largest size of a shard in MB.
+
+    Returns:
+        0.
+    """
+    from sgformer.data.sharding import make_shards
+    from sgformer.data.shards import Index
+
+    folder = make_shards(source, out, shard_size)
+    for split, shards in Index.read(folder).splits.items():
+        size = sum(shard.bytes for shard, _ in shards)
+        images = sum(len(columns["names"]) for _, columns in shards)
+        print(f"{folder}: {images} images in {len(shards)} shards of {split}, {size / 1e6:.1f} MB")
+    return 0
+
+
+def data_index(dir: str) -> int:
+    """Read WebDataset shards made elsewhere through, and write the index that training on them needs.
+
+    Args:
+        dir: folder or address with train/*.tar, val/*.tar, and classes.txt for names.
+
+    Returns:
+        0.
+    """
+    from sgformer.data.sharding import INDEX, index_shards
+
+    found = index_shards(dir)
+    counts = " and ".join(f"{count} of {split}" for split, count in found["samples"].items())
+    print(f"{dir}/{INDEX}: {counts} images in {found['classes']} classes")
+    if extra := found["extra"]:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(extra.items())[:8])
+        print(f"members that are neither an image nor its class, left out: {sum(extra.values())} ({kinds})")
+    return 0
 
 
 def data_scenes(

@@ -10,7 +10,7 @@ from sgformer.training.config import dashed
 
 #: What --data means to each task.
 DATA = {
-    "classify": "the folder with val/CLASS/*",
+    "classify": "the folder with val/CLASS/*, or folder or address of shards",
     "segment": "the folder with images/validation and annotations/validation",
     "detect": "the COCO folder, or its val JSON",
 }

@@ -1,4 +1,4 @@
-"""Look through an image folder before training on it, and report everything worth knowing at once."""
+"""Look through an image folder or its shards before training on it, and report everything worth knowing at once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from sgformer.data.image import probe_image, read_image
-from sgformer.data.imagefolder import ImageFolder, list_split, some
+from sgformer.data.imagefolder import Listing, list_split, some
 from sgformer.data.progress import track
+from sgformer.data.shards import Index, is_shards
 from sgformer.errors import UserError
 
 #: The network's stride: images whose shorter side is below it are enlarged.
@@ -115,19 +115,55 @@ class _Look(NamedTuple):
 def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int = 0) -> CheckReport:
     """List both splits, read every image, and report.
 
+    Of shards, every one is also held against its checksum in the index.
+
     Args:
-        root: folder with `train/CLASS/*` and `val/CLASS/*`.
+        root: folder with `train/CLASS/*` and `val/CLASS/*`, or folder or address of shards.
         decode: decode every image to its end, which finds truncated files; else only headers are read.
         workers: processes that read; 0 reads in this one.
 
     Raises:
-        UserError: there is neither a train nor a val folder with classes.
+        UserError: there is neither a train nor a val folder with classes, or the index of shards cannot be used.
     """
     if workers < 0:
         raise UserError(f"workers is 0 or more, got {workers}")
-    root = Path(root)
-    report = CheckReport(str(root), decode)
-    listings: dict[str, ImageFolder] = {}
+    report = CheckReport(os.fspath(root), decode)
+    listings = _list_shards(report, root) if is_shards(root) else _list_folders(report, Path(root))
+
+    seen: dict[str, dict[bytes, int]] = {}
+    for split, listing in listings.items():
+        report.splits[split], seen[split] = _look_through(report, listing, decode, workers)
+    if len(listings) == 2:
+        train, val = listings["train"], listings["val"]
+        for digest in seen["train"].keys() & seen["val"].keys():
+            pair = train.paths[seen["train"][digest]], val.paths[seen["val"][digest]]
+            report.duplicates.append((f"train/{pair[0]}", f"val/{pair[1]}"))
+        report.duplicates.sort()
+    report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
+    report.problems += [f"{a} is the same file as {b}, in another class" for a, b in report.conflicts]
+    return report
+
+
+def _list_shards(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
+    index = Index.read(root)
+    listings: dict[str, Listing] = {}
+    for split in index.splits:
+        listing, _ = index.split(split)
+        gone = listing.missing()
+        report.problems += gone or [
+            line for line in track(listing.damaged(), len(listing.shards), f"shards of {split}") if line
+        ]
+        if empty := [name for name, count in zip(listing.classes, listing.counts(), strict=True) if not count]:
+            (report.problems if split == "train" else report.notes).append(
+                f"{split}: classes without an image ({len(empty)}): {some(empty)}"
+            )
+        listings[split] = listing
+    report.problems += [f"{index.store.name()}: no split {name!r}" for name in ("train", "val") if name not in listings]
+    return listings
+
+
+def _list_folders(report: CheckReport, root: Path) -> dict[str, Listing]:
+    listings: dict[str, Listing] = {}
     failures = []
     for split in ("train", "val"):
         known = listings["train"].classes if "train" in listings and split == "val" else None
@@ -145,31 +181,18 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
     if not listings:
         raise failures[0]
     report.problems += [str(error) for error in failures]
-
-    seen: dict[str, dict[bytes, int]] = {}
-    for split, listing in listings.items():
-        report.splits[split], seen[split] = _look_through(report, listing, decode, workers)
-    if len(listings) == 2:
-        train, val = listings["train"], listings["val"]
-        for digest in seen["train"].keys() & seen["val"].keys():
-            pair = train.paths[seen["train"][digest]], val.paths[seen["val"][digest]]
-            report.duplicates.append((f"train/{pair[0]}", f"val/{pair[1]}"))
-        report.duplicates.sort()
-    report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
-    report.problems += [f"{a} is the same file as {b}, in another class" for a, b in report.conflicts]
-    return report
+    return listings
 
 
 def _look_through(
-    report: CheckReport, listing: ImageFolder, decode: bool, workers: int
+    report: CheckReport, listing: Listing, decode: bool, workers: int
 ) -> tuple[SplitReport, dict[bytes, int]]:
     """Read the images of one split. Returns its report and, by a hash of its bytes, the first file with them."""
     result = SplitReport(len(listing), dict(zip(listing.classes, listing.counts(), strict=True)))
     result.ignored = dict(sorted(listing.ignored.items()))
-    files = [str(listing.path(index)) for index in range(len(listing))]
     looks: list[_Look] = []
     first: dict[bytes, int] = {}
-    for index, look in enumerate(track(_map(partial(_look, decode), files, workers), len(files), listing.split)):
+    for index, look in enumerate(track(_looks(listing, decode, workers), len(listing), listing.split)):
         name = f"{listing.split}/{listing.paths[index]}"
         if look.reason is not None:
             result.unreadable[name] = look.reason
@@ -193,26 +216,43 @@ def _look_through(
     return result, first
 
 
-def _look(decode: bool, path: str) -> _Look:
+def _looks(listing: Listing, decode: bool, workers: int) -> Iterator[_Look]:
+    """What is seen of every image, in order."""
+    if workers == 0:
+        yield from (_look(listing, decode, index) for index in range(len(listing)))
+        return
+    # The listing goes to each process once, not with every index.
+    with multiprocessing.Pool(workers, _Reader.set, (listing, decode)) as pool:
+        yield from pool.imap(_Reader.look, range(len(listing)), chunksize=32)
+
+
+class _Reader:
+    """What a process of the pool reads from."""
+
+    task: tuple[Listing, bool]
+
+    @classmethod
+    def set(cls, listing: Listing, decode: bool) -> None:
+        cls.task = listing, decode
+
+    @classmethod
+    def look(cls, index: int) -> _Look:
+        return _look(*cls.task, index)
+
+
+def _look(listing: Listing, decode: bool, index: int) -> _Look:
+    (data,) = listing.read_bytes([index])
     try:
-        data = Path(path).read_bytes()
+        if isinstance(data, UserError):
+            raise data
         header = probe_image(data, name="")
         if decode:
             read_image(data, name="")
     except UserError as error:
-        return _Look(0, 0, "", False, b"", str(error).removeprefix(": "))
-    except OSError as error:
-        return _Look(0, 0, "", False, b"", error.strerror or str(error))
+        reason = str(error).removeprefix(f"{listing.path(index)}: ").removeprefix(": ")
+        return _Look(0, 0, "", False, b"", reason)
     digest = hashlib.blake2b(data, digest_size=16).digest()
     return _Look(header.width, header.height, header.mode, header.orientation != 1, digest, None)
-
-
-def _map(function: partial, files: list[str], workers: int) -> Iterator[_Look]:
-    if workers == 0:
-        yield from map(function, files)
-        return
-    with multiprocessing.Pool(workers) as pool:
-        yield from pool.imap(function, files, chunksize=32)
 
 
 def _spread(values: list[int]) -> tuple[int, int, int]:

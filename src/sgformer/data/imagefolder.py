@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from sgformer.data.image import IMAGE_EXTENSIONS, read_image
@@ -61,6 +62,44 @@ class ImageFolder:
     def counts(self) -> list[int]:
         """Images per class, in the order of `classes`."""
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
+
+    def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]:
+        """The files' bytes, or why there are none."""
+        results: list[bytes | UserError] = []
+        for path in map(self.path, indices):
+            try:
+                results.append(path.read_bytes())
+            except OSError as error:
+                results.append(UserError(f"{path}: {error.strerror or error}"))
+        return results
+
+    def read_many(self, indices: Sequence[int]) -> Iterator[Image.Image | UserError]:
+        """The images, or why one cannot be read, in the order of `indices`."""
+        for index in indices:
+            try:
+                yield read_image(self.path(index))
+            except UserError as error:
+                yield error
+
+
+class Listing(Protocol):
+    """What a data set needs to know of the images of a split; an `ImageFolder`, or a `ShardFolder` of tar shards."""
+
+    @property
+    def split(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+    @property
+    def targets(self) -> tuple[int, ...]: ...
+    @property
+    def ignored(self) -> Counter[str]: ...
+    def __len__(self) -> int: ...
+    def path(self, index: int) -> Any: ...
+    def counts(self) -> list[int]: ...
+    def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]: ...
+    def read_many(self, indices: Sequence[int]) -> Iterator[Image.Image | UserError]: ...
 
 
 def scan(root: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None) -> ImageFolder:
@@ -205,7 +244,7 @@ class ImageFolderDataset(Dataset):
     NumPy and torch (CPU) are seeded from (seed, epoch, i); afterwards they are as before.
 
     Args:
-        listing: what `scan` returned.
+        listing: what `scan` returned, or `shards.open_split`.
         transform: any callable on a PIL image of mode RGB.
         seed: of the transform's randomness.
         bad_images: `"stop"` raises a UserError on an unreadable image; `"skip"` gives a `Sample` without an image,
@@ -214,7 +253,7 @@ class ImageFolderDataset(Dataset):
 
     def __init__(
         self,
-        listing: ImageFolder,
+        listing: Listing,
         transform: Callable | None = None,
         *,
         seed: int = 0,
@@ -236,18 +275,25 @@ class ImageFolderDataset(Dataset):
         return len(self.listing)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """A batch at once, as a DataLoader asks for it: shards that are far away read it together."""
+        pairs = [key if isinstance(key, tuple) else (self.epoch, key) for key in keys]
+        images = self.listing.read_many([index for _, index in pairs])
+        return [self._sample(epoch, index, image) for (epoch, index), image in zip(pairs, images, strict=True)]
+
+    def _sample(self, epoch: int, index: int, image: Image.Image | UserError) -> Sample:
         target = self.listing.targets[index]
-        try:
-            image = read_image(self.listing.path(index))
-        except UserError as error:
-            if self.bad_images == "skip" and not isinstance(error, StalledError):
-                return Sample(None, target, index, str(error))
-            raise bad_image(error) from error
+        if isinstance(image, UserError):
+            if self.bad_images == "skip" and not isinstance(image, StalledError):
+                return Sample(None, target, index, str(image))
+            raise bad_image(image) from image
+        pixels: Any = image
         if self.transform is not None:
             with seeded(self.seed, epoch, index):
-                image = self.transform(image)
-        return Sample(image, target, index)
+                pixels = self.transform(image)
+        return Sample(pixels, target, index)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

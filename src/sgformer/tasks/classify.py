@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import numpy as np
 import timm
 import torch
@@ -17,6 +16,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from sgformer.errors import UserError
+from sgformer.tasks.common import NetworkTask
 from sgformer.training.config import ClassifyConfig, nearest
 
 
@@ -34,7 +34,7 @@ def build_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise UserError(f"model {name!r} does not take {', '.join(options)}: {error}") from None
 
 
-class ClassificationTask(L.LightningModule):
+class ClassificationTask(NetworkTask):
     """Trains `model` on batches that begin with (images, targets).
 
     Args:
@@ -69,7 +69,6 @@ class ClassificationTask(L.LightningModule):
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         self.class_names = list(class_names or map(str, range(self.num_classes)))
         self.confusion: np.ndarray | None = None
-        self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
 
         classes: dict[str, Any] = {"num_classes": self.num_classes, "average": "micro"}
         self.top1 = torchmetrics.classification.MulticlassAccuracy(top_k=1, **classes)
@@ -88,15 +87,6 @@ class ClassificationTask(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """What validation runs and what is saved: the averaged weights if there are any."""
-        return self._eval_model[0] if self._eval_model else self.model
-
-    def evaluate_with(self, model: nn.Module) -> None:
-        """Let validation run `model` in place of the network being trained."""
-        self._eval_model = [model]
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or cutmix and label smoothing: (B, 3, H, W), (B,) int64 -> images, (B, classes) float targets."""

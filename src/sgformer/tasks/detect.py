@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
@@ -17,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from sgformer.answers import coco_result
 from sgformer.errors import UserError
 from sgformer.heads.mask_rcnn import RCNNHeads, paste_masks
+from sgformer.tasks.common import NetworkTask
 from sgformer.tasks.pyramid import Pyramid, decay_groups, is_dense, load_dense, pyramid_backbone, save_dense
 from sgformer.training.detect_config import DetectConfig
 from sgformer.training.detect_report import CocoMetric, DetectionEvaluation
@@ -165,7 +165,7 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool) -> Detecto
     return model.train()
 
 
-class DetectionTask(L.LightningModule):
+class DetectionTask(NetworkTask):
     """Trains a `Detector` on batches of `data.coco.DetectionBatch`.
 
     Args:
@@ -202,19 +202,9 @@ class DetectionTask(L.LightningModule):
         self.result: DetectionEvaluation | None = None
         self.results: list[dict[str, Any]] = []
         self.seen: list[int] = []  # positions of the images validated
-        self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
 
     def forward(self, images: Sequence[Tensor], sizes: Any = None) -> Any:
         return self.model(images, sizes=sizes)
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """What validation runs and what is saved: the averaged weights if there are any."""
-        return self._eval_model[0] if self._eval_model else self.model
-
-    def evaluate_with(self, model: nn.Module) -> None:
-        """Let validation run `model` in place of the network being trained."""
-        self._eval_model = [model]
 
     def mix(self, images: Any, targets: Any) -> tuple[Any, Any]:
         """What the network sees of a batch: the batch."""

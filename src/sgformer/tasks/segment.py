@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 import torchmetrics
@@ -20,6 +19,7 @@ from sgformer.errors import UserError
 from sgformer.heads.common import resize
 from sgformer.heads.semantic_fpn import SemanticFPN
 from sgformer.heads.upernet import UPerNet
+from sgformer.tasks.common import NetworkTask
 from sgformer.tasks.pyramid import Pyramid, decay_groups, is_dense, load_dense, pyramid_backbone, save_dense
 from sgformer.training.config import nearest
 from sgformer.training.segment_config import SegmentConfig
@@ -157,7 +157,7 @@ def _spans(length: int, side: int) -> list[tuple[int, int]]:
     return [(start, start + side) for start in starts]
 
 
-class SegmentationTask(L.LightningModule):
+class SegmentationTask(NetworkTask):
     """Trains a `Segmenter` on batches that begin with (images, class indices).
 
     Args:
@@ -194,7 +194,6 @@ class SegmentationTask(L.LightningModule):
         self.inference = inference or Inference(self.config.short)
         self.result: SegmentationEvaluation | None = None
         self.by_image: dict[int, float] = {}
-        self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
         if self.config.opt.lower() not in list_optimizers():
             raise UserError(f"unknown --opt {self.config.opt}{nearest(self.config.opt, map(str, list_optimizers()))}")
         if model.num_classes < 2:
@@ -207,15 +206,6 @@ class SegmentationTask(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)["out"]
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """What validation runs and what is saved: the averaged weights if there are any."""
-        return self._eval_model[0] if self._eval_model else self.model
-
-    def evaluate_with(self, model: nn.Module) -> None:
-        """Let validation run `model` in place of the network being trained."""
-        self._eval_model = [model]
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What the network sees of a batch: the batch."""

@@ -25,8 +25,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from timm.utils import ModelEmaV3
+from torch import nn
 
+from sgformer.errors import UserError
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.sharing import full, own
 from sgformer.training.state_file import publish
 from sgformer.training.weights import read_metadata, save_weights
 
@@ -78,14 +81,16 @@ class WeightAverage(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         # Here the network is on its device and has its restored weights; `setup` would be too early for both.
-        self.average = ModelEmaV3(task.model, self.decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
+        network = task.model if task.whole is None else task.whole
+        self.average = ModelEmaV3(network, self.decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
+        if task.whole is not None:
+            share_tensors(self.average.module, task.model)
         self.average.module.requires_grad_(False)
-        if self._loaded is not None:
-            self.average.module.load_state_dict(self._loaded)
-            self._loaded = None
+        self._take_loaded()
         task.evaluate_with(self.average.module)
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self._take_loaded()  # shared out weights, and with them all states, are restored later
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
@@ -94,10 +99,71 @@ class WeightAverage(Callback):
             self.average.update(task.model, step=self._step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.average.module.state_dict()} if self.average is not None else {}
+        if self.average is None:
+            return {}
+        return {"model": {name: full(value) for name, value in self.average.module.state_dict().items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict["model"]
+
+    def _take_loaded(self) -> None:
+        if self._loaded is None or self.average is None:
+            return
+        for name, place in self.average.module.state_dict().items():
+            value = self._loaded[name]
+            if place is not own(place):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(place.device), place.device_mesh, place.placements)
+            place.copy_(value)
+        self._loaded = None
+
+
+def share_tensors(module: nn.Module, like: nn.Module) -> None:
+    """Give a network copies of the parameters and buffers of another one that is shared out, each process its part."""
+    for name, value in like.named_parameters():
+        place, _, last = name.rpartition(".")
+        setattr(module.get_submodule(place), last, nn.Parameter(value.detach().clone(), requires_grad=False))
+    for mine, theirs in zip(module.buffers(), like.buffers(), strict=True):
+        mine.data = theirs.detach().clone()
+
+
+class WholeNetwork(Callback):
+    """Fills the network that validation runs where weights are shared out; on its device only while it is needed."""
+
+    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+        if task.whole is not None:
+            task.whole.to(trainer.strategy.root_device)
+            task.gather()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        if task.whole is not None:
+            task.whole.to("cpu")
+
+
+class SameStart(Callback):
+    """Stops a run whose processes do not go on from the same state, as where one machine sees an older run folder.
+
+    Args:
+        folder: of the run.
+        step: of the state that this process found.
+    """
+
+    def __init__(self, folder: RunFolder, step: int):
+        self.folder, self.step = folder, step
+
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        # The processes are connected here, and no state has been read yet.
+        if trainer.world_size == 1 or stage != "fit":
+            return
+        ends = torch.tensor([self.step, -self.step], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+        last, first = int(ends[0]), -int(ends[1])
+        if first != last:
+            raise UserError(
+                f"{self.folder.path}: processes see different checkpoints in it (of steps {first} to {last}): do all "
+                "machines share this folder? wait for its file system, or put it on one that they share"
+            )
 
 
 class SkippedImages(Callback):

@@ -21,6 +21,10 @@ from sgformer.errors import UserError
 # `lr`, `min_lr` and `warmup_lr` are stated for this many images per update and scaled linearly to the actual batch.
 LR_BASE_BATCH = 1024
 
+# Optimisers that treat every weight by itself, so that a share of a tensor is treated as the whole tensor would be.
+# Others (muon, lamb, adafactor ...) take norms or products of whole tensors.
+ELEMENTWISE = ("sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "rmsprop", "lion")
+
 # Options that are fields of SGFormerConfig, or change its stages; None leaves them as published, or as in --weights.
 GUIDANCE = ("significance", "aggregation", "attention", "pairs", "regions", "scales")
 
@@ -58,6 +62,11 @@ class RunConfig:
     device: str = option("auto", "Machine", "auto, cpu, cuda, cuda:1, mps", main=True)
     devices: int | Literal["auto"] = option("auto", "Machine", "processes on this machine, one per GPU", main=False)
     workers: int = option(4, "Machine", "processes that read images; 0: none. Never changes the result", main=True)
+    strategy: Literal["ddp", "fsdp"] = option(
+        "ddp",
+        "Machine",
+        "what a process holds: ddp: all weights and moments; fsdp: its share of them",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "Machine", "arithmetic; bf16, fp16: mixed", main=True)
     compile: bool = option(False, "Machine", "torch.compile the network")
     grad_checkpointing: bool = option(False, "Machine", "less memory, more time")
@@ -126,8 +135,23 @@ class RunConfig:
         if self.record_significance and (not self.model.startswith("sgformer_") or self.pairs not in (None, "guided")):
             raise UserError("--record-significance is for sgformer models with self-guided blocks")
         self.guidance  # noqa: B018 - bad values are named here
+        if self.strategy == "fsdp":
+            self._check_fsdp()
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
+
+    def _check_fsdp(self) -> None:
+        if self.opt.lower() not in ELEMENTWISE:
+            raise UserError(
+                f"--strategy fsdp goes with --opt {', '.join(ELEMENTWISE)}; {self.opt} needs whole tensors "
+                "(--strategy ddp has them)"
+            )
+        if self.precision == "fp16":
+            raise UserError("--strategy fsdp goes with --precision fp32 or bf16, not fp16")
+        if self.compile:
+            raise UserError("--strategy fsdp does not go with --compile; leave one of them out")
+        if self.device == "mps":
+            raise UserError("--strategy fsdp is for several processes on cuda or cpu, not mps")
 
     def _check(self, name: str, holds: Any, rule: str) -> None:
         value = getattr(self, name)
@@ -177,7 +201,9 @@ class RunConfig:
 class ClassifyConfig(RunConfig):
     """Image classification on the ImageNet layout."""
 
-    data: str | None = option(None, "Run", "folder with train/CLASS/* and val/CLASS/*", main=True)
+    data: str | None = option(
+        None, "Run", "folder with train/CLASS/* and val/CLASS/*, or folder or address of shards", main=True
+    )
 
     layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer downwards")
     warmup_epochs: float = option(5, "Optimiser", "linear warm-up")

@@ -134,6 +134,7 @@ def run_training(
             folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+        whole = [cb.WholeNetwork()] if config.strategy == "fsdp" else []
         seeds = cb.StepSeeds(config.seed)
         guard = FiniteGuard(folder, job.metadata, seeds.on_train_batch_start, job.train.listing.path)  # type: ignore[attr-defined]
         recorder = []
@@ -150,6 +151,7 @@ def run_training(
             limit_train_batches=steps * config.accumulate,
             sync_batchnorm=world > 1 and trainer.strategy.root_device.type == "cuda",
             callbacks=[
+                cb.SameStart(folder, start),
                 skipped,
                 cb.FirstBatches(config.seed, lambda images, targets: job.draw(images, targets, drawn)),
                 seeds,
@@ -167,6 +169,7 @@ def run_training(
                         folder.path / "validation", picture=False
                     ),
                 ),
+                *whole,
             ],
         )
         parameters = sum(p.numel() for p in model.parameters())

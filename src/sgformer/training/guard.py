@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from sgformer.data.imagefolder import some
 from sgformer.errors import UserError
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.sharing import own
 from sgformer.training.weights import save_weights
 
 log = logging.getLogger("sgformer")
@@ -58,9 +59,15 @@ class FiniteGuard(Callback):
         losses = torch.stack(self._losses).float()
         seen = losses.abs().max()
         if trainer.precision != "16-mixed":
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            seen = torch.maximum(seen, get_total_norm(gradients, norm_type=math.inf))
-        if not math.isfinite(seen.item()):
+            gradients = [own(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            there = [gradient for gradient in gradients if gradient.numel()]  # a share may have nothing of a short one
+            seen = torch.maximum(seen, get_total_norm(there, norm_type=math.inf))
+        wrong = not seen.isfinite()
+        if task.whole is not None and trainer.world_size > 1:  # all have to stop together: they gather the weights
+            flag = torch.tensor(float(wrong), device=seen.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            wrong = bool(flag)
+        if wrong:
             self._stop(trainer, task, losses.tolist())
         self._batches, self._losses = [], []
 
@@ -68,14 +75,18 @@ class FiniteGuard(Callback):
         """Save what is good and raise the error."""
         wrong = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         batch, batch_idx = self._batches[wrong[0] if wrong else -1]
+        if task.whole is not None:
+            task.whole.to(trainer.strategy.root_device)
+            task.gather(averaged=False)
         if wrong:
             self.reseed(trainer, task, batch, batch_idx)
-            with trainer.precision_plugin.train_step_context():
+            with trainer.precision_plugin.train_step_context(), task.run_whole():
                 layer = first_not_finite(task, batch, batch_idx)
             what = f"the loss is {losses[wrong[0]]}"
             where = f", first in {layer}" if layer else ""
         else:
-            names = [n for n, p in task.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            gradients = {n: own(p.grad) for n, p in task.model.named_parameters() if p.grad is not None}
+            names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             what, where = "a gradient is nan or infinite", f", first in {names[-1]}" if names else ""
         step = trainer.global_step + 1
         images = some([str(self.name_of(index)) for index in batch.index.tolist()]) if hasattr(batch, "index") else ""
@@ -87,6 +98,7 @@ class FiniteGuard(Callback):
 
     def _keep(self, task: Any, step: int) -> str:
         """Save the weights of the last good update; says where."""
+        task.gather()
         if not all(value.isfinite().all() for value in task.eval_model.state_dict().values()):
             return ""  # running statistics of a batch norm took the bad values in
         path: Path = self.folder.path / "last.safetensors"

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sgformer.errors import UserError
 from sgformer.training.config import RunConfig
@@ -38,11 +39,26 @@ NOISE = (
 )
 
 
+class SharedOut(ModelParallelStrategy):
+    """FSDP2: parameters, gradients and moments are shared out over all processes; see `tasks.common.NetworkTask`.
+
+    Training states are the whole run's, in one file, so that a run can go on with another number of processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
 def build_trainer(
     *,
     device: str = "auto",
     devices: int | str = "auto",
     precision: str = "fp32",
+    strategy: str = "ddp",
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> L.Trainer:
@@ -52,6 +68,7 @@ def build_trainer(
         device: auto, cpu, cuda, cuda:N, mps.
         devices: processes on this machine (those that torchrun or SLURM started, else one per GPU, if "auto").
         precision: fp32, bf16 or fp16.
+        strategy: ddp, or fsdp; see `SharedOut`.
         callbacks, options: as of `lightning.Trainer`.
 
     Raises:
@@ -68,6 +85,7 @@ def build_trainer(
         # The number of machines: torchrun's, SLURM's, or this one.
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1),
         precision=PRECISION[precision],  # type: ignore[arg-type]
+        strategy=SharedOut() if strategy == "fsdp" else "auto",
         callbacks=list(callbacks),
         plugins=[StateIO()],
         logger=False,
@@ -86,6 +104,7 @@ def trainer_options(config: RunConfig) -> dict[str, Any]:
         "device": config.device,
         "devices": config.devices,
         "precision": config.precision,
+        "strategy": config.strategy,
         "accumulate_grad_batches": config.accumulate,
         "gradient_clip_val": config.clip_grad,
         "deterministic": config.deterministic or None,

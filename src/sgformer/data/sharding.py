@@ -1,0 +1,305 @@
+"""Make tar shards of an image folder, or an index for shards that were made elsewhere; `shards.py` reads both."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from sgformer.data.image import IMAGE_EXTENSIONS
+from sgformer.data.imagefolder import ImageFolder, scan_splits, some
+from sgformer.data.progress import track
+from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
+from sgformer.data.store import Store, first_line, is_address, unreadable
+from sgformer.errors import UserError
+
+BLOCK = tarfile.BLOCKSIZE
+#: A member of a shard is KEY.KIND; as in WebDataset, KEY ends at the first dot of the last part.
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+
+
+class _Hashed:
+    """A file being read or written, its SHA-256 and its length."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest, self.length, self.last = file, hashlib.sha256(), 0, b""
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        self.length += len(data)
+        self.last = (self.last + data)[-BLOCK:]
+        return data
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.length += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.length
+
+
+def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: int = 512) -> Path:
+    """Put a folder in the ImageNet layout into tar shards; the same folder gives the same bytes.
+
+    The files' bytes stay as they are, unreadable ones included. `out` appears when everything is in it.
+
+    Args:
+        source: folder with `train/CLASS/*` and `val/CLASS/*`.
+        out: folder to make.
+        shard_size: largest size of a shard in MB (10^6 bytes); a larger file has a shard to itself.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `source` is not in that layout, `out` is not empty, or `shard_size` is not above 0.
+        OSError: a file cannot be read or written; `out` is not made.
+    """
+    if shard_size < 1:
+        raise UserError(f"--shard-size must be above 0, got {shard_size}")
+    if is_address(out):
+        raise UserError(f"{out}: shards are written to a local folder; copy that to where it should be")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: not an empty folder; pass another one")
+    train, val = scan_splits(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        part.mkdir()
+        splits = {listing.split: _write_split(listing, part / listing.split, shard_size) for listing in (train, val)}
+        write_index(Store(part), train.classes, splits)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _write_split(listing: ImageFolder, folder: Path, shard_size: int) -> list[dict[str, Any]]:
+    """Write a split's shards; returns what the index says of them."""
+    folder.mkdir()
+    shards: list[dict[str, Any]] = []
+    order = np.random.default_rng(0).permutation(len(listing)).tolist()
+    writer: _Writer | None = None
+    try:
+        for index in track(order, len(order), f"packing {listing.split}"):
+            name, target = listing.paths[index], listing.targets[index]
+            data = listing.path(index).read_bytes()
+            needed = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in (len(data), BLOCK, BLOCK))
+            if writer is not None and writer.file.length + needed > shard_size * 10**6:
+                shards.append(writer.close())
+                writer = None
+            if writer is None:
+                writer = _Writer(folder / f"{len(shards):06}.tar")
+            writer.add(f"{index:08}", name, target, data)
+        if writer is not None:
+            shards.append(writer.close())
+    finally:
+        if writer is not None:
+            writer.raw.close()
+    return shards
+
+
+class _Writer:
+    """One shard being written."""
+
+    def __init__(self, path: Path):
+        self.path, self.raw = path, path.open("wb")
+        self.file = _Hashed(self.raw)
+        self.tar = tarfile.TarFile(fileobj=cast(IO[bytes], self.file), mode="w", format=tarfile.USTAR_FORMAT)
+        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+
+    def add(self, key: str, name: str, target: int, data: bytes) -> None:
+        """One sample."""
+        offset = self._member(key + os.path.splitext(name)[1].lower(), data)
+        self._member(f"{key}.cls", str(target).encode())
+        self._member(f"{key}.json", json.dumps({"name": name}).encode())
+        values = (name, target, offset, len(data), zlib.crc32(data))
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Write a member without anything that depends on time or user; returns where its data begin."""
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self.tar.addfile(member, io.BytesIO(data))
+        return self.file.length - -(-len(data) // BLOCK) * BLOCK
+
+    def close(self) -> dict[str, Any]:
+        """End the file; returns what the index says of it."""
+        self.tar.close()
+        self.raw.close()
+        return _about(self.path.name, self.file, self.columns)
+
+
+def _about(name: str, file: _Hashed, columns: Mapping[str, list[Any]]) -> dict[str, Any]:
+    facts = {"file": name, "bytes": file.length, "sha256": file.digest.hexdigest(), "samples": len(columns["names"])}
+    return {**facts, **columns}
+
+
+# -- an index for shards of others ------------------------------------------------------------------------------------
+
+
+def index_shards(root: str | os.PathLike) -> dict[str, Any]:
+    """Read tar shards through and write `shards.json` beside them.
+
+    They lie in `root/train/*.tar` and `root/val/*.tar`. A sample is an image and a `.cls` with the class index, with
+    the same key and next to each other; a `.json` may give the image's `name`. Class names are the lines of
+    `root/classes.txt`, else the indices.
+
+    Args:
+        root: a folder, or an address that can be listed and written to.
+
+    Returns:
+        `{"samples": {split: count}, "classes": count, "extra": {kind: count}}`; `extra` are members that are not used.
+
+    Raises:
+        UserError: there is an index already, there are no shards, one is not whole, or a sample is not as above; names
+            the shard.
+    """
+    store = Store(root)
+    if INDEX in store.list(""):
+        raise UserError(f"{store.name(INDEX)}: is there already; remove it to make it anew")
+    splits: dict[str, list[dict[str, Any]]] = {}
+    extra: Counter[str] = Counter()
+    for split in SPLITS:
+        if files := tars_in(store, split):
+            found = (_scan_shard(store, f"{split}/{file}", extra) for file in files)
+            splits[split] = list(track(found, len(files), f"reading {split}"))
+    if not splits:
+        packed = [file for split in SPLITS for file in store.list(split) if file.endswith((".tgz", ".tar.gz"))]
+        hint = "; unpack .gz: images are read from within a shard" if packed else ""
+        raise UserError(f"{store.name()}: expected train/*.tar and val/*.tar{hint}")
+    highest = max(max(shard["targets"]) for shards in splits.values() for shard in shards)
+    classes = _class_names(store, highest)
+    write_index(store, classes, splits)
+    samples = {split: sum(shard["samples"] for shard in shards) for split, shards in splits.items()}
+    return {"samples": samples, "classes": len(classes), "extra": dict(extra)}
+
+
+def _class_names(store: Store, highest: int) -> list[str]:
+    if "classes.txt" not in store.list(""):
+        return [str(i) for i in range(highest + 1)]
+    where = store.name("classes.txt")
+    try:
+        names = [line.strip() for line in store.read("classes.txt").decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not text in UTF-8") from None
+    if len(set(names)) != len(names):
+        raise UserError(f"{where}: {some([name for name, n in Counter(names).items() if n > 1])} is there twice")
+    if highest >= len(names):
+        raise UserError(f"{where}: {len(names)} names, but class index {highest} occurs (the first one is 0)")
+    return names
+
+
+def _scan_shard(store: Store, path: str, extra: Counter[str]) -> dict[str, Any]:
+    """Read one tar file from front to back; returns what the index says of it."""
+    where = store.name(path)
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    sample: dict[str, Any] = {}
+    done: set[str] = set()
+
+    def finish() -> None:
+        """Put the sample that has ended into the columns."""
+        if not sample:
+            return
+        lacking = [what for what in ("image", "cls") if what not in sample]
+        if lacking:
+            raise UserError(f"{where}: sample {_shown(sample['key'])} has no {' and no .'.join(lacking)}")
+        offset, size, crc, kind = sample["image"]
+        name = sample.get("name") or f"{sample['key']}{kind}"
+        for column, value in zip(columns.values(), (name, sample["cls"], offset, size, crc), strict=True):
+            column.append(value)
+
+    try:
+        with store.open(path) as raw:
+            file = _Hashed(raw)
+            with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    parts = MEMBER.fullmatch(member.name)
+                    if parts is None or not member.isreg() or member.issparse():
+                        if not member.isdir():
+                            extra[_shown(member.name.rpartition("/")[2])] += 1
+                        continue
+                    key, kind = parts[1], f".{parts[2].lower()}"
+                    if sample.get("key") != key:
+                        finish()
+                        if key in done:
+                            raise UserError(f"{where}: the members of sample {_shown(key)} are not next to each other")
+                        done.add(key)
+                        sample = {"key": key}
+                    if len(key) > LONGEST_NAME - 16:
+                        raise UserError(f"{where}: a member's name has {len(key)} characters")
+                    if not _take(sample, kind, member, tar, where):
+                        extra[_shown(kind)] += 1
+            while file.read(2**20):  # what follows the end mark belongs to the file, too
+                pass
+            if file.last != bytes(BLOCK):  # tarfile takes a file that ends between two members for a whole one
+                raise tarfile.ReadError("no end mark")
+            finish()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except tarfile.TarError as error:
+        raise UserError(f"{where}: not a whole tar file ({first_line(error)})") from None
+    except OSError as error:
+        raise unreadable(where, error) from None
+    except Exception as error:  # tarfile on broken headers, drivers on broken connections
+        raise UserError(f"{where}: not a readable tar file ({first_line(error)})") from None
+    if not columns["names"]:
+        raise UserError(f"{where}: no sample in it")
+    return _about(path.partition("/")[2], file, columns)
+
+
+def _take(sample: dict[str, Any], kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile, where: str) -> bool:
+    """Put a member into its sample; False if it is of no use."""
+    key = _shown(sample["key"])
+    if kind in IMAGE_EXTENSIONS:
+        if "image" in sample:
+            raise UserError(f"{where}: sample {key} has two images, {sample['image'][3]} and {kind}")
+        data = _content(tar, member)
+        sample["image"] = (member.offset_data, len(data), zlib.crc32(data), kind)
+    elif kind == ".cls":
+        text = _content(tar, member)[:40] if member.size <= 32 else b"?"
+        if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+            raise UserError(f"{where}: {key}.cls is no class index")
+        sample["cls"] = int(text)
+    elif kind == ".json":
+        with contextlib.suppress(ValueError, RecursionError):
+            about = json.loads(_content(tar, member)) if member.size <= 2**20 else {}
+            name = about.get("name") if isinstance(about, dict) else None
+            if isinstance(name, str) and 0 < len(name) <= LONGEST_NAME:
+                sample["name"] = name
+    else:
+        return False
+    return True
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    data = file.read()
+    if len(data) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
+
+
+def _shown(text: str) -> str:
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -1,0 +1,88 @@
+"""What the tasks share: which network validation runs, and a network that is shared out over processes (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from sgformer.training.sharing import full, share_out
+
+
+class NetworkTask(L.LightningModule):
+    """Trains `model`; validation runs `eval_model`.
+
+    Under a strategy with a device mesh, the parameters of `model` are shared out over the processes before training
+    (`fully_shard`), block by block. Validation, files of weights and pictures then use `whole`, a plain network on
+    every process, which `gather` fills: no process has to wait for another inside a forward pass, so that each may have
+    as many images, and of such sizes, as its share has.
+
+    Attributes:
+        whole: the plain network, or None where `model` is one itself.
+    """
+
+    model: Any
+    whole: nn.Module | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What validation runs and what is saved: the averaged weights if there are any."""
+        if self.whole is not None:
+            return self.whole
+        return self._eval_model[0] if self._eval_model else self.model
+
+    def evaluate_with(self, model: nn.Module) -> None:
+        """Let validation run `model`, or its weights, in place of the network being trained."""
+        self._eval_model = [model]
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is None or self.whole is not None:
+            return
+        network = self.model
+        if mesh.device_type == "cuda" and mesh.size() > 1:  # as DDP does, which this strategy leaves to us
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        object.__setattr__(self, "whole", copy.deepcopy(self.model).requires_grad_(False))  # no submodule, see above
+        self.model = share_out(network, mesh["data_parallel"])
+
+    def gather(self, averaged: bool = True) -> None:
+        """Fill `whole` from all processes, which all have to call this.
+
+        Args:
+            averaged: take the weights that `evaluate_with` named, if any, else those being trained.
+        """
+        if self.whole is None:
+            return
+        source = self._eval_model[0] if averaged and self._eval_model else self.model
+        values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+        places = {**dict(self.whole.named_parameters()), **dict(self.whole.named_buffers())}
+        for name, place in places.items():
+            value = full(values[name].detach())
+            if name not in dict(
+                source.named_parameters()
+            ):  # every process has statistics of its own: the first's count
+                torch.distributed.broadcast(value, 0)
+            place.copy_(value)
+        self.whole.eval()
+
+    @contextmanager
+    def run_whole(self) -> Iterator[None]:
+        """Let `model` be `whole` for a while, so that one process can run it alone."""
+        network, module = self.model, self.whole
+        if module is None:
+            yield
+            return
+        self.model = module.train()
+        try:
+            yield
+        finally:
+            self.model = network
