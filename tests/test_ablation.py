@@ -27,7 +27,7 @@ def test_recipes_hold(path):
 
 def test_the_questions_asked_are_answered():
     names = {p.stem: set(ab.read_ablation(p).variants) for p in RECIPES}
-    assert {"hybrid", "coarse", "fine", "uniform", "random", "inverted"} <= names["significance"]
+    assert {"paper", "coarse", "fine", "uniform", "random", "inverted"} <= names["significance"]
     assert {"rates", "tokens", "segment_significance"} <= set(names)
 
 
@@ -92,14 +92,14 @@ def test_the_table_says_what_the_runs_came_to(tmp_path, pretended):
     assert pretended == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert rows[0]["mean"] == pytest.approx(55) and rows[0]["sd"] == pytest.approx(50**0.5)
     assert rows[1]["difference"] == pytest.approx(10) and rows[1]["difference_sd"] == pytest.approx(0, abs=1e-9)
-    with (tmp_path / "out" / "table.csv").open() as file:
+    with (tmp_path / "out" / "ablation.csv").open() as file:
         assert [row["variant"] for row in csv.DictReader(file)] == ["a", "b"]
-    page = (tmp_path / "out" / "table.md").read_text()
+    page = (tmp_path / "out" / "ablation.md").read_text()
     assert (
         page.startswith("Which?")
         and "| b | 65.0 ± 7.1 | 60.0 to 70.0 | +10.0 ± 0.0 | 2 | 2.00 M | 30 M | 1.0 min |" in page
     )
-    assert (tmp_path / "out" / "table.png").exists()
+    assert (tmp_path / "out" / "ablation.png").exists()
 
 
 def test_runs_that_are_made_are_not_made_again(tmp_path, pretended):
@@ -113,6 +113,16 @@ def test_runs_that_are_made_are_not_made_again(tmp_path, pretended):
         ab.run_ablation(other, tmp_path / "out")
 
 
+def test_ablations_share_the_runs_of_a_common_variant(tmp_path, pretended):
+    out = tmp_path / "out"
+    ab.run_ablation(ab.read_ablation(write(tmp_path, variants={"a": {}})), out)
+    other = write(tmp_path).rename(tmp_path / "other.yaml")
+    ab.run_ablation(ab.read_ablation(other), out)
+    assert pretended == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert len((out / "ablation.csv").read_text().splitlines()) == 2
+    assert len((out / "other.csv").read_text().splitlines()) == 3
+
+
 def test_after_some_minutes_no_run_is_started(tmp_path, pretended):
     assert ab.run_ablation(ab.read_ablation(write(tmp_path)), tmp_path / "out", minutes=1e-9) == []
 
@@ -124,10 +134,10 @@ def test_real_runs_go_on_where_they_were_stopped(tmp_path, capsys):
     path = write(tmp_path, data=str(photos), options=options, seeds=[0], variants={"a": {}, "b": {"pairs": "single"}})
     arguments = ["ablate", "--config", str(path), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    first = (tmp_path / "out" / "table.csv").read_text()
+    first = (tmp_path / "out" / "ablation.csv").read_text()
     (tmp_path / "out" / "runs" / "b-0" / "report.md").unlink()  # as if it had been stopped
     assert main(arguments) == 0
-    again = (tmp_path / "out" / "table.csv").read_text()
+    again = (tmp_path / "out" / "ablation.csv").read_text()
     rows = [list(csv.DictReader(text.splitlines())) for text in (first, again)]
     for a, b in zip(*rows, strict=True):
         assert {k: v for k, v in a.items() if k != "processor_seconds"} == {

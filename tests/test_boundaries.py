@@ -25,7 +25,8 @@ ALLOWED = {
     "data": {"errors"},
     "viz": {"errors"},
     "heads": {"errors"},
-    "app": {"answers", "api", "data", "errors", "explanations", "viz"},
+    "app": {"answers", "api", "data", "errors", "explanations", "plugins", "viz"},
+    "plugins": {"errors"},
     "answers": {"data", "errors", "viz"},
     "exported": {"answers", "data", "errors"},  # no torch: it runs where that is not installed
 }

@@ -58,6 +58,7 @@ class Ablation:
         seeds: of the runs of each variant.
         score: column of `metrics.csv`.
         question: what is asked, for the report.
+        name: of the tables.
     """
 
     task: str
@@ -66,6 +67,7 @@ class Ablation:
     seeds: tuple[int, ...]
     score: str
     question: str = ""
+    name: str = "table"
 
     def runs(self) -> list[tuple[str, int]]:
         """(variant, seed), all variants of a seed before the next seed: stopped early, they still compare."""
@@ -148,7 +150,9 @@ def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Abla
             raise UserError(f"{path}: a variant's name is letters, digits, spaces and -_.+=:,/(), got {name!r}")
     if len({_plain(name) for name in variants}) < len(variants):
         raise UserError(f"{path}: two variants would have one folder, as their names differ in signs only")
-    found = Ablation(task, common, variants, seeds, held.get("score", SCORES[task]), held.get("question", ""))
+    found = Ablation(
+        task, common, variants, seeds, held.get("score", SCORES[task]), held.get("question", ""), path.stem
+    )
     for name in variants:
         try:
             found.config(name, seeds[0])
@@ -162,7 +166,8 @@ def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float
 
     Args:
         ablation: what to run.
-        out: folder; `runs/VARIANT-SEED/` are run folders, `table.csv`, `table.md`, `table.png` the results.
+        out: folder; `runs/VARIANT-SEED/` are run folders, `NAME.csv`, `NAME.md`, `NAME.png` the results. Ablations that
+            have a variant in common, by name and settings, can share a folder and its runs.
         minutes: start no run after so many.
 
     Raises:
@@ -243,9 +248,10 @@ def _run(command: list[str], output: Any) -> int:
 
 def _check_same(place: Path, config: RunConfig) -> None:
     held = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+    held = {**type(config)().to_dict(), **held}  # an option that there was not yet is at its default
     for name, value in config.to_dict().items():
-        if name not in ("run", "workers", "device", "devices") and held.get(name) != value:
-            raise UserError(f"{place} was made with {name} {held.get(name)}, not {value}: take another --out")
+        if name not in ("run", "workers", "device", "devices") and held[name] != value:
+            raise UserError(f"{place} was made with {name} {held[name]}, not {value}: take another --out")
 
 
 def _result(place: Path, score: str) -> float | None:
@@ -324,19 +330,21 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
-    """`table.csv`, `table.md` and, with matplotlib, `table.png`."""
+    """`NAME.csv`, `NAME.md` and `NAME.png`."""
     if not rows:
         return
     told = summary(rows)
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / f"{ablation.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(told[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in told)
-    (folder / "table.md").write_text(markdown(ablation, told), encoding="utf-8")
+    (folder / f"{ablation.name}.md").write_text(markdown(ablation, told), encoding="utf-8")
     from sgformer.viz.ablation import draw_ablation
 
     draw_ablation(
-        [(row.variant, [100 * v for v in row.scores.values()]) for row in rows], folder / "table.png", ablation.score
+        [(row.variant, [100 * v for v in row.scores.values()]) for row in rows],
+        folder / f"{ablation.name}.png",
+        ablation.score,
     )
 
 

@@ -246,3 +246,58 @@ def test_two_processes_count_every_image_once(photos, tmp_path, run):
     )
     both = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("run/eval", "e", "run/validation")]
     assert both[0]["top1"] == both[1]["top1"] and both[0]["loss"] == pytest.approx(both[1]["loss"], rel=1e-5)
+
+
+# -- plugins ----------------------------------------------------------------------------------------------------------
+
+PLUGIN = """
+import os
+import sgformer
+
+@sgformer.register_significance("rows")
+def rows(x, coarse, fine):
+    "The row of a token."
+    return x.new_ones(x.shape[:3]).cumsum(1).float()
+
+with open(os.path.join(os.path.dirname(__file__), "runs.txt"), "a") as file:
+    print(os.getpid(), file=file)
+"""
+
+
+def test_a_plugin_is_run_by_every_process_of_a_command(photos, tmp_path, monkeypatch):
+    """`ablate` starts its runs as processes of their own; weights remember the name, not the file."""
+    monkeypatch.setenv("SGFORMER_PLUGINS", "")
+    plugin, recipe = tmp_path / "mine.py", tmp_path / "ablation.yaml"
+    plugin.write_text(PLUGIN)
+    options = "model: sgformer_n, image_size: 32, batch_size: 4, epochs: 1, workers: 0"
+    recipe.write_text(f"data: {photos}\noptions: {{{options}}}\nvariants: {{rows: {{significance: rows}}}}\n")
+    out = tmp_path / "ablation"
+    # A process of its own: what is registered stays registered.
+    command = [sys.executable, "-m", "sgformer", "--plugin", str(plugin), "ablate", "--config", str(recipe)]
+    subprocess.run([*command, "--out", str(out)], check=True)
+    assert len(set((tmp_path / "runs.txt").read_text().split())) == 2
+    weights = out / "runs" / "rows-0" / "best.safetensors"
+    command = [sys.executable, "-m", "sgformer", "predict", str(weights), str(photos / "val")]
+    without = subprocess.run(command, capture_output=True, text=True)
+    assert without.returncode == 2 and "'rows'" in without.stderr and "Traceback" not in without.stderr
+    command.insert(3, "--plugin")
+    command.insert(4, str(plugin))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.py", None, "no such file"),
+        ("mine.txt", "", "not a Python file"),
+        ("mine.py", "x = 1\ny = x / 0\n", "mine.py, line 2: ZeroDivisionError: division by zero"),
+        ("mine.py", "x = (\n", "SyntaxError"),
+    ],
+)
+def test_a_bad_plugin_is_a_line(tmp_path, monkeypatch, capsys, name, content, words):
+    monkeypatch.setenv("SGFORMER_PLUGINS", "")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert main(["--plugin", str(tmp_path / name), "convert"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1

@@ -14,7 +14,7 @@ pytest.importorskip("lightning")
 # A batch that does not fit in a pipe, so that both readers wait to hand one over; the second can read the first one's
 # pipe, too, so that it never breaks.
 PROGRAM = """
-import os, time
+import multiprocessing, os, sys, time
 import numpy as np
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.training.fit import build_loader
@@ -23,17 +23,22 @@ class Pictures:
     def __getitem__(self, key):
         return np.zeros(1 << 20, np.uint8), os.getpid()
 
-loader = build_loader(Pictures(), EpochSampler(100, 1, train=False), 2, list)
-batches = iter(loader)
-print(*{next(batches)[0][1] for _ in range(8)}, flush=True)
-time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    loader = build_loader(Pictures(), EpochSampler(100, 1, train=False), 2, list)
+    batches = iter(loader)
+    print(*{next(batches)[0][1] for _ in range(8)}, flush=True)
+    time.sleep(600)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does it on Linux only")
-def test_readers_that_wait_to_hand_over_a_batch_end_with_a_killed_process():
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_readers_that_wait_to_hand_over_a_batch_end_with_a_killed_process(tmp_path, method):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), method]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     readers = [int(pid) for pid in process.stdout.readline().split()]
     try:
         assert len(readers) == 2 and all(map(alive, readers))

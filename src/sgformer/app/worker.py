@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from sgformer import plugins
+from sgformer.data.processes import end_with_parent
 from sgformer.errors import UserError
 
 
@@ -109,9 +109,9 @@ def _opened(answer: tuple[Any, BaseException | None]) -> Any:
 def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The process: build, then answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches everybody in the terminal; the page ends this one
-    threading.Thread(target=_end_with_the_page, daemon=True).start()
+    end_with_parent()  # even a look without end ends with the page, however that ended
     made: list[Any] = []
-    answer = _tried(lambda: made.append(build(*args)))
+    answer = _tried(lambda: (plugins.load(), made.append(build(*args))))
     with contextlib.suppress(EOFError, OSError):
         pipe.send(answer)
         while made:
@@ -127,11 +127,3 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return None, UserError(str(error))
     except BaseException:
         return None, RuntimeError(traceback.format_exc())
-
-
-def _end_with_the_page() -> None:
-    """Even a look without end ends with the page, however that ended."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

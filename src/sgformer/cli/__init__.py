@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sgformer import plugins
 from sgformer._version import __version__
 from sgformer.cli.parser import HelpShown, run_function
 from sgformer.errors import UserError
@@ -82,12 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    while arguments[:1] == ["--plugin"]:
+        if len(arguments) < 2:
+            raise UserError("--plugin is followed by a Python file that the command runs first")
+        plugins.add(arguments[1])
+        arguments = arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
     if arguments[0] == "--version":
         print(f"sgformer {__version__}")
         return 0
+    plugins.load()
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
@@ -111,10 +118,11 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
         [
             "sgformer: the self-guided vision transformer",
             "",
-            "usage: sgformer COMMAND [options]",
+            "usage: sgformer [--plugin FILE.py] COMMAND [options]",
             "",
             *(f"  {name:<16} {COMMANDS[name][2]}" for name in names),
             "",
-            "sgformer COMMAND --help shows a command's options; sgformer --version the version.",
+            "sgformer COMMAND --help shows a command's options; sgformer --version the version. A plugin is a Python",
+            "file of yours that is run first: it registers models with timm or sources of significance.",
         ]
     )

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
 import re
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,25 +13,6 @@ WORKER = r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal:
 GONE = (
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|Socket Timeout|NCCL .*abort"
 )
-
-PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
-
-
-def end_with_parent(worker: int = 0) -> None:
-    """Have the system end this process, one that reads images, when the one it reads for is gone.
-
-    One that waits to hand over a batch would wait for ever, and hold its memory, after the other was killed. Linux
-    only: elsewhere torch's own look every five seconds has to do, which such a process does not come to.
-
-    Args:
-        worker: its number, which a `DataLoader` tells.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # killed before the line above
-        os._exit(1)
 
 
 @contextmanager

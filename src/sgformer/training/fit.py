@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
+from sgformer.data.processes import end_with_parent
 from sgformer.errors import UserError
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
-from sgformer.training.faults import end_with_parent, plain_faults
+from sgformer.training.faults import plain_faults
 from sgformer.training.guard import FiniteGuard
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
