@@ -73,9 +73,10 @@ oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that 
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m 'not slow'
 
 # The lower bounds as they stand in pyproject.toml, of the base install and of the extras that the tests need.
+# Pages are built with the tested versions only.
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z_]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v setuptools \
+	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z_]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v -e setuptools -e mkdocs \
 	  | sed 's/"//g; s/\[[a-z_]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
 	@touch $@
