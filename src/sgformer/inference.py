@@ -44,6 +44,7 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False, d
         raise TypeError(f"optimize prepares an SGFormer (got {type(model).__name__}); of a wrapper, pass what it wraps")
     if dynamic and not compile:
         raise ValueError("dynamic is for compiled networks; others take any size as they are (got compile=False)")
+    fast: Any
     if dynamic:
         from sgformer.exporting import portable  # written for those who must not ask about sizes
 

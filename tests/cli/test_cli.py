@@ -279,7 +279,11 @@ def test_a_plugin_is_run_by_every_process_of_a_command(photos, tmp_path, monkeyp
     weights = out / "runs" / "rows-0" / "best.safetensors"
     command = [sys.executable, "-m", "sgformer", "predict", str(weights), str(photos / "val")]
     without = subprocess.run(command, capture_output=True, text=True)
-    assert without.returncode == 2 and "significance must be one of" in without.stderr and "Traceback" not in without.stderr
+    assert (
+        without.returncode == 2
+        and "significance must be one of" in without.stderr
+        and "Traceback" not in without.stderr
+    )
     command.insert(3, "--plugin")
     command.insert(4, str(plugin))
     assert subprocess.run(command, capture_output=True).returncode == 0

@@ -64,15 +64,18 @@ def test_the_network_itself_is_left_alone():
     assert not copy.training and not any(p.requires_grad for p in copy.parameters())
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize(("grid", "side"), [((7, 14), 7), ((5, 9), 4), ((3, 2), 7)])
-def test_windows_hold_every_token_once(grid, side):
+def test_windows_hold_every_token_once(grid, side, fixed):
     count = tuple(-(-g // side) for g in grid)
-    windows = Windows.cut(grid, side, count, torch.device("cpu"))
+    windows = Windows.cut(grid, side, count, torch.device("cpu"), fixed)
     tokens = torch.arange(grid[0] * grid[1])
     assert torch.equal(windows.token[windows.place], tokens)
     expected = ops.valid_tokens(grid, (side, side), torch.device("cpu"))
-    assert (windows.real is None) == (expected is None)
-    if expected is not None:
+    assert (windows.real is None) == (fixed and expected is None)  # where sizes are open nobody asks whether they tile
+    if expected is None:
+        assert windows.real is None or windows.real.all()
+    else:
         assert torch.equal(windows.real, expected)
         assert torch.equal(windows.token[windows.real.flatten()].sort().values, tokens)
 

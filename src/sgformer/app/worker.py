@@ -111,7 +111,12 @@ def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches everybody in the terminal; the page ends this one
     end_with_parent()  # even a look without end ends with the page, however that ended
     made: list[Any] = []
-    answer = _tried(lambda: (plugins.load(), made.append(build(*args))))
+
+    def make() -> None:
+        plugins.load()
+        made.append(build(*args))
+
+    answer = _tried(make)
     with contextlib.suppress(EOFError, OSError):
         pipe.send(answer)
         while made:

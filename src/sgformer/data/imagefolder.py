@@ -315,17 +315,17 @@ _SPARE = np.random.MT19937()
 def seeded(*entropy: int) -> Iterator[None]:
     """Seed `random`, `numpy.random` and torch's CPU generator from some integers >= 0; put them back afterwards."""
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
     random.seed(words[0])
     # Another generator takes NumPy's place: to copy the state of one and put it back takes three times all the rest.
-    np.random.set_bit_generator(_SPARE if states[1] is not _SPARE else np.random.MT19937())
+    np.random.set_bit_generator(_SPARE if states[1] is not _SPARE else np.random.MT19937())  # type: ignore[attr-defined]
     np.random.seed(words[1])  # noqa: NPY002
     torch.random.default_generator.manual_seed(words[2])  # torch.manual_seed would also reset the accelerators
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_bit_generator(states[1])
+        np.random.set_bit_generator(states[1])  # type: ignore[attr-defined]
         torch.set_rng_state(states[2])
 
 

@@ -183,8 +183,8 @@ class HybridScale(nn.Module):
         if everywhere:
             k, v, q = (ops.split_heads(t, heads) for t in (k, v, q))
             weights = (q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)).softmax(-1)
-            # A sum over all queries; a compiler would make other code for it from 4096 on, and compile anew.
-            total = weights.sum(2) if self.fixed else (weights.new_ones(1, H * W) @ weights).squeeze(2)
+            # By rows and columns: for a sum of more than 4096 numbers a compiler would make other code, and compile anew.
+            total = weights.unflatten(2, (H, W)).sum(2).sum(2)
             out, significance = ops.join_heads(weights @ v), total.mean(1) / (H * W)
         else:
             count = ((h + side - 1) // side, (w + side - 1) // side)
