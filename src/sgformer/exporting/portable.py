@@ -183,7 +183,7 @@ class HybridScale(nn.Module):
         if everywhere:
             k, v, q = (ops.split_heads(t, heads) for t in (k, v, q))
             weights = (q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)).softmax(-1)
-            # By rows and columns: for a sum of more than 4096 numbers a compiler would make other code, and compile anew.
+            # By rows and columns: for sums of more than 4096 numbers a compiler makes other code, and compiles anew.
             total = weights.unflatten(2, (H, W)).sum(2).sum(2)
             out, significance = ops.join_heads(weights @ v), total.mean(1) / (H * W)
         else:
