@@ -95,8 +95,9 @@ api: install  ## write the public names and options to tests/api.txt, after chan
 licences: install  ## write docs/licences.md
 	$(BIN)/python docs/licences.py
 
-audit: install  ## known vulnerabilities of what is installed (needs the network)
-	$(BIN)/python -m pip install --quiet pip-audit
+audit: install  ## secrets in what is tracked; known vulnerabilities of what is installed (needs the network)
+	$(BIN)/python -m pip install --quiet pip-audit detect-secrets
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook
 	$(BIN)/python -m pip_audit --skip-editable
 
 lint: install  ## formatter and linter, changing nothing
