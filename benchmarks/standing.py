@@ -132,7 +132,12 @@ def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | 
     aim("compiled, first call: at most 45 s", found.get("compile", {}).get("first call at 224, s"), 45, "s")
     anew = found.get("compile", {}).get("dynamic, graphs compiled at 288")
     aim("compiled with dynamic sizes, graphs made anew for a second one: none", anew, 0, "graphs")
-    aim("data: images/s a core at least timm's", found.get("data", {}).get("times_timm", {}).get("folder"), 1.0, larger=True)
+    aim(
+        "data: images/s a core at least timm's",
+        found.get("data", {}).get("times_timm", {}).get("folder"),
+        1.0,
+        larger=True,
+    )
     read = found.get("data", {}).get("images_per_s_per_core", {}).get("folder")
     needed = pick("training", "images_per_s", model=SMALL)
     aim(f"data: a core reads at least what {SMALL} trains on", ratio(read, needed), 1.0, larger=True)
