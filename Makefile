@@ -72,13 +72,11 @@ interop:  ## every snippet of docs/interop.md in a fresh environment that has '.
 oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m 'not slow'
 
-# The lower bounds as they stand in pyproject.toml, of the base install and of the extras that the tests need.
-# Pages are built with the tested versions only.
+# The lower bounds as they stand in pyproject.toml; pip has no such mode.
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	grep -o '"[A-Za-z][A-Za-z0-9_.-]*\(\[[a-z_]*\]\)\{0,1\}>=[0-9.]*"' pyproject.toml | grep -v -e setuptools -e mkdocs \
-	  | sed 's/"//g; s/\[[a-z_]*\]//; s/>=/==/' > .venv-oldest/oldest.txt
-	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[dev]'
 	@touch $@
 
 newest: .venv-newest/.installed  ## the quick tests on the newest versions there are
