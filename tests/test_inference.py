@@ -85,6 +85,7 @@ def test_each_kind_of_block_is_compiled_once(model, monkeypatch):
         sgformer.optimize(plain, pack=True, compile=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_compiled_for_all_sizes_is_not_compiled_again(monkeypatch):
     """Sizes with and without padded windows, square and not; float64, where equal significance keeps its order."""

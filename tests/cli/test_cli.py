@@ -264,6 +264,7 @@ with open(os.path.join(os.path.dirname(__file__), "runs.txt"), "a") as file:
 """
 
 
+@pytest.mark.slow
 def test_a_plugin_is_run_by_every_process_of_a_command(photos, tmp_path, monkeypatch):
     """`ablate` starts its runs as processes of their own; weights remember the name, not the file."""
     monkeypatch.setenv("SGFORMER_PLUGINS", "")
