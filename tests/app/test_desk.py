@@ -109,6 +109,10 @@ def test_examples_come_from_the_run_s_own_validation_images(tmp_path, weights, m
     (tmp_path / "run" / "config.yaml").write_text("data: photos\n")
     assert [read_image(path).size for path in examples("run")] == [(32, 32)] * 9
     assert len(examples("run/best.safetensors")) == 9
+    (tmp_path / "shards" / "val").mkdir(parents=True)
+    (tmp_path / "shards" / "val" / "000000.tar").write_bytes(b"")
+    (tmp_path / "run" / "config.yaml").write_text("data: shards\n")
+    assert len(examples("run")) == 1  # no image files there
     (tmp_path / "run" / "config.yaml").write_text("[broken")
     assert len(examples("run")) == 1
     assert len(examples("run", "photos")) == 9

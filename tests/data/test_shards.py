@@ -417,3 +417,28 @@ def test_nothing_is_left_of_a_conversion_that_stops(photos, tmp_path, monkeypatc
 
 def test_folders_still_open_as_folders(photos):
     assert open_splits(photos) == scan_splits(photos)
+
+
+def test_tars_that_a_folder_was_unpacked_from_do_no_harm(photos, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "photos")
+    (root / "train" / "ant.tar").write_bytes(b"")
+    assert len(open_splits(root)[0]) == len(scan(root, "train"))
+    assert len(open_split(root, "val")) == len(scan(root, "val"))
+
+
+def test_shards_go_into_the_folder_one_is_in(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_shards(photos, ".")
+    assert len(open_split(tmp_path, "val")) == len(scan(photos, "val"))
+
+
+def test_a_class_index_beyond_reason_is_refused_before_names_are_made(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, data in (("a.jpg", b"no matter what"), ("a.cls", b"999999999")):
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
+    with pytest.raises(UserError, match=r"999999999.*classes\.txt"):
+        index_shards(tmp_path)

@@ -22,7 +22,7 @@ from sgformer.answers import find_images
 from sgformer.app.networks import Network, Networks, reduced
 from sgformer.app.worker import Worker
 from sgformer.data.image import read_image
-from sgformer.errors import require
+from sgformer.errors import UserError, require
 from sgformer.viz.segmentation import palette
 from sgformer.viz.significance import Explanation, colour_map, region_colours, region_names
 
@@ -220,6 +220,14 @@ class Desk:
             self.waiting -= 1
 
 
+def _has_images(place: Path) -> bool:
+    """Whether a folder of a run's data holds image files: tar shards lie in folders of the same names."""
+    try:
+        return place.is_dir() and next(find_images([place]), None) is not None
+    except UserError:
+        return False
+
+
 def _examples(weights: Path, folder: str | None) -> list[Path]:
     """Images spread over a folder, over the validation images of a run, or one that a package brings along."""
     places = [Path(folder)] if folder else []
@@ -227,7 +235,7 @@ def _examples(weights: Path, folder: str | None) -> list[Path]:
     if not folder and config.is_file():
         with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's file after all
             data = Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data")))
-            places = [p for p in (data / "val", data / "val2017", data / "images" / "validation") if p.is_dir()]
+            places = [p for p in (data / "val", data / "val2017", data / "images" / "validation") if _has_images(p)]
     if not places:
         data = Path(require("matplotlib", extra="train").get_data_path())
         places = [p for p in (data / "sample_data" / "grace_hopper.jpg",) if p.is_file()]

@@ -96,7 +96,10 @@ class Worker:
     def _replace(self) -> None:
         self._end()
         if not self._closed:
-            self._start()
+            try:
+                self._start()
+            except Exception as error:  # not the fault of the image that is being looked at; the next look tries again
+                raise Stopped(f"The network's process could not be started again: {error}") from error
 
 
 def _opened(answer: tuple[Any, BaseException | None]) -> Any:

@@ -106,7 +106,8 @@ def _small_file(path: str | os.PathLike[str]) -> bytes | None:
     """The content of a file; None where it is too large to hold, or cannot be read, which opening it will explain."""
     try:
         with open(path, "rb") as file:
-            return file.read() if os.fstat(file.fileno()).st_size <= SMALL_FILE else None
+            content = file.read(SMALL_FILE + 1) if os.fstat(file.fileno()).st_size <= SMALL_FILE else None
+        return content if content is not None and len(content) <= SMALL_FILE else None  # devices have no size
     except OSError:
         return None
 

@@ -241,7 +241,8 @@ class ImageFolderDataset(Dataset):
     """The images of a listing, transformed.
 
     `dataset[i]` or `dataset[epoch, i]` gives a `Sample`. While the transform runs, the global generators of `random`,
-    NumPy and torch (CPU) are seeded from (seed, epoch, i); afterwards they are as before.
+    NumPy and torch (CPU) are seeded from (seed, epoch, i); afterwards they go on as before (NumPy's old
+    functions forget the second of a pair of normal numbers).
 
     Args:
         listing: what `scan` returned, or `shards.open_split`.

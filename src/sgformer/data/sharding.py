@@ -73,7 +73,7 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
         raise UserError(f"--shard-size must be above 0, got {shard_size}")
     if is_address(out):
         raise UserError(f"{out}: shards are written to a local folder; copy that to where it should be")
-    out = Path(out)
+    out = Path(out).absolute()  # `.` has no name to put beside it
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
     train, val = scan_splits(source)
@@ -193,8 +193,14 @@ def index_shards(root: str | os.PathLike) -> dict[str, Any]:
     return {"samples": samples, "classes": len(classes), "extra": dict(extra)}
 
 
+#: Class indices up to this many need no file that names them.
+MOST_CLASSES = 1_000_000
+
+
 def _class_names(store: Store, highest: int) -> list[str]:
     if "classes.txt" not in store.list(""):
+        if highest >= MOST_CLASSES:  # before a name is made for each
+            raise UserError(f"{store.name('')}: a .cls says {highest}: so many classes have to be named in classes.txt")
         return [str(i) for i in range(highest + 1)]
     where = store.name("classes.txt")
     try:

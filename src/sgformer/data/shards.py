@@ -64,7 +64,11 @@ def open_split(root: str | os.PathLike, split: str = "train", classes: Sequence[
     """
     if is_shards(root):
         return _listing(Index.read(root), split, classes)
-    if any((Path(root) / name).is_dir() and tars_in(Store(root), name) for name in SPLITS):
+    # Tars beside class folders are what a folder was unpacked from.
+    folders = [folder for name in SPLITS if (folder := Path(root) / name).is_dir()]
+    if not any(p.is_dir() for folder in folders for p in folder.iterdir()) and any(
+        tars_in(Store(root), folder.name) for folder in folders
+    ):
         raise UserError(f"{root}: tar shards without {INDEX}; make it with: sgformer data index {root}")
     return scan(root, split, classes)
 
