@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cat")
@@ -20,6 +21,15 @@ def make_photos(root: Path, train: int = 6, val: int = 3, classes: tuple[str, ..
                 pixels[..., number % 3] += 90
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+def tensors(value):
+    """All tensors in nested containers, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors(v)]
+    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 # A run that takes a second or two; everything random is on.

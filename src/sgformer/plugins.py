@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import zlib
 from pathlib import Path
 
 from sgformer.errors import UserError
@@ -38,7 +39,7 @@ def load() -> None:
         UserError: one is not there or fails; names the line.
     """
     for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        name = f"sgformer_plugin_{Path(path).stem}"
+        name = f"sgformer_plugin_{Path(path).stem}_{zlib.crc32(path.encode()):08x}"  # stems may be alike
         if getattr(sys.modules.get(name), "__file__", None) == path:
             continue
         spec = importlib.util.spec_from_file_location(name, path)

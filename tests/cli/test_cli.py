@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from photos import make_photos
 
+from sgformer import plugins
 from sgformer.cli import COMMANDS, main
 
 pytest.importorskip("lightning")
@@ -306,3 +307,14 @@ def test_a_bad_plugin_is_a_line(tmp_path, monkeypatch, capsys, name, content, wo
     assert main(["--plugin", str(tmp_path / name), "convert"]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_plugins_of_one_name_are_each_run_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGFORMER_PLUGINS", "")
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"open({str(tmp_path / 'runs.txt')!r}, 'a').write({folder!r})")
+        plugins.add(tmp_path / folder / "mine.py")
+    plugins.load()
+    plugins.load()
+    assert (tmp_path / "runs.txt").read_text() == "ab"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import make_photos
+from photos import make_photos, tensors
 
 from sgformer.api import evaluate, train_classifier
 from sgformer.checkpoint import read_safetensors
@@ -57,15 +57,6 @@ def losses(run):
 
 def state(run):
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-
-
-def tensors(value):
-    """All tensors in nested containers, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in tensors(v)]
-    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 # The sums of a gradient over four images are taken in another order: single precision's last bits.

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from photos import QUICK, make_photos
+from photos import QUICK, make_photos, tensors
 
 from sgformer.api import evaluate, train_classifier
 from sgformer.data.sharding import make_shards
@@ -25,15 +25,6 @@ def shards(photos, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_the_folder(photos, tmp_path_factory):
     return train_classifier(data=str(photos), run=str(tmp_path_factory.mktemp("run") / "run"), max_steps=6, **QUICK)
-
-
-def tensors(value):
-    """All tensors in nested containers, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in tensors(v)]
-    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])

@@ -220,24 +220,18 @@ class Desk:
             self.waiting -= 1
 
 
-def _has_images(place: Path) -> bool:
-    """Whether a folder of a run's data holds image files: tar shards lie in folders of the same names."""
-    try:
-        return place.is_dir() and next(find_images([place]), None) is not None
-    except UserError:
-        return False
-
-
 def _examples(weights: Path, folder: str | None) -> list[Path]:
     """Images spread over a folder, over the validation images of a run, or one that a package brings along."""
-    places = [Path(folder)] if folder else []
+    found = list(find_images([folder])) if folder else []
     config = (weights if weights.is_dir() else weights.parent) / "config.yaml"
     if not folder and config.is_file():
         with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's file after all
             data = Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data")))
-            places = [p for p in (data / "val", data / "val2017", data / "images" / "validation") if _has_images(p)]
-    if not places:
-        data = Path(require("matplotlib", extra="train").get_data_path())
-        places = [p for p in (data / "sample_data" / "grace_hopper.jpg",) if p.is_file()]
-    found = [path for path in find_images(places[:1]) if isinstance(path, Path)]
-    return [found[i * len(found) // EXAMPLES] for i in range(EXAMPLES)] if len(found) > EXAMPLES else found
+            for place in (data / "val", data / "val2017", data / "images" / "validation"):
+                with contextlib.suppress(UserError):  # full of tar shards
+                    found = found or (list(find_images([place])) if place.is_dir() else [])
+    if not found:
+        brought = Path(require("matplotlib", extra="train").get_data_path()) / "sample_data" / "grace_hopper.jpg"
+        found += [brought] if brought.is_file() else []
+    paths = [path for path in found if isinstance(path, Path)]
+    return [paths[i * len(paths) // EXAMPLES] for i in range(EXAMPLES)] if len(paths) > EXAMPLES else paths

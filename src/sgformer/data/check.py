@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from sgformer.data.image import probe_image, read_image
 from sgformer.data.imagefolder import Listing, list_split, some
+from sgformer.data.processes import end_with_parent
 from sgformer.data.progress import track
 from sgformer.data.shards import Index, is_shards
 from sgformer.errors import UserError
@@ -233,6 +234,7 @@ class _Reader:
 
     @classmethod
     def set(cls, listing: Listing, decode: bool) -> None:
+        end_with_parent()
         cls.task = listing, decode
 
     @classmethod

@@ -21,7 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -35,7 +34,9 @@ import PIL
 from PIL import Image, ImageDraw, ImageFilter
 
 from sgformer.data.image import read_image
+from sgformer.data.processes import end_with_parent
 from sgformer.data.progress import track
+from sgformer.data.store import appearing
 from sgformer.errors import UserError, require
 
 #: Where each copied form begins in `load_digits()`, and the end.
@@ -166,10 +167,7 @@ def make_scenes(
         raise UserError(f"{out}: exists and is not an empty folder; name another, or remove it")
 
     sources = {split: load_sources(split, sprites) for split in SPLITS}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        part.mkdir()
+    with appearing(out) as part:
         for split, count in counts.items():
             _make_folders(part, layout, split, sources[split].classes)
             write = partial(_write_scene, part, layout, split, image_size, seed)
@@ -184,11 +182,6 @@ def make_scenes(
             lines = ["Idx\tName", *(f"{i}\t{name}" for i, name in enumerate(sources["train"].classes, 1))]
             (part / "classes.txt").write_text("\n".join(lines) + "\n")
         _write_json(part / "scenes.json", _provenance(sources, counts, image_size, seed, layout, sprites), indent=2)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -482,6 +475,7 @@ _worker_sources: Sources
 
 def _start_worker(split: str, sprites: str | None) -> None:
     global _worker_sources
+    end_with_parent()
     _worker_sources = load_sources(split, sprites)
 
 

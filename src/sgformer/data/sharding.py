@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tarfile
 import zlib
 from collections import Counter
@@ -22,10 +21,12 @@ from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, scan_splits, some
 from sgformer.data.progress import track
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
-from sgformer.data.store import Store, first_line, is_address, unreadable
+from sgformer.data.store import Store, appearing, first_line, is_address, printable, unreadable
 from sgformer.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
+#: Class indices below this need no file that names them.
+MOST_CLASSES = 1_000_000
 #: A member of a shard is KEY.KIND; as in WebDataset, KEY ends at the first dot of the last part.
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
@@ -77,17 +78,9 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
     train, val = scan_splits(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        part.mkdir()
+    with appearing(out) as part:
         splits = {listing.split: _write_split(listing, part / listing.split, shard_size) for listing in (train, val)}
         write_index(Store(part), train.classes, splits)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -193,14 +186,10 @@ def index_shards(root: str | os.PathLike) -> dict[str, Any]:
     return {"samples": samples, "classes": len(classes), "extra": dict(extra)}
 
 
-#: Class indices up to this many need no file that names them.
-MOST_CLASSES = 1_000_000
-
-
 def _class_names(store: Store, highest: int) -> list[str]:
     if "classes.txt" not in store.list(""):
         if highest >= MOST_CLASSES:  # before a name is made for each
-            raise UserError(f"{store.name('')}: a .cls says {highest}: so many classes have to be named in classes.txt")
+            raise UserError(f"{store.name()}: a .cls says {highest}: so many classes have to be named in classes.txt")
         return [str(i) for i in range(highest + 1)]
     where = store.name("classes.txt")
     try:
@@ -307,5 +296,4 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _shown(text: str) -> str:
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")

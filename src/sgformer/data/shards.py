@@ -31,8 +31,8 @@ import numpy as np
 from PIL import Image
 
 from sgformer.data.image import read_image
-from sgformer.data.imagefolder import Listing, scan, some
-from sgformer.data.store import Store, first_line, is_address, unreadable
+from sgformer.data.imagefolder import Listing, scan, scan_splits, some
+from sgformer.data.store import Store, first_line, is_address, printable, unreadable
 from sgformer.errors import StalledError, UserError
 
 INDEX = "shards.json"
@@ -64,12 +64,7 @@ def open_split(root: str | os.PathLike, split: str = "train", classes: Sequence[
     """
     if is_shards(root):
         return _listing(Index.read(root), split, classes)
-    # Tars beside class folders are what a folder was unpacked from.
-    folders = [folder for name in SPLITS if (folder := Path(root) / name).is_dir()]
-    if not any(p.is_dir() for folder in folders for p in folder.iterdir()) and any(
-        tars_in(Store(root), folder.name) for folder in folders
-    ):
-        raise UserError(f"{root}: tar shards without {INDEX}; make it with: sgformer data index {root}")
+    _refuse_lone_tars(root)
     return scan(root, split, classes)
 
 
@@ -80,13 +75,22 @@ def open_splits(root: str | os.PathLike) -> tuple[Listing, Listing]:
         UserError: as `open_split`.
     """
     if not is_shards(root):
-        train = open_split(root, "train")
-        return train, scan(root, "val", train.classes)
+        _refuse_lone_tars(root)
+        return scan_splits(root)
     index = Index.read(root)
     train = _listing(index, "train", None)
     if lacking := [name for name, count in zip(train.classes, train.counts(), strict=True) if not count]:
         raise UserError(f"{index.store.name('train')}: classes without an image ({len(lacking)}): {some(lacking)}")
     return train, _listing(index, "val", None)
+
+
+def _refuse_lone_tars(root: str | os.PathLike) -> None:
+    """Tell of shards that have no index. Tars beside class folders are what those were unpacked from."""
+    folders = [folder for name in SPLITS if (folder := Path(root) / name).is_dir()]
+    if any(path.is_dir() for folder in folders for path in folder.iterdir()):
+        return
+    if any(tars_in(Store(root), folder.name) for folder in folders):
+        raise UserError(f"{root}: tar shards without {INDEX}; make it with: sgformer data index {root}")
 
 
 def _listing(index: Index, split: str, classes: Sequence[str] | None) -> ShardFolder:
@@ -141,9 +145,7 @@ class ShardFolder:
 
     def path(self, index: int) -> str:
         """What messages call image `index`: its shard, and its name."""
-        name = self.paths[index]
-        shown = name if name.isprintable() else ascii(name)[1:-1]
-        return f"{self.store.name(self.shards[self.places[index, 0]].file)}:{shown}"
+        return f"{self.store.name(self.shards[self.places[index, 0]].file)}:{printable(self.paths[index])}"
 
     def counts(self) -> list[int]:
         """Images per class, in the order of `classes`."""

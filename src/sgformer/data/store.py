@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -196,11 +197,35 @@ class Store:
                     os.close(handle)
 
 
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to fill, beside `out`, whose place it takes when the block has ended well; else it is removed.
+
+    Args:
+        out: not there, or an empty folder.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        part.mkdir()
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def unreadable(name: str, error: BaseException) -> StalledError:
     """The error of a file that did not come."""
     if isinstance(error, FileNotFoundError):
         return StalledError(f"{name}: no such file")
     return StalledError(f"{name}: cannot be read ({first_line(error)})")
+
+
+def printable(text: str) -> str:
+    """A name from a file of a stranger's, fit for a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def first_line(error: BaseException) -> str:

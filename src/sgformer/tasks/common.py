@@ -49,9 +49,10 @@ class NetworkTask(L.LightningModule):
         if mesh is None or self.whole is not None:
             return
         network = self.model
+        # A copy with plain batch norms: those that are tied together would wait for the other processes.
+        object.__setattr__(self, "whole", copy.deepcopy(network).requires_grad_(False))  # no submodule, see above
         if mesh.device_type == "cuda" and mesh.size() > 1:  # as DDP does, which this strategy leaves to us
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        object.__setattr__(self, "whole", copy.deepcopy(self.model).requires_grad_(False))  # no submodule, see above
         self.model = share_out(network, mesh["data_parallel"])
 
     def gather(self, averaged: bool = True) -> None:
@@ -63,15 +64,13 @@ class NetworkTask(L.LightningModule):
         if self.whole is None:
             return
         source = self._eval_model[0] if averaged and self._eval_model else self.model
-        values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-        places = {**dict(self.whole.named_parameters()), **dict(self.whole.named_buffers())}
-        for name, place in places.items():
-            value = full(values[name].detach())
-            if name not in dict(
-                source.named_parameters()
-            ):  # every process has statistics of its own: the first's count
-                torch.distributed.broadcast(value, 0)
-            place.copy_(value)
+        parameters, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+        for name, weight in self.whole.named_parameters():
+            weight.copy_(full(parameters[name].detach()))
+        for name, statistic in self.whole.named_buffers():
+            value = full(buffers[name].detach())
+            torch.distributed.broadcast(value, 0)  # every process has statistics of its own: the first's count
+            statistic.copy_(value)
         self.whole.eval()
 
     @contextmanager

@@ -132,13 +132,11 @@ class WholeNetwork(Callback):
     """Fills the network that validation runs where weights are shared out; on its device only while it is needed."""
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
-        if task.whole is not None:
-            task.whole.to(trainer.strategy.root_device)
-            task.gather()
+        task.whole.to(trainer.strategy.root_device)
+        task.gather()
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
-        if task.whole is not None:
-            task.whole.to("cpu")
+        task.whole.to("cpu")
 
 
 class SameStart(Callback):
