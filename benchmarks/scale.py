@@ -27,10 +27,6 @@ from sgformer.tasks.detect import Detector
 from sgformer.tasks.pyramid import pyramid_backbone
 from sgformer.tasks.segment import Segmenter
 
-#: Kernels that optimiser and average take of every tensor are few, as they take all tensors at once.
-NO_KERNEL = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach",
-             "split", "alias", "unbind", "as_strided", "unfold", "t.default", "empty", "chunk")  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -66,19 +62,19 @@ class Machine:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operations that start a kernel."""
+    """Counts operations that start a kernel. Optimiser and average start few, as they take all tensors at once."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(str(func).removeprefix("aten.").startswith(name) for name in NO_KERNEL):
+        if not func.is_view and "empty" not in str(func):
             self.count += 1
         return func(*args, **(kwargs or {}))
 
 
-def backward_of_convolution(_: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None, **__: Any) -> int:
+def backward_of_convolution(out: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
     """Two convolutions as large as the one forward; torch 2.15 counts grouped ones as if they were dense."""
-    out, transposed = _, rest[4]
+    transposed = rest[4]
     positions = math.prod((x if transposed else out)[2:])
     return 2 * x[0] * positions * math.prod(weight) * 2
 

@@ -28,7 +28,18 @@ def test_recipes_hold(path):
 def test_the_questions_asked_are_answered():
     names = {p.stem: set(ab.read_ablation(p).variants) for p in RECIPES}
     assert {"paper", "coarse", "fine", "uniform", "random", "inverted"} <= names["significance"]
-    assert {"rates", "tokens", "segment_significance"} <= set(names)
+    assert {"rates", "tokens", "segment_significance", "segment_rates", "segment_tokens"} <= set(names)
+
+
+def test_dense_runs_start_from_the_classifier_with_the_same_change():
+    """Its folder is where the classification recipes put it, and holds a network with the same settings."""
+    read = {p.stem: ab.read_ablation(p) for p in RECIPES}
+    for question in ("significance", "rates", "tokens"):
+        classify, dense = read[question], read[f"segment_{question}"]
+        for variant in dense.variants:
+            config = dense.config(variant, 2)
+            assert Path(config.weights) == ab.run_folder(Path("ablations/fashion"), variant, 2)
+            assert classify.variants[variant] == dense.variants[variant]
 
 
 def write(folder, **changes):

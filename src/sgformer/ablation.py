@@ -12,6 +12,9 @@
       significance: [hybrid, uniform]
       aggregation: [linear, mean]
 
+`{variant}` and `{seed}` in an option stand for a run's own, as its folder has them: with
+`weights: FOLDER/runs/{variant}-{seed}` each run of a dense task starts from the classifier of the same change and seed.
+
 Every run is a process of its own, so that none inherits anything of another; a run that is finished is not made again,
 one that was stopped goes on. The score is that of the last epoch, not of the best one: the best of several looks at the
 validation images would be chosen by them.
@@ -75,8 +78,11 @@ class Ablation:
 
     def config(self, variant: str, seed: int) -> RunConfig:
         """The settings of a run."""
-        kind = config_class(self.task)
-        return make_config(kind, {**self.common, **self.variants[variant], "seed": seed})
+        options = {**self.common, **self.variants[variant]}
+        for name, value in options.items():
+            if isinstance(value, str):
+                options[name] = value.replace("{variant}", _plain(variant)).replace("{seed}", str(seed))
+        return make_config(config_class(self.task), {**options, "seed": seed})
 
 
 @dataclass

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sgformer.backbone import SGFormer
 from sgformer.config import VARIANTS, SGFormerConfig
-from sgformer.errors import UserError
+from sgformer.errors import UserError, first_line
 from sgformer.layers import resize_table
 
 FORMAT = "sgformer"
@@ -120,7 +120,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safe_open(path, framework="pt") as f:
             yield f
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: not a readable safetensors file ({_first_line(e)})") from None
+        raise UserError(f"{path}: not a readable safetensors file ({_first_sentence(e)})") from None
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def load_model(path: str | os.PathLike[str], **overrides: Any) -> SGFormer:
         stored = SGFormerConfig.from_dict(json.loads(header["config"]))
         metadata = json.loads(header.get("metadata", "{}"))
     except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path}: its config cannot be read ({_first_line(e)})") from None
+        raise UserError(f"{path}: its config cannot be read ({_first_sentence(e)})") from None
     try:
         config = stored.replace(**overrides)
     except (ValueError, TypeError) as e:
@@ -404,11 +404,11 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as e:
         if m := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise UserError(f"{path}: refused, because loading it would run code ({m[1]})") from None
-        raise UserError(f"{path}: not a readable checkpoint ({_first_line(e)})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({_first_sentence(e)})") from None
     except UserError:
         raise
     except Exception as e:  # torch's readers fail in a zoo of ways on broken files
-        raise UserError(f"{path}: cut short or damaged ({_first_line(e)})") from None
+        raise UserError(f"{path}: cut short or damaged ({_first_sentence(e)})") from None
 
 
 def _table_from_released(table: Tensor, source: str) -> Tensor:
@@ -428,5 +428,5 @@ def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]
+def _first_sentence(error: BaseException) -> str:
+    return first_line(error).split(". ")[0]

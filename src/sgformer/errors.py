@@ -28,6 +28,17 @@ class StalledError(UserError):
     """
 
 
+class MissingError(StalledError):
+    """There is no such file."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library or of the system says, short enough to be part of a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[0].split())[:200]
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sgformer.answers import SHOWN, Detections, Prediction, Segments, coco_result, find_images, named, open_image
 from sgformer.data.image import fit_size, short_and_longest
-from sgformer.errors import UserError, require
+from sgformer.errors import UserError, first_line, require
 
 Images = str | os.PathLike[str] | Image.Image | Sequence[str | os.PathLike[str] | Image.Image]
 
@@ -49,7 +49,7 @@ class ExportedNetwork:
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no common base for what it raises
-            raise UserError(f"{path}: not an ONNX file that can be run ({_first_line(error)})") from None
+            raise UserError(f"{path}: not an ONNX file that can be run ({first_line(error)})") from None
         stored = self.session.get_modelmeta().custom_metadata_map
         if "sgformer" not in stored:
             raise UserError(f"{path}: was not written by sgformer export, so how to prepare images is not known")
@@ -317,7 +317,3 @@ def _name(source: Path | Image.Image, number: int) -> str:
 def _softmax(x: np.ndarray, axis: int) -> np.ndarray:
     shifted = np.exp(x - x.max(axis, keepdims=True))
     return shifted / shifted.sum(axis, keepdims=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

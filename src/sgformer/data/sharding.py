@@ -21,8 +21,8 @@ from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, scan_splits, some
 from sgformer.data.progress import track
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
-from sgformer.data.store import Store, appearing, first_line, is_address, printable, unreadable
-from sgformer.errors import UserError
+from sgformer.data.store import Store, appearing, is_address, printable, unreadable
+from sgformer.errors import UserError, first_line
 
 BLOCK = tarfile.BLOCKSIZE
 #: Class indices below this need no file that names them.
@@ -94,8 +94,7 @@ def _write_split(listing: ImageFolder, folder: Path, shard_size: int) -> list[di
         for index in track(order, len(order), f"packing {listing.split}"):
             name, target = listing.paths[index], listing.targets[index]
             data = listing.path(index).read_bytes()
-            needed = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in (len(data), BLOCK, BLOCK))
-            if writer is not None and writer.file.length + needed > shard_size * 10**6:
+            if writer is not None and writer.length_with(name, target, data) > shard_size * 10**6:
                 shards.append(writer.close())
                 writer = None
             if writer is None:
@@ -118,11 +117,19 @@ class _Writer:
         self.tar = tarfile.TarFile(fileobj=cast(IO[bytes], self.file), mode="w", format=tarfile.USTAR_FORMAT)
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
+    @staticmethod
+    def _members(name: str, target: int, data: bytes) -> dict[str, bytes]:
+        about = {".cls": str(target).encode(), ".json": json.dumps({"name": name}).encode()}
+        return {os.path.splitext(name)[1].lower(): data, **about}
+
+    def length_with(self, name: str, target: int, data: bytes) -> int:
+        """Bytes of the whole file, were this its last sample."""
+        more = sum(BLOCK + _padded(len(one), BLOCK) for one in self._members(name, target, data).values())
+        return _padded(self.file.length + more + 2 * BLOCK, tarfile.RECORDSIZE)  # two empty blocks are the end mark
+
     def add(self, key: str, name: str, target: int, data: bytes) -> None:
         """One sample."""
-        offset = self._member(key + os.path.splitext(name)[1].lower(), data)
-        self._member(f"{key}.cls", str(target).encode())
-        self._member(f"{key}.json", json.dumps({"name": name}).encode())
+        offset, *_ = [self._member(key + kind, one) for kind, one in self._members(name, target, data).items()]
         values = (name, target, offset, len(data), zlib.crc32(data))
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
@@ -132,13 +139,17 @@ class _Writer:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self.tar.addfile(member, io.BytesIO(data))
-        return self.file.length - -(-len(data) // BLOCK) * BLOCK
+        return self.file.length - _padded(len(data), BLOCK)
 
     def close(self) -> dict[str, Any]:
         """End the file; returns what the index says of it."""
         self.tar.close()
         self.raw.close()
         return _about(self.path.name, self.file, self.columns)
+
+
+def _padded(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
 
 
 def _about(name: str, file: _Hashed, columns: Mapping[str, list[Any]]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from PIL import Image
 
 from sgformer.data.image import read_image
 from sgformer.data.imagefolder import Listing, scan, scan_splits, some
-from sgformer.data.store import Store, first_line, is_address, printable, unreadable
-from sgformer.errors import StalledError, UserError
+from sgformer.data.store import Store, is_address, printable, unreadable
+from sgformer.errors import MissingError, StalledError, UserError, first_line
 
 INDEX = "shards.json"
 FORMAT, VERSION = "sgformer shards", 1
@@ -240,13 +240,11 @@ class Index:
         name = store.name(INDEX)
         try:
             data = store.read(INDEX)
-        except StalledError as error:
-            if "no such file" in str(error):
-                raise UserError(
-                    f"{error}; convert a folder with sgformer data shards, or make it for shards that are there with: "
-                    f"sgformer data index {root}"
-                ) from None
-            raise
+        except MissingError as error:
+            raise UserError(
+                f"{error}; convert a folder with sgformer data shards, or make it for shards that are there with: "
+                f"sgformer data index {root}"
+            ) from None
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sgformer.data.image import in_time
-from sgformer.errors import StalledError, UserError, require
+from sgformer.errors import MissingError, StalledError, UserError, first_line, require
 
 MOST_OPEN = 64  # files that a process keeps open
 
@@ -219,16 +219,10 @@ def appearing(out: Path) -> Iterator[Path]:
 def unreadable(name: str, error: BaseException) -> StalledError:
     """The error of a file that did not come."""
     if isinstance(error, FileNotFoundError):
-        return StalledError(f"{name}: no such file")
+        return MissingError(f"{name}: no such file")
     return StalledError(f"{name}: cannot be read ({first_line(error)})")
 
 
 def printable(text: str) -> str:
     """A name from a file of a stranger's, fit for a terminal."""
     return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough to be part of a line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((text or type(error).__name__).split())[:200]

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import NAME_TO_OP
-from timm.data.transforms import MaybeToTensor
-from torchvision.transforms import Compose, Normalize
+from timm.data.transforms import MaybeToTensor, ResizeKeepRatio
+from torchvision.transforms import Compose, InterpolationMode, Normalize
 
 from sgformer.errors import UserError
 
@@ -83,7 +83,11 @@ def eval_transform(image_size: tuple[int, int], crop_pct: float = 0.9) -> Transf
     Returns:
         PIL RGB image -> float32 (3, height, width).
     """
-    return _fused(create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct, mean=MEAN, std=STD))
+    transform = create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct, mean=MEAN, std=STD)
+    for step in transform.transforms:
+        if isinstance(step, ResizeKeepRatio):  # of sides that differ; older versions of timm resize these bilinearly
+            step.interpolation = InterpolationMode.BICUBIC
+    return _fused(transform)
 
 
 class ToNormalizedTensor:
