@@ -266,6 +266,32 @@ with open(os.path.join(os.path.dirname(__file__), "runs.txt"), "a") as file:
 
 
 @pytest.mark.slow
+def test_the_example_of_a_plugin_trains(photos, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sgformer",
+        "--plugin",
+        str(ROOT / "examples" / "swin_nano.py"),
+        "train",
+        "classify",
+    ]
+    options = [
+        "--data",
+        str(photos),
+        *QUICK,
+        "--model",
+        "swin_nano",
+        "--coarse",
+        "global",
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    subprocess.run([*command, *options], check=True)
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+@pytest.mark.slow
 def test_a_plugin_is_run_by_every_process_of_a_command(photos, tmp_path, monkeypatch):
     """`ablate` starts its runs as processes of their own; weights remember the name, not the file."""
     monkeypatch.setenv("SGFORMER_PLUGINS", "")

@@ -31,7 +31,7 @@ def build_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=num_classes, **options)
     except TypeError as error:
-        raise UserError(f"model {name!r} does not take {', '.join(options)}: {error}") from None
+        raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
 
 
 class ClassificationTask(NetworkTask):

@@ -202,7 +202,7 @@ def _fresh(name: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=0, **options)
     except TypeError as error:
-        raise UserError(f"model {name!r} does not take {', '.join(options)}: {error}") from None
+        raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
 
 
 def _with_weights(name: str, weights: str | os.PathLike[str], **options: Any) -> nn.Module:
