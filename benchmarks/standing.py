@@ -84,7 +84,7 @@ RUNNERS = {
     "memory": memory,
     "compile": lambda folder: script("compile_time.py"),
     "detection": lambda folder: script("detection_memory.py"),
-    "data": lambda folder: script("data.py"),
+    "data": lambda folder: script("data.py", "--rounds", "15", "--images", "100"),
 }
 
 
