@@ -53,9 +53,9 @@ def training_rate(name: str, image_size: int, batch: int = 2, steps: int = 3) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", nargs="*", default=[], help="networks of ours whose training step is timed, too")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sgformer.bench import Case, run
-from sgformer.bench.cases import Unsupported
+from sgformer.bench.cases import EXPORTED, Unsupported
 from sgformer.bench.memory import peak_memory
 from sgformer.bench.report import Progress, draw, machine, print_table, row
 
 ROOT = Path(__file__).parent.parent
 OURS, SMALL = "sgformer_s", "sgformer_n"
 PLAIN, SWIN, PVT = "plain_s", "swin_tiny_patch4_window7_224", "pvt_v2_b2"
-EXPORTED = ("openvino", "onnxruntime")
 PARTS = ("inference", "training", "growth", "memory", "compile", "detection", "data")
 MIB = 2**20
 
@@ -84,7 +83,7 @@ RUNNERS = {
     "memory": memory,
     "compile": lambda folder: script("compile_time.py"),
     "detection": lambda folder: script("detection_memory.py"),
-    "data": lambda folder: script("data.py", "--rounds", "15", "--images", "100"),
+    "data": lambda folder: script("data.py"),
 }
 
 

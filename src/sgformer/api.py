@@ -25,7 +25,7 @@ from sgformer.errors import UserError, require
 from sgformer.training.config import ClassifyConfig, Config, dashed, make_config, read_yaml
 from sgformer.training.device import find_device
 from sgformer.training.run_folder import RunFolder, shown_log
-from sgformer.training.weights import load_weights
+from sgformer.training.weights import build_model, load_weights
 
 if TYPE_CHECKING:
     from sgformer.training.fit import Job
@@ -176,8 +176,6 @@ def _scene_objects(listing: Any, index: int, transform: Any) -> np.ndarray | Non
 
 def _new_model(config: ClassifyConfig, classes: int) -> nn.Module:
     """The network to train: fresh, or from `config.weights` with its head kept if the number of classes fits."""
-    from sgformer.tasks.classify import build_model
-
     options: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if config.model in VARIANTS:
         options |= {"coarse": config.coarse, "img_size": config.image_hw, **config.guidance}

@@ -9,7 +9,8 @@ from torch import nn
 from sgformer.training.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
-from sgformer.tasks.classify import ClassificationTask, build_model  # noqa: E402
+from sgformer.tasks.classify import ClassificationTask  # noqa: E402
+from sgformer.training.weights import build_model  # noqa: E402
 
 
 def stub(classes=7):

@@ -105,13 +105,10 @@ def read_image(
 def _small_file(path: str | os.PathLike[str]) -> bytes | None:
     """The content of a file; None where it is too large to hold, or cannot be read, which opening it will explain."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size or SMALL_FILE  # devices have none
-            if size > SMALL_FILE:
-                return None
-            content = file.read(size + 1)  # no more: memory for a large file costs a tenth of decoding a small one
-            while content and len(content) <= size and (more := file.read(size + 1 - len(content))):
-                content += more
+            # No more than that: memory for a large file costs a tenth of decoding a small one.
+            content = file.read(size + 1) if size <= SMALL_FILE else None
         return content if content is not None and len(content) <= size else None
     except OSError:
         return None

@@ -93,13 +93,13 @@ def _write_split(listing: ImageFolder, folder: Path, shard_size: int) -> list[di
     try:
         for index in track(order, len(order), f"packing {listing.split}"):
             name, target = listing.paths[index], listing.targets[index]
-            data = listing.path(index).read_bytes()
-            if writer is not None and writer.length_with(name, target, data) > shard_size * 10**6:
+            members = _members(name, target, listing.path(index).read_bytes())
+            if writer is not None and writer.length_with(members) > shard_size * 10**6:
                 shards.append(writer.close())
                 writer = None
             if writer is None:
                 writer = _Writer(folder / f"{len(shards):06}.tar")
-            writer.add(f"{index:08}", name, target, data)
+            writer.add(f"{index:08}", name, target, members)
         if writer is not None:
             shards.append(writer.close())
     finally:
@@ -117,20 +117,16 @@ class _Writer:
         self.tar = tarfile.TarFile(fileobj=cast(IO[bytes], self.file), mode="w", format=tarfile.USTAR_FORMAT)
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
-    @staticmethod
-    def _members(name: str, target: int, data: bytes) -> dict[str, bytes]:
-        about = {".cls": str(target).encode(), ".json": json.dumps({"name": name}).encode()}
-        return {os.path.splitext(name)[1].lower(): data, **about}
-
-    def length_with(self, name: str, target: int, data: bytes) -> int:
+    def length_with(self, members: Mapping[str, bytes]) -> int:
         """Bytes of the whole file, were this its last sample."""
-        more = sum(BLOCK + _padded(len(one), BLOCK) for one in self._members(name, target, data).values())
+        more = sum(BLOCK + _padded(len(data), BLOCK) for data in members.values())
         return _padded(self.file.length + more + 2 * BLOCK, tarfile.RECORDSIZE)  # two empty blocks are the end mark
 
-    def add(self, key: str, name: str, target: int, data: bytes) -> None:
-        """One sample."""
-        offset, *_ = [self._member(key + kind, one) for kind, one in self._members(name, target, data).items()]
-        values = (name, target, offset, len(data), zlib.crc32(data))
+    def add(self, key: str, name: str, target: int, members: Mapping[str, bytes]) -> None:
+        """One sample, by `_members`."""
+        offset, *_ = [self._member(key + kind, data) for kind, data in members.items()]
+        image, *_ = members.values()
+        values = (name, target, offset, len(image), zlib.crc32(image))
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
 
@@ -146,6 +142,12 @@ class _Writer:
         self.tar.close()
         self.raw.close()
         return _about(self.path.name, self.file, self.columns)
+
+
+def _members(name: str, target: int, image: bytes) -> dict[str, bytes]:
+    """A sample's members by their kinds, the image first."""
+    about = {".cls": str(target).encode(), ".json": json.dumps({"name": name}).encode()}
+    return {os.path.splitext(name)[1].lower(): image, **about}
 
 
 def _padded(length: int, unit: int) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 import torchmetrics
@@ -18,20 +17,6 @@ from torch import Tensor, nn
 from sgformer.errors import UserError
 from sgformer.tasks.common import NetworkTask
 from sgformer.training.config import ClassifyConfig, nearest
-
-
-def build_model(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """A network of timm's registry, `sgformer_*` included, with a fresh head for `num_classes`.
-
-    Raises:
-        UserError: no such name (the nearest one is given), or the network does not take an option.
-    """
-    if not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
-    try:
-        return timm.create_model(name, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
 
 
 class ClassificationTask(NetworkTask):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from json import dumps
 from typing import Any
 
@@ -16,8 +17,7 @@ from sgformer import checkpoint
 from sgformer.backbone import SGFormer
 from sgformer.config import VARIANTS, SGFormerConfig
 from sgformer.errors import UserError
-from sgformer.training.config import nearest
-from sgformer.training.weights import find_weights, load_weights
+from sgformer.training.weights import build_model, find_weights, load_weights
 
 STRIDES = (4, 8, 16, 32)
 DENSE = "sgformer-dense"  # the "format" of files that hold a backbone with its heads
@@ -192,17 +192,10 @@ def _options(name: str, drop_path: float, coarse: str | None, guidance: Mapping[
 
 
 def _fresh(name: str, **options: Any) -> nn.Module:
-    if not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
-    if name not in VARIANTS:
-        try:  # window transformers of timm insist on their training size unless told otherwise
+    if name not in VARIANTS and timm.is_model(name):
+        with suppress(TypeError):  # window transformers of timm insist on their training size unless told otherwise
             return timm.create_model(name, num_classes=0, strict_img_size=False, **options)
-        except TypeError:
-            pass
-    try:
-        return timm.create_model(name, num_classes=0, **options)
-    except TypeError as error:
-        raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
+    return build_model(name, 0, **options)
 
 
 def _with_weights(name: str, weights: str | os.PathLike[str], **options: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from sgformer.errors import UserError
+from sgformer.errors import UserError, first_line
 
 SEAL = b"sgformer blake2b "  # and 64 hexadecimal digits: of everything before
 LENGTH = len(SEAL) + 64
@@ -88,8 +88,7 @@ def read_step(path: Path) -> int:
     try:
         return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
     except Exception as error:  # a ZIP archive that holds anything else fails in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
 
 
 def publish(unfinished: Path, path: Path, previous: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from sgformer import checkpoint
 from sgformer.backbone import SGFormer
 from sgformer.errors import UserError
+from sgformer.training.config import nearest
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")
 TIMM = "timm"  # the "format" of files that hold another model of timm's registry
@@ -56,6 +57,20 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What was saved beside the weights, without reading those; empty for released files. Path: see `find_weights`."""
     path = find_weights(path)
     return checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}
+
+
+def build_model(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """A network of timm's registry, `sgformer_*` included, with a fresh head for `num_classes`.
+
+    Raises:
+        UserError: no such name (the nearest one is given), or the network does not take an option.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
 
 
 def load_weights(
