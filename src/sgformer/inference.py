@@ -14,16 +14,25 @@ import torch.nn as nn
 from torch import Tensor
 
 from sgformer.backbone import SGFormer
+from sgformer.fused import FoldedMlp, InplaceGELU, PackedLinear, make_native
 from sgformer.layers import Mlp
+from sgformer.ops import native as kernels
 
 
-def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False, dynamic: bool = False) -> SGFormer:
+def optimize(
+    model: SGFormer,
+    pack: bool | None = None,
+    compile: bool = False,
+    dynamic: bool = False,
+    native: bool | None = None,
+) -> SGFormer:
     """A copy of a network that infers faster and computes the same function. The original is left as it is.
 
     The copy is frozen and in evaluation mode, and ``x + depthwise(x)`` of every MLP is one convolution. Where weights
     are packed, linear maps go to oneDNN in its own layout, bias within the kernel, and GELUs overwrite their input.
-    ``forward_features``, ``forward_intermediates`` and ``inspect`` work as before; training a packed copy, saving it
-    and moving it to another device do not: do that with the original, and prepare again.
+    Native kernels do the rest: attention that counts what keys receive, depthwise convolutions with their GELU, norms,
+    the condensing of tokens. ``forward_features``, ``forward_intermediates`` and ``inspect`` work as before; training a
+    packed copy, saving it and moving it to another device do not: do that with the original, and prepare again.
 
     Args:
         model: any SGFormer, in any mode and dtype, on the device where it will run.
@@ -34,11 +43,15 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False, d
         dynamic: with ``compile``, what was compiled serves other image sizes, too. Slower at the first call and, where
             windows tile the grid, afterwards. Only a batch of one and larger ones are compiled each for themselves, and
             stages of less than 20,480 numbers an image on the CPU, where torch takes another convolution.
+        native: whether packed networks use kernels that the machine's C++ compiler makes for its own processor, in two
+            seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
+            compiler (g++ or clang++ with OpenMP).
 
     Raises:
         TypeError: not an SGFormer.
         ValueError: ``pack=True`` where it is not possible, or with ``compile``; ``dynamic`` without ``compile``, or for
-            a network that has to know the size.
+            a network that has to know the size; ``native=True`` without packed weights.
+        sgformer.ops.native.UnavailableError: ``native=True``, and the kernels cannot be compiled here.
     """
     if not isinstance(model, SGFormer):
         raise TypeError(f"optimize prepares an SGFormer (got {type(model).__name__}); of a wrapper, pass what it wraps")
@@ -60,6 +73,12 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False, d
     if pack and not possible:
         raise ValueError(f"weights are packed on the CPU in float32 (got {first.dtype} on {first.device})")
     pack = possible and not compile if pack is None else pack
+    if native and not pack:
+        raise ValueError("native kernels are for packed weights, on the CPU in float32 (got native=True)")
+    if pack and native is not False:
+        native = _use_kernels(required=bool(native))
+    if native:
+        make_native(fast)
     for module in list(fast.modules()):
         for name, child in module.named_children():
             if isinstance(child, Mlp):
@@ -80,6 +99,16 @@ def optimize(model: SGFormer, pack: bool | None = None, compile: bool = False, d
     return fast
 
 
+def _use_kernels(required: bool) -> bool:
+    try:
+        kernels.library()
+    except kernels.UnavailableError:
+        if required:
+            raise
+        return False
+    return True
+
+
 def _compiled_for_all_grids(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Of tensors that begin with (B, H, W): compiled once for all H and W, which need not be the same."""
     compiled = torch.compile(forward)
@@ -90,34 +119,3 @@ def _compiled_for_all_grids(forward: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*args)
 
     return call
-
-
-class FoldedMlp(nn.Module):
-    """The MLP with ``x + depthwise(x)`` as one convolution."""
-
-    def __init__(self, mlp: Mlp):
-        super().__init__()
-        self.fc1, self.conv, self.act, self.fc2 = mlp.fc1, mlp.conv, nn.GELU(), mlp.fc2
-        self.conv.weight[:, :, 1, 1] += 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.conv(self.fc1(x))))
-
-
-class InplaceGELU(nn.Module):
-    """GELU that overwrites its input: one large tensor less to ask the system for."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_(x)
-
-
-class PackedLinear(nn.Module):
-    """A linear map with its weight in oneDNN's own layout, which saves the packing at every call."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

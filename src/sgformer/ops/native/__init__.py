@@ -1,0 +1,206 @@
+"""Operations compiled on this machine: what PyTorch has no good kernel for, fused, for inference on the CPU in float32.
+
+kernels.cpp is compiled by the machine's own C++ compiler the first time that someone asks for it (two seconds), for its
+own processor, and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here has a gradient, and nothing
+is a torch operator: :func:`sgformer.optimize` is what puts these functions into a network.
+
+Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d = C / h. All tensors are float32 and on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# No -ffast-math: rounding by a large constant, which exp() needs, would be optimised away.
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+LONGEST = 120  # seconds for the compiler
+
+
+class UnavailableError(RuntimeError):
+    """The kernels cannot be compiled here; one line says why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, compiled now if they are not in the cache.
+
+    Raises:
+        UnavailableError: there is no C++ compiler with OpenMP, it failed, or the result cannot be loaded.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))), None)
+    if compiler is None:
+        raise UnavailableError("there is no C++ compiler (tried $CXX, g++, c++, clang++)")
+    # Apple's processors and compilers know -mcpu only; x86 compilers mean something else by it.
+    machine = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    command = [compiler, *FLAGS, machine]
+    key = hashlib.sha256("\0".join([*command, _processor(), SOURCE.read_text()]).encode()).hexdigest()[:16]
+    file = _cache() / f"kernels-{key}.so"
+    try:
+        if not file.is_file():
+            _compile(command, file)
+        return _declare(ctypes.CDLL(str(file)))
+    except OSError as error:
+        raise UnavailableError(f"{file}: {error.strerror or error}") from error
+
+
+def _compile(command: Sequence[str], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first: processes that start together must not load what another has half written.
+    handle, name = tempfile.mkstemp(suffix=".so", dir=file.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, str(SOURCE), "-o", name], capture_output=True, text=True, timeout=LONGEST, check=False
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no reason given"]
+            raise UnavailableError(f"{command[0]} failed: {lines[0][:200]}")
+        os.replace(name, file)
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"{command[0]} gave no result within {LONGEST} s") from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
+
+
+def _processor() -> str:
+    """What decides which instructions there are: homes are shared between machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    p, n, f, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    for name, types in {
+        "depthwise_gelu": [p, n, n, n, n, p, p],
+        "depthwise_add": [p, n, p, n, n, n, n, p, p],
+        "layer_norm": [p, p, p, n, n, p, p, f],
+        "group_norm": [p, n, n, n, p, p, f, i],
+        "attend": [p, n, p, n, p, n, *[n] * 11, p],
+        "aggregate": [p, n, n, n, p, n, n, n, p, p, p, n, n],
+    }.items():
+        function = getattr(library, f"sgformer_{name}")
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def tap_major(weight: Tensor) -> Tensor:
+    """The kernel of a 3 x 3 depthwise convolution, (C, 1, 3, 3), as the functions here want it: (9, C)."""
+    return weight.detach().flatten(1).t().contiguous()
+
+
+def depthwise_gelu_(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of the depthwise convolution of (B, H, W, C), contiguous, in place; weight (9, C), bias (C,)."""
+    B, H, W, C = _contiguous(h).shape
+    library().sgformer_depthwise_gelu(h.data_ptr(), B, H, W, C, weight.data_ptr(), bias.data_ptr())
+    return h
+
+
+def depthwise_add_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``out`` (B, H, W, C), contiguous, plus the depthwise convolution of ``x``, its like or a slice of channels."""
+    B, H, W, C = _contiguous(out).shape
+    library().sgformer_depthwise_add(
+        x.data_ptr(), _row_stride(x), out.data_ptr(), B, H, W, C, weight.data_ptr(), bias.data_ptr()
+    )
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None) -> Tensor:
+    """LayerNorm over the last dimension; ``add`` is first added to ``x`` in place. All contiguous."""
+    out = torch.empty_like(_contiguous(x))
+    C = x.shape[-1]
+    more = None if add is None else _contiguous(add).data_ptr()
+    library().sgformer_layer_norm(
+        x.data_ptr(), more, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps
+    )
+    return out
+
+
+def group_norm_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
+    """GroupNorm with one group of (B, H, W, C), contiguous, in place, and a GELU where asked for."""
+    B, H, W, C = _contiguous(x).shape
+    library().sgformer_group_norm(x.data_ptr(), B, H * W, C, weight.data_ptr(), bias.data_ptr(), eps, gelu)
+    return x
+
+
+def attend_windows(
+    q: Tensor,
+    kv: Tensor,
+    heads: int,
+    q_window: tuple[int, int],
+    kv_window: tuple[int, int],
+    out: Tensor | None = None,
+    count: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`sgformer.ops.attend_windows`, with the output written to ``out``, which may be a slice of channels.
+
+    ``count=False``: what keys received is not wanted, and None is returned for it.
+    """
+    B, H, W, D = q.shape
+    Hk, Wk = kv.shape[1:3]
+    out = torch.empty(q.shape) if out is None else out
+    received = torch.empty(B, Hk, Wk) if count else None
+    library().sgformer_attend(
+        q.data_ptr(), _row_stride(q), kv.data_ptr(), _row_stride(kv), out.data_ptr(), _row_stride(out),
+        B, H, W, Hk, Wk, min(q_window[0], H), min(q_window[1], W), min(kv_window[0], Hk), min(kv_window[1], Wk),
+        heads, D // heads, None if received is None else received.data_ptr(),
+    )  # fmt: skip
+    return out, received
+
+
+def attend_few(q: Tensor, kv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
+    """Attention of queries (B, H, W, C) to keys and values (B, M, 2 C), to a like of the queries."""
+    M = kv.shape[1]
+    return attend_windows(q, kv[:, None], heads, (q.shape[1], q.shape[2]), (1, M), out, count=False)[0]
+
+
+def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
+    """:func:`sgformer.ops.aggregate`."""
+    B, N, C = _contiguous(x).shape
+    total = sum(group.shape[1] for group in groups)
+    out, at = torch.empty(B, total, C), 0
+    for group, weight, b in zip(groups, weights, bias, strict=True):
+        _, count, rate = group.shape
+        if group.stride()[1:] != (rate, 1):
+            group = group.contiguous()
+        library().sgformer_aggregate(
+            x.data_ptr(), B, N, C, group.data_ptr(), group.stride(0), count, rate,
+            weight.data_ptr(), b.data_ptr(), out.data_ptr(), total, at,
+        )  # fmt: skip
+        at += count
+    return out
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    if not x.is_contiguous():
+        raise ValueError(f"must be contiguous (got strides {x.stride()} of shape {tuple(x.shape)})")
+    return x
+
+
+def _row_stride(x: Tensor) -> int:
+    """Distance between tokens of (B, H, W, C), which must be a slice of channels of a contiguous tensor."""
+    B, H, W, C = x.shape
+    stride = x.stride(2) if W > 1 else x.stride(1) if H > 1 else x.stride(0) if B > 1 else C
+    expected = (H * W * stride, W * stride, stride, 1)
+    if any(n > 1 and s != e for n, s, e in zip(x.shape, x.stride(), expected, strict=True)):
+        raise ValueError(f"must be a slice of channels of (B, H, W, C) (got strides {x.stride()} of {tuple(x.shape)})")
+    return stride

@@ -1,0 +1,445 @@
+// The operations that oneDNN has no good kernel for, fused, for inference in float32 on the CPU.
+//
+// Plain C interface, so that no header of Python or torch is needed: sgformer/ops/native/__init__.py compiles this file in
+// seconds and calls it. Vectors are GCC's and Clang's own extension, 16 floats wide whatever the processor: where it has
+// narrower registers the compiler splits them. Parallel with OpenMP, whose runtime torch has loaded already.
+//
+// Legend: B batch, H x W token grid, N tokens, C channels, h heads, d channels of a head. Tokens are (B, H, W, C); a "row
+// stride" is the distance, in floats, from one token to the next, so that slices of a wider tensor need no copy.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int L = 16;  // floats in a vector
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+typedef int64_t Index;
+
+inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline vec load(const float* p, int n) {  // the first n, then zeros
+  vec v = {};
+  std::memcpy(&v, p, 4 * n);
+  return v;
+}
+inline void store(float* p, vec v, int n) { std::memcpy(p, &v, 4 * n); }
+// GCC would rather read an operand from memory again for every use; loads, not arithmetic, would then be the limit.
+#ifdef __AVX512F__
+inline void in_register(vec& v) { asm("" : "+v"(v)); }
+#else
+inline void in_register(vec&) {}
+#endif
+inline vec fill(float x) { return vec{} + x; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec smaller(vec a, vec b) { return a < b ? a : b; }
+const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline float sum(vec v) {
+  float s = 0;
+  for (int i = 0; i < L; i++) s += v[i];
+  return s;
+}
+inline float greatest(vec v) {
+  float s = v[0];
+  for (int i = 1; i < L; i++) s = std::max(s, v[i]);
+  return s;
+}
+
+// exp(x) for x <= 0: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
+inline vec exp_negative(vec x) {
+  x = larger(x, fill(-87.f));
+  const vec magic = fill(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+  vec shifted = x * 1.44269504f + magic;
+  vec n = shifted - magic;
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec y = fill(1.f / 720);
+  y = y * r + 1.f / 120;
+  y = y * r + 1.f / 24;
+  y = y * r + 1.f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
+  return (vec)((ivec)y + (((ivec)shifted - (ivec)magic) << 23));
+}
+
+// x (1 + erf(x / sqrt 2)) / 2. erf(y) / y on |y| <= 4 as a polynomial in t = y^2 / 8 - 1, fitted by least squares at
+// Chebyshev points; beyond, erf is 1. Absolute error of the result below 1e-6 for |x| < 6, as of torch's own.
+inline vec gelu(vec x) {
+  vec y = x * 0.70710678f;
+  y = smaller(larger(y, fill(-4.f)), fill(4.f));
+  vec t = y * y * 0.125f - 1.f;
+  vec p = fill(0.0023489738814532757f);
+  p = p * t - 0.005911088082939386f;
+  p = p * t + 0.0038355356082320213f;
+  p = p * t - 0.0033103416208177805f;
+  p = p * t + 0.01446361280977726f;
+  p = p * t - 0.02647116780281067f;
+  p = p * t + 0.033392153680324554f;
+  p = p * t - 0.04419896751642227f;
+  p = p * t + 0.059699200093746185f;
+  p = p * t - 0.07503651827573776f;
+  p = p * t + 0.09024584293365479f;
+  p = p * t - 0.10768406838178635f;
+  p = p * t + 0.1316727101802826f;
+  p = p * t - 0.1765768676996231f;
+  p = p * t + 0.35353103280067444f;
+  vec half = x * 0.5f;
+  return half + half * (p * y);
+}
+
+// Mean and inverse standard deviation of C floats that are about to be normalised.
+inline void moments(const float* x, Index C, float eps, float& mean, float& scale) {
+  vec s = {};
+  Index c = 0;
+  for (; c + L <= C; c += L) s += load(x + c);
+  float total = sum(s);
+  for (Index i = c; i < C; i++) total += x[i];
+  mean = total / C;
+  vec m = fill(mean), q = {};
+  for (c = 0; c + L <= C; c += L) {
+    vec d = load(x + c) - m;
+    q += d * d;
+  }
+  float squares = sum(q);
+  for (; c < C; c++) squares += (x[c] - mean) * (x[c] - mean);
+  scale = 1 / std::sqrt(squares / C + eps);
+}
+
+constexpr int CHUNK = 2 * L;  // channels that a depthwise convolution takes at a time: three rows of them fit in L1
+
+// 3 x 3 depthwise convolution of one image and up to CHUNK channels, zero padding. Three rows of the source are kept, so
+// the destination may be the source. finish(row of W x CHUNK results, where they go) stores them.
+template <class Finish>
+void depthwise(const float* source, Index stride, float* out, Index out_stride, Index H, Index W, int n, const float* weight,
+               Index C, const float* bias, float* rows, Finish finish) {
+  const Index row = (W + 2) * CHUNK;
+  const int n0 = std::min(n, L), n1 = n - n0;
+  vec w[9][2], b[2] = {load(bias, n0), n1 ? load(bias + L, n1) : vec{}};
+  for (int k = 0; k < 9; k++) {
+    w[k][0] = load(weight + k * C, n0);
+    w[k][1] = n1 ? load(weight + k * C + L, n1) : vec{};
+  }
+  std::memset(rows, 0, 4 * row * 4);  // the columns left and right stay zero, and so does what lies beyond n
+  float* made = rows + 3 * row;
+  auto keep = [&](Index y) {
+    float* to = rows + (y % 3) * row + CHUNK;
+    const float* from = source + y * W * stride;
+    if (n == CHUNK)
+      for (Index x = 0; x < W; x++) std::memcpy(to + x * CHUNK, from + x * stride, 4 * CHUNK);
+    else
+      for (Index x = 0; x < W; x++) std::memcpy(to + x * CHUNK, from + x * stride, 4 * n);
+  };
+  keep(0);
+  for (Index y = 0; y < H; y++) {
+    if (y + 1 < H)
+      keep(y + 1);
+    else
+      std::memset(rows + ((y + 1) % 3) * row, 0, row * 4);
+    for (int half = 0; half * L < n; half++) {
+      const float *above = rows + ((y + 2) % 3) * row + half * L, *here = rows + (y % 3) * row + half * L,
+                  *below = rows + ((y + 1) % 3) * row + half * L;
+      const vec w0 = w[0][half], w1 = w[1][half], w2 = w[2][half], w3 = w[3][half], w4 = w[4][half], w5 = w[5][half],
+                w6 = w[6][half], w7 = w[7][half], w8 = w[8][half], start = b[half];
+      for (Index x = 0; x < W * CHUNK; x += CHUNK) {
+        vec v = start + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
+        vec u = load(here + x) * w3 + load(here + x + CHUNK) * w4 + load(here + x + 2 * CHUNK) * w5;
+        v += load(below + x) * w6 + load(below + x + CHUNK) * w7 + load(below + x + 2 * CHUNK) * w8;
+        store(made + x + half * L, v + u);
+      }
+    }
+    finish(made, out + y * W * out_stride);
+  }
+}
+
+// The same for up to four vectors side by side, each in a variable of its own: of an array the compiler makes memory.
+template <int K>
+struct Row {
+  vec a, b, c, d;
+  inline void load_from(const float* p) {
+    a = load(p), in_register(a);
+    if (K > 1) b = load(p + L), in_register(b);
+    if (K > 2) c = load(p + 2 * L), in_register(c);
+    if (K > 3) d = load(p + 3 * L), in_register(d);
+  }
+  inline void store_to(float* p) const {
+    store(p, a);
+    if (K > 1) store(p + L, b);
+    if (K > 2) store(p + 2 * L, c);
+    if (K > 3) store(p + 3 * L, d);
+  }
+  inline void add(float x, const Row& o) {
+    a += x * o.a;
+    if (K > 1) b += x * o.b;
+    if (K > 2) c += x * o.c;
+    if (K > 3) d += x * o.d;
+  }
+};
+
+// out (4, 16 * K) = left (4, n) times right (n, 16 * K), where left lies as (n, 4) or (4, n): `step` from one of n to the
+// next, `skip` from row to row.
+template <int K>
+inline void multiply(const float* left, Index step, Index skip, const float* right, Index pitch, Index n, float* out,
+                     Index out_pitch) {
+  Row<K> r0 = {}, r1 = {}, r2 = {}, r3 = {}, y;
+  for (Index i = 0; i < n; i++, left += step, right += pitch) {
+    y.load_from(right);
+    r0.add(left[0], y);
+    r1.add(left[skip], y);
+    r2.add(left[2 * skip], y);
+    r3.add(left[3 * skip], y);
+  }
+  r0.store_to(out);
+  r1.store_to(out + out_pitch);
+  r2.store_to(out + 2 * out_pitch);
+  r3.store_to(out + 3 * out_pitch);
+}
+
+inline void multiply(const float* left, Index step, Index skip, const float* right, Index pitch, Index n, Index width,
+                     float* out, Index out_pitch) {
+  Index c = 0;
+  for (; c + 4 * L <= width; c += 4 * L) multiply<4>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
+  if (width - c == 3 * L) multiply<3>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
+  if (width - c == 2 * L) multiply<2>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
+  if (width - c == L) multiply<1>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
+}
+
+constexpr int R = 4;  // queries at a time
+
+}  // namespace
+
+extern "C" {
+
+// h = GELU(depthwise convolution of h), in place. h (B, H, W, C) contiguous, weight (9, C).
+void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const float* weight, const float* bias) {
+  const Index chunks = (C + CHUNK - 1) / CHUNK;
+#pragma omp parallel
+  {
+    std::vector<float> rows(4 * (W + 2) * CHUNK);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * chunks; task++) {
+      const Index c = task % chunks * CHUNK;
+      float* image = h + task / chunks * H * W * C + c;
+      const int n = std::min<Index>(CHUNK, C - c);
+      auto finish = [=](const float* row, float* to) {
+        for (Index x = 0; x < W; x++, row += CHUNK, to += C) {
+          const vec low = gelu(load(row)), high = gelu(load(row + L));
+          if (n == CHUNK)
+            store(to, low), store(to + L, high);
+          else
+            store(to, low, std::min(n, L)), store(to + L, high, std::max(0, n - L));
+        }
+      };
+      depthwise(image, C, image, C, H, W, n, weight + c, C, bias + c, rows.data(), finish);
+    }
+  }
+}
+
+// out += depthwise convolution of x. x (B, H, W, C) with a row stride, out contiguous, weight (9, C).
+void sgformer_depthwise_add(const float* x, Index stride, float* out, Index B, Index H, Index W, Index C, const float* weight,
+                            const float* bias) {
+  const Index chunks = (C + CHUNK - 1) / CHUNK;
+#pragma omp parallel
+  {
+    std::vector<float> rows(4 * (W + 2) * CHUNK);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * chunks; task++) {
+      const Index c = task % chunks * CHUNK, image = task / chunks * H * W;
+      const int n = std::min<Index>(CHUNK, C - c);
+      auto finish = [=](const float* row, float* to) {
+        for (Index x = 0; x < W; x++, row += CHUNK, to += C)
+          if (n == CHUNK)
+            store(to, load(to) + load(row)), store(to + L, load(to + L) + load(row + L));
+          else
+            for (int i = 0; i < n; i++) to[i] += row[i];
+      };
+      depthwise(x + image * stride + c, stride, out + image * C + c, C, H, W, n, weight + c, C,
+                bias + c, rows.data(), finish);
+    }
+  }
+}
+
+// x += add (unless null), and out = LayerNorm(x), row by row of (rows, C), all contiguous.
+void sgformer_layer_norm(float* x, const float* add, float* out, Index rows, Index C, const float* weight, const float* bias,
+                         float eps) {
+#pragma omp parallel for schedule(static)
+  for (Index r = 0; r < rows; r++) {
+    float *row = x + r * C, *to = out + r * C;
+    if (add) {
+      const float* more = add + r * C;
+      Index c = 0;
+      for (; c + L <= C; c += L) store(row + c, load(row + c) + load(more + c));
+      for (; c < C; c++) row[c] += more[c];
+    }
+    float mean, scale;
+    moments(row, C, eps, mean, scale);
+    Index c = 0;
+    for (; c + L <= C; c += L) store(to + c, (load(row + c) - mean) * scale * load(weight + c) + load(bias + c));
+    for (; c < C; c++) to[c] = (row[c] - mean) * scale * weight[c] + bias[c];
+  }
+}
+
+// GroupNorm with one group, then GELU if `act`, in place; x (B, N, C) contiguous.
+void sgformer_group_norm(float* x, Index B, Index N, Index C, const float* weight, const float* bias, float eps, int act) {
+  const Index step = std::max<Index>(1, 4096 / C), parts = (N + step - 1) / step;
+  std::vector<double> means(B * parts), squares(B * parts);
+#pragma omp parallel for schedule(static)
+  for (Index task = 0; task < B * parts; task++) {
+    const Index first = task % parts * step, count = std::min(step, N - first) * C;
+    const float* from = x + (task / parts * N + first) * C;
+    float mean, scale;
+    moments(from, count, 0, mean, scale);
+    means[task] = mean;
+    squares[task] = std::isfinite(scale) ? count / ((double)scale * scale) : 0;  // sum of squares about the mean
+  }
+  std::vector<float> mean(B), scale(B);
+  for (Index b = 0; b < B; b++) {  // Chan, Golub, LeVeque: moments of parts to moments of the whole
+    double m = 0, s = 0, seen = 0;
+    for (Index p = 0; p < parts; p++) {
+      const double n = (double)std::min(step, N - p * step) * C, delta = means[b * parts + p] - m;
+      s += squares[b * parts + p] + delta * delta * seen * n / (seen + n);
+      m += delta * n / (seen + n);
+      seen += n;
+    }
+    mean[b] = m;
+    scale[b] = 1 / std::sqrt(s / seen + eps);
+  }
+#pragma omp parallel for schedule(static)
+  for (Index r = 0; r < B * N; r++) {
+    float* row = x + r * C;
+    const float m = mean[r / N], k = scale[r / N];
+    Index c = 0;
+    for (; c + L <= C; c += L) {
+      const vec v = (load(row + c) - m) * (load(weight + c) * k) + load(bias + c);
+      store(row + c, act ? gelu(v) : v);
+    }
+    if (c < C) {
+      const int n = C - c;
+      const vec v = (load(row + c, n) - m) * (load(weight + c, n) * k) + load(bias + c, n);
+      store(row + c, act ? gelu(v) : v, n);
+    }
+  }
+}
+
+// Softmax attention window by window, and the attention that every key received.
+//
+// q (B, H, W, h * d) with a row stride; kv (B, Hk, Wk, 2 * h * d), keys first, with a row stride; out as q. A window has
+// wh x ww queries and kh x kw keys; where it sticks out of the grid, what lies outside does not exist. Grids hold equally
+// many windows. received (B, Hk, Wk), summed over queries and averaged over heads; null: not wanted.
+void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_stride, float* out, Index out_stride, Index B,
+                     Index H, Index W, Index Hk, Index Wk, Index wh, Index ww, Index kh, Index kw, Index heads, Index d,
+                     float* received) {
+  const Index rows = (H + wh - 1) / wh, cols = (W + ww - 1) / ww, windows = rows * cols;
+  const Index queries = wh * ww, keys = kh * kw, part = 512, parts = (queries + part - 1) / part;
+  const Index pitch = (keys + L - 1) / L * L, wide = (d + L - 1) / L * L;
+  const float scale = 1 / std::sqrt((float)d);
+  std::vector<float> seen(received ? B * windows * heads * parts * pitch : 0);
+#pragma omp parallel
+  {
+    std::vector<float> rows(keys * d), k(d * pitch), v(pitch * wide), x(R * d), s(R * pitch), o(R * wide);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * windows * heads * parts; task++) {
+      const Index p = task % parts, head = task / parts % heads, win = task / parts / heads % windows;
+      const Index b = task / parts / heads / windows, wy = win / cols, wx = win % cols;
+      const Index y0 = wy * kh, x0 = wx * kw, nky = std::min(kh, Hk - y0), nkx = std::min(kw, Wk - x0), M = nky * nkx;
+      const Index qy0 = wy * wh, qx0 = wx * ww, nqx = std::min(ww, W - qx0), nq = std::min(wh, H - qy0) * nqx;
+      const Index first = p * part, last = std::min(first + part, nq), padded = (M + L - 1) / L * L;
+      if (first >= last) continue;
+      for (Index m = 0; m < M; m++) {
+        const float* from = kv + ((b * Hk + y0 + m / nkx) * Wk + x0 + m % nkx) * kv_stride + head * d;
+        std::memcpy(&rows[m * d], from, 4 * d);
+        std::memcpy(&v[m * wide], from + heads * d, 4 * d);
+      }
+      for (Index c = 0; c < d; c++) {
+        for (Index m = 0; m < M; m++) k[c * pitch + m] = rows[m * d + c] * scale;
+        for (Index m = M; m < padded; m++) k[c * pitch + m] = 0;
+      }
+      float* sums = received ? &seen[task * pitch] : nullptr;
+      for (Index start = first; start < last; start += R) {
+        const int n = std::min<Index>(R, last - start);
+        Index token[R];
+        for (int i = 0; i < R; i++) {
+          const Index at = std::min(start + i, last - 1);  // the last one again where fewer than R are left
+          token[i] = (b * H + qy0 + at / nqx) * W + qx0 + at % nqx;
+          std::memcpy(&x[i * d], q + token[i] * q_stride + head * d, 4 * d);
+        }
+        multiply(x.data(), 1, d, k.data(), pitch, d, padded, s.data(), pitch);
+        for (int i = 0; i < R; i++) {
+          float* row = &s[i * pitch];
+          for (Index m = M; m < padded; m++) row[m] = -INFINITY;
+          vec top = load(row), total = {};
+          for (Index m = L; m < padded; m += L) top = larger(top, load(row + m));
+          const float highest = greatest(top);
+          for (Index m = 0; m < padded; m += L) {
+            vec e = exp_negative(load(row + m) - highest);
+            if (m + L > M) e = lane + (int)m < (int)M ? e : vec{};
+            store(row + m, e);
+            total += e;
+          }
+          const float norm = 1 / sum(total);
+          if (sums && i < n)
+            for (Index m = 0; m < padded; m += L) {
+              vec e = load(row + m) * norm;
+              store(row + m, e);
+              store(sums + m, load(sums + m) + e);
+            }
+          else
+            for (Index m = 0; m < padded; m += L) store(row + m, load(row + m) * norm);
+        }
+        multiply(s.data(), 1, pitch, v.data(), wide, M, wide, o.data(), wide);
+        for (int i = 0; i < n; i++) std::memcpy(out + token[i] * out_stride + head * d, &o[i * wide], 4 * d);
+      }
+    }
+    if (received) {
+#pragma omp for schedule(static)
+      for (Index bw = 0; bw < B * windows; bw++) {
+        const Index b = bw / windows, y0 = bw % windows / cols * kh, x0 = bw % cols * kw;
+        const Index nkx = std::min(kw, Wk - x0), M = std::min(kh, Hk - y0) * nkx;
+        for (Index m = 0; m < M; m++) {
+          float total = 0;
+          for (Index t = 0; t < heads * parts; t++) total += seen[(bw * heads * parts + t) * pitch + m];
+          received[(b * Hk + y0 + m / nkx) * Wk + x0 + m % nkx] = total / heads;
+        }
+      }
+    }
+  }
+}
+
+// out[b, g] = sum over k of weight[k] * x[b, members[b, g, k]] + bias, for one region; x (B, N, C), out (B, M, C), of which
+// groups go to `at` and after. members (B, groups, rate) with a batch stride.
+void sgformer_aggregate(const float* x, Index B, Index N, Index C, const Index* members, Index member_stride, Index groups,
+                        Index rate, const float* weight, const float* bias, float* out, Index M, Index at) {
+#pragma omp parallel for schedule(static) collapse(2)
+  for (Index b = 0; b < B; b++)
+    for (Index g = 0; g < groups; g++) {
+      const Index* which = members + b * member_stride + g * rate;
+      float* to = out + (b * M + at + g) * C;
+      for (Index c = 0; c < C; c += 4 * L) {
+        const int n = std::min<Index>(4 * L, C - c);
+        vec acc[4] = {fill(*bias), fill(*bias), fill(*bias), fill(*bias)};
+        if (n == 4 * L) {
+          for (Index r = 0; r < rate; r++) {
+            const float* from = x + (b * N + which[r]) * C + c;
+            for (int j = 0; j < 4; j++) acc[j] += load(from + j * L) * weight[r];
+          }
+          for (int j = 0; j < 4; j++) store(to + c + j * L, acc[j]);
+        } else {
+          for (int j = 0; j < n; j++) {
+            float total = *bias;
+            for (Index r = 0; r < rate; r++) total += x[(b * N + which[r]) * C + c + j] * weight[r];
+            to[c + j] = total;
+          }
+        }
+      }
+    }
+}
+
+}  // extern "C"
