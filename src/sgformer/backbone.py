@@ -11,7 +11,7 @@ Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,30 +122,28 @@ def reduce_grid(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     return F.gelu(norm(conv(image).permute(0, 2, 3, 1)))
 
 
-def look(
-    q: Tensor,
-    kv: Tensor,
-    heads: int,
-    scale: int,
-    window: int,
-    everywhere: bool = False,
-    attend: Callable[..., tuple[Tensor, Tensor]] = ops.attend_windows,
-) -> tuple[Tensor, Tensor]:
+def look(q: Tensor, kv: Tensor, heads: int, scale: int, window: int, everywhere: bool = False) -> tuple[Tensor, Tensor]:
     """Heads of one scale: queries (B, H, W, D) meet keys and values (B, ceil(H / scale), ceil(W / scale), 2 D).
 
     They meet everywhere, or in windows of ``window`` x ``window`` keys and the queries these stand for. Returns the
     output (B, H, W, D) and the significance of every token (B, H, W): the attention that its key received.
     """
     grid = q.shape[1:3]
-    if everywhere:
-        key_window, query_window = (kv.shape[1], kv.shape[2]), (grid[0], grid[1])
-    else:
-        key_window, query_window = (window, window), (window * scale, window * scale)
-    out, received = attend(q, kv, heads, query_window, key_window)
+    query_window, key_window = windows_of(q, kv, scale, window, everywhere)
+    out, received = ops.attend_windows(q, kv, heads, query_window, key_window)
     significance = received / (query_window[0] * query_window[1])
     if scale > 1:  # nearest
         significance = significance.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, : grid[0], : grid[1]]
     return out, significance
+
+
+def windows_of(
+    q: Tensor, kv: Tensor, scale: int, window: int, everywhere: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The windows of queries and of keys that meet, as of :func:`look`."""
+    if everywhere:
+        return (q.shape[1], q.shape[2]), (kv.shape[1], kv.shape[2])
+    return (window * scale, window * scale), (window, window)
 
 
 class SelfGuidedAttention(nn.Module):

@@ -14,11 +14,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgformer.backbone import Block, HybridScaleAttention, PlainAttention, SelfGuidedAttention, look
+from sgformer.backbone import (
+    Block,
+    HybridScaleAttention,
+    PlainAttention,
+    SelfGuidedAttention,
+    Stage,
+    windows_of,
+)
 from sgformer.guidance import LinearAggregation
-from sgformer.layers import ConvNorm, DepthwiseConv, Mlp
+from sgformer.layers import ConvNorm, DepthwiseConv, Mlp, Stem
 from sgformer import ops
 from sgformer.ops import native
+
+PART = 1 << 21  # floats: of tensors larger than these 8 MiB, fewer images are taken at a time
+
 
 class FoldedMlp(nn.Module):
     """The MLP with ``x + depthwise(x)`` as one convolution."""
@@ -59,12 +69,13 @@ class NativeMlp(nn.Module):
 
     def __init__(self, mlp: Mlp):
         super().__init__()
-        self.fc1, self.fc2 = PackedLinear(mlp.fc1), PackedLinear(mlp.fc2)
+        self.fc1, self.fc2 = NativeLinear(mlp.fc1), NativeLinear(mlp.fc2)
         self.weight, self.bias = native.tap_major(mlp.conv.weight), mlp.conv.bias
         self.weight[4] += 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(native.depthwise_gelu_(self.fc1(x), self.weight, self.bias))
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out`` plus the MLP of x, in place."""
+        return self.fc2(native.depthwise_gelu_(self.fc1(x), self.weight, self.bias), add=out, out=out)
 
 
 class NativeNorm(nn.Module):
@@ -78,41 +89,51 @@ class NativeNorm(nn.Module):
         return native.layer_norm(x, self.weight, self.bias, self.eps, add)
 
 
+class NativeLinear(nn.Module):
+    """A linear map, or a 1 x 1 convolution, of tokens; (..., in) to (..., out), plus ``add``."""
+
+    def __init__(self, linear: nn.Linear | nn.Conv2d):
+        super().__init__()
+        weight = linear.weight.detach().flatten(1)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = native.panels(weight, linear.bias)
+
+    def forward(self, x: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if x.dim() != 4:
+            grid = x.contiguous().view(1, 1, -1, self.in_features)
+            return self(grid).view(*x.shape[:-1], self.out_features)
+        return native.linear(x, self.weight, self.bias, self.out_features, add, out)
+
+
+class NativeConv(nn.Module):
+    """A convolution, (B, H, W, C) to the same. Where its last step sticks out, what lies outside is zero."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        self.out_channels = conv.out_channels
+        self.weight, self.bias = native.panels(conv.weight.detach().permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native.conv(x, self.weight, self.bias, self.out_channels, self.kernel, self.stride, self.padding)
+
+
 class NativeConvNorm(nn.Module):
     """Convolution, GroupNorm and GELU of :class:`~sgformer.layers.ConvNorm`, the last two in place; NCHW."""
 
     def __init__(self, block: ConvNorm):
         super().__init__()
-        self.conv, self.norm, self.gelu = block.conv, block.norm, isinstance(block.act, nn.GELU)
-        if self.conv.kernel_size == (1, 1):
-            self.conv = PackedLinear(self.conv)
+        conv = block.conv
+        self.norm, self.gelu = block.norm, isinstance(block.act, nn.GELU)
+        self.conv = conv if conv.groups > 1 else NativeLinear(conv) if conv.kernel_size == (1, 1) else NativeConv(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv, PackedLinear):
-            x = self.conv(x.permute(0, 2, 3, 1))
-        else:
+        if isinstance(self.conv, nn.Conv2d):
             x = self.conv(x).permute(0, 2, 3, 1).contiguous()
+        else:
+            x = self.conv(x.permute(0, 2, 3, 1))
         x = native.group_norm_(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu)
         return x.permute(0, 3, 1, 2)
-
-
-class NativeReduce(nn.Module):
-    """``reduce_grid`` with the convolution, whose patches do not overlap, as a linear map of patches."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.LayerNorm):
-        super().__init__()
-        self.rate, self.norm = conv.kernel_size[0], NativeNorm(norm)
-        linear = nn.Linear(self.rate**2 * conv.in_channels, conv.out_channels)
-        linear.weight.data, linear.bias.data = conv.weight.data.permute(0, 2, 3, 1).flatten(1), conv.bias.data
-        self.map = PackedLinear(linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        r = self.rate
-        if H % r or W % r:
-            x = F.pad(x, (0, 0, 0, -W % r, 0, -H % r))
-        patches = x.unflatten(2, (-1, r)).unflatten(1, (-1, r)).transpose(2, 3).reshape(B, -(-H // r), -(-W // r), -1)
-        return torch.ops.aten.gelu_(self.norm(self.map(patches)))
 
 
 class NativeHybrid(nn.Module):
@@ -121,8 +142,8 @@ class NativeHybrid(nn.Module):
     def __init__(self, attn: HybridScaleAttention):
         super().__init__()
         self.heads, self.reduction, self.window, self.coarse = attn.heads, attn.reduction, attn.window, attn.coarse
-        self.reduce = NativeReduce(attn.reduce, attn.reduce_norm)
-        self.kv_coarse, self.proj_in, self.proj = map(PackedLinear, (attn.kv_coarse, attn.proj_in, attn.proj))
+        self.reduce, self.reduce_norm = NativeConv(attn.reduce), NativeNorm(attn.reduce_norm)
+        self.kv_coarse, self.proj_in, self.proj = map(NativeLinear, (attn.kv_coarse, attn.proj_in, attn.proj))
         self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,14 +151,16 @@ class NativeHybrid(nn.Module):
         q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
         out = torch.empty_like(x)
 
-        def attend(where: Tensor) -> Any:
-            return functools.partial(native.attend_windows, out=where)
-
         far, near = out.chunk(2, dim=-1)
-        kv_coarse, everywhere = self.kv_coarse(self.reduce(x)), self.coarse == "global"
-        _, coarse = look(q_coarse, kv_coarse, self.heads, self.reduction, self.window, everywhere, attend(far))
-        _, fine = look(q_fine, kv_fine, self.heads, 1, self.window, attend=attend(near))
+        reduced = torch.ops.aten.gelu_(self.reduce_norm(self.reduce(x)))
+        coarse = self._look(q_coarse, self.kv_coarse(reduced), self.reduction, self.coarse == "global", far)
+        fine = self._look(q_fine, kv_fine, 1, False, near)
         return self.proj(native.depthwise_add_(out, local, self.weight, self.bias)), coarse, fine
+
+    def _look(self, q: Tensor, kv: Tensor, scale: int, everywhere: bool, out: Tensor) -> Tensor:
+        return native.attend_windows(
+            q, kv, self.heads, *windows_of(q, kv, scale, self.window, everywhere), out, spread=scale
+        )
 
 
 class NativeAggregation(nn.Module):
@@ -145,11 +168,11 @@ class NativeAggregation(nn.Module):
 
     def __init__(self, aggregate: LinearAggregation):
         super().__init__()
-        self.group = aggregate.group
+        self.shares, self.rates = aggregate.shares, aggregate.rates
         self.weights, self.bias = [m.weight for m in aggregate], [m.bias for m in aggregate]
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = self.group(significance)
+        groups = ops.group_tokens(native.sort_tokens(significance.contiguous()), self.shares, self.rates)
         return native.aggregate(x, groups, self.weights, self.bias), groups
 
 
@@ -160,13 +183,13 @@ class NativeGuided(nn.Module):
         super().__init__()
         self.heads, self.describe = attn.heads, attn.aggregate.describe
         self.aggregate = NativeAggregation(attn.aggregate) if type(attn.aggregate) is LinearAggregation else attn.aggregate
-        self.kv, self.proj_in, self.proj = map(PackedLinear, (attn.kv, attn.proj_in, attn.proj))
+        self.kv, self.proj_in, self.proj = map(NativeLinear, (attn.kv, attn.proj_in, attn.proj))
         self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         q, local = self.proj_in(x).chunk(2, dim=-1)
         few, grouped = self.aggregate(x.flatten(1, 2), significance.flatten(1))
-        out = native.attend_few(q, self.kv(few), self.heads)
+        out = native.attend(q, self.kv(few), self.heads)
         return self.proj(native.depthwise_add_(out, local, self.weight, self.bias)), grouped
 
 
@@ -176,13 +199,14 @@ class NativePlain(nn.Module):
     def __init__(self, attn: PlainAttention):
         super().__init__()
         self.heads = attn.heads
-        self.proj_in, self.proj = map(PackedLinear, (attn.proj_in, attn.proj))
+        self.proj_in, self.proj = map(NativeLinear, (attn.proj_in, attn.proj))
         self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        _, H, W, C = x.shape
+        C = x.shape[-1]
         q, kv, local = self.proj_in(x).split((C, 2 * C, C), dim=-1)
-        out, _ = native.attend_windows(q, kv, self.heads, (H, W), (H, W), count=False)
+        out, grid = torch.empty_like(x), (x.shape[1], x.shape[2])
+        native.attend_windows(q, kv, self.heads, grid, grid, out)
         return self.proj(native.depthwise_add_(out, local, self.weight, self.bias))
 
 
@@ -191,6 +215,8 @@ def make_native(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, Block):
             module.add = functools.partial(_add_in_place, module)
+        if isinstance(module, Stem | Stage):
+            module.forward = functools.partial(_in_parts, module, module.forward)
         for name, child in module.named_children():
             kind = _NATIVE.get(type(child))
             if isinstance(child, SelfGuidedAttention) and not _is_plain(child):
@@ -213,7 +239,22 @@ def _is_plain(attn: SelfGuidedAttention) -> bool:
     return attn.attend is ops.attend and isinstance(attn.local, DepthwiseConv)
 
 
+def _in_parts(module: Stem | Stage, forward: Any, x: Tensor, *inspected: Any) -> Tensor:
+    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``PART``.
+
+    Smaller tensors stay in the cache, and freed ones with the process: what is larger the system takes and gives anew.
+    """
+    if isinstance(module, Stem):
+        floats = module.conv1.norm.num_channels * x[0, 0].numel() // 4
+    else:
+        stride = 1 if isinstance(module.downsample, nn.Identity) else 4
+        floats = max(x[0].numel(), module.blocks[0].mlp.fc1.out_features * x[0, ..., 0].numel() // stride)
+    step = max(1, PART // floats)
+    if step >= len(x) or any(argument is not None for argument in inspected[:1]):
+        return forward(x, *inspected)
+    return torch.cat([forward(few) for few in x.split(step)])
+
+
 def _add_in_place(block: Block, x: Tensor, out: Tensor) -> Tensor:
     """``Block.add``; ``out`` is overwritten, which is the attention's own, and not ``x``, which others may hold."""
-    normed = block.norm2(out, add=x)
-    return block.mlp(normed).add_(out)
+    return block.mlp.add_to(out, block.norm2(out, add=x))

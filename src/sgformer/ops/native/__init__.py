@@ -21,11 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # No -ffast-math: rounding by a large constant, which exp() needs, would be optimised away.
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+LANES, PANEL = 16, 64  # as in kernels.cpp
 LONGEST = 120  # seconds for the compiler
 
 
@@ -91,11 +93,14 @@ def _processor() -> str:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     p, n, f, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for name, types in {
+        "linear": [p, n, p, p, p, n, p, n, n, n, n],
+        "conv": [p, *[n] * 7, p, p, p, n, n, n],
         "depthwise_gelu": [p, n, n, n, n, p, p],
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
         "layer_norm": [p, p, p, n, n, p, p, f],
         "group_norm": [p, n, n, n, p, p, f, i],
-        "attend": [p, n, p, n, p, n, *[n] * 11, p],
+        "attend": [p, n, p, n, p, n, *[n] * 11, p, n],
+        "order": [p, n, n, p],
         "aggregate": [p, n, n, n, p, n, n, n, p, p, p, n, n],
     }.items():
         function = getattr(library, f"sgformer_{name}")
@@ -106,6 +111,45 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 def tap_major(weight: Tensor) -> Tensor:
     """The kernel of a 3 x 3 depthwise convolution, (C, 1, 3, 3), as the functions here want it: (9, C)."""
     return weight.detach().flatten(1).t().contiguous()
+
+
+def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias (out,) of a linear map as :func:`linear` wants them."""
+    width = weight.shape[0]
+    more = -width % LANES
+    weight = F.pad(weight.detach().float(), (0, 0, 0, more))
+    bias = F.pad(weight.new_zeros(width) if bias is None else bias.detach().float(), (0, more))
+    return torch.cat([part.t().flatten() for part in weight.split(PANEL)]), bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Linear map of (B, H, W, n), or a slice of its channels, to (B, H, W, width), plus ``add`` of that shape.
+
+    ``out`` is overwritten; it may be ``add``. ``weight`` and ``bias`` come from :func:`panels`.
+    """
+    B, H, W, n = x.shape
+    out = torch.empty(B, H, W, width) if out is None else out
+    library().sgformer_linear(
+        x.data_ptr(), _row_stride(x), weight.data_ptr(), bias.data_ptr(),
+        None if add is None else add.data_ptr(), 0 if add is None else _row_stride(add),
+        out.data_ptr(), _row_stride(out), B * H * W, n, width,
+    )  # fmt: skip
+    return out
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, padding: int) -> Tensor:
+    """Convolution of (B, H, W, C), contiguous, to (B, ceil(H / stride), ceil(W / stride), width); zeros lie outside.
+
+    ``weight`` and ``bias`` come from :func:`panels` of a convolution's weight permuted to (width, row, column, C).
+    """
+    B, H, W, C = _contiguous(x).shape
+    rows, cols = -(-H // stride), -(-W // stride)
+    out = torch.empty(B, rows, cols, width)
+    library().sgformer_conv(
+        x.data_ptr(), B, H, W, C, kernel, stride, padding,
+        weight.data_ptr(), bias.data_ptr(), out.data_ptr(), rows, cols, width,
+    )  # fmt: skip
+    return out
 
 
 def depthwise_gelu_(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -143,34 +187,37 @@ def group_norm_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool)
 
 
 def attend_windows(
-    q: Tensor,
-    kv: Tensor,
-    heads: int,
-    q_window: tuple[int, int],
-    kv_window: tuple[int, int],
-    out: Tensor | None = None,
-    count: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, kv: Tensor, heads: int, q_window: tuple[int, int], kv_window: tuple[int, int], out: Tensor, spread: int = 0
+) -> Tensor | None:
     """:func:`sgformer.ops.attend_windows`, with the output written to ``out``, which may be a slice of channels.
 
-    ``count=False``: what keys received is not wanted, and None is returned for it.
+    Returns significance (B, H, W): of each token, the attention that its key received, averaged over heads and over the
+    queries of a whole window. Keys lie ``spread`` times as coarse as queries; 0: they do not, and None is returned.
     """
     B, H, W, D = q.shape
     Hk, Wk = kv.shape[1:3]
-    out = torch.empty(q.shape) if out is None else out
-    received = torch.empty(B, Hk, Wk) if count else None
+    received = torch.empty(B, H, W) if spread else None
     library().sgformer_attend(
         q.data_ptr(), _row_stride(q), kv.data_ptr(), _row_stride(kv), out.data_ptr(), _row_stride(out),
-        B, H, W, Hk, Wk, min(q_window[0], H), min(q_window[1], W), min(kv_window[0], Hk), min(kv_window[1], Wk),
-        heads, D // heads, None if received is None else received.data_ptr(),
+        B, H, W, Hk, Wk, *q_window, *kv_window, heads, D // heads,
+        None if received is None else received.data_ptr(), spread,
     )  # fmt: skip
-    return out, received
+    return received
 
 
-def attend_few(q: Tensor, kv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
-    """Attention of queries (B, H, W, C) to keys and values (B, M, 2 C), to a like of the queries."""
-    M = kv.shape[1]
-    return attend_windows(q, kv[:, None], heads, (q.shape[1], q.shape[2]), (1, M), out, count=False)[0]
+def attend(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+    """Attention of queries (B, H, W, C) to all keys and values (B, M, 2 C); (B, H, W, C)."""
+    out = torch.empty(q.shape)
+    attend_windows(q, kv[:, None], heads, (q.shape[1], q.shape[2]), (1, kv.shape[1]), out)
+    return out
+
+
+def sort_tokens(significance: Tensor) -> Tensor:
+    """:func:`sgformer.ops.sort_tokens`."""
+    B, N = _contiguous(significance).shape
+    order = torch.empty(B, N, dtype=torch.int64)
+    library().sgformer_order(significance.data_ptr(), B, N, order.data_ptr())
+    return order
 
 
 def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
@@ -198,6 +245,8 @@ def _contiguous(x: Tensor) -> Tensor:
 
 def _row_stride(x: Tensor) -> int:
     """Distance between tokens of (B, H, W, C), which must be a slice of channels of a contiguous tensor."""
+    if x.is_contiguous():
+        return x.shape[3]
     B, H, W, C = x.shape
     stride = x.stride(2) if W > 1 else x.stride(1) if H > 1 else x.stride(0) if B > 1 else C
     expected = (H * W * stride, W * stride, stride, 1)

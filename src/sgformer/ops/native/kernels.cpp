@@ -13,6 +13,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace {
 
 constexpr int L = 16;  // floats in a vector
@@ -42,15 +46,24 @@ inline vec fill(float x) { return vec{} + x; }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 inline vec smaller(vec a, vec b) { return a < b ? a : b; }
 const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// Halves upon halves: sixteen additions one after the other would take as long as the rest of a short softmax.
+template <class Combine>
+inline float fold(vec v, Combine combine) {
+  typedef float half __attribute__((vector_size(2 * L)));
+  typedef float quarter __attribute__((vector_size(L)));
+  half h[2];
+  std::memcpy(h, &v, sizeof v);
+  h[0] = combine(h[0], h[1]);
+  quarter q[2];
+  std::memcpy(q, h, sizeof h[0]);
+  q[0] = combine(q[0], q[1]);
+  return combine(combine(q[0][0], q[0][1]), combine(q[0][2], q[0][3]));
+}
 inline float sum(vec v) {
-  float s = 0;
-  for (int i = 0; i < L; i++) s += v[i];
-  return s;
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 inline float greatest(vec v) {
-  float s = v[0];
-  for (int i = 1; i < L; i++) s = std::max(s, v[i]);
-  return s;
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // exp(x) for x <= 0: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
@@ -134,7 +147,11 @@ void depthwise(const float* source, Index stride, float* out, Index out_stride, 
     float* to = rows + (y % 3) * row + CHUNK;
     const float* from = source + y * W * stride;
     if (n == CHUNK)
-      for (Index x = 0; x < W; x++) std::memcpy(to + x * CHUNK, from + x * stride, 4 * CHUNK);
+      for (Index x = 0; x < W; x++) {
+        __builtin_prefetch(from + (x + W) * stride);  // the next row: strides are too long for the processor to guess
+        __builtin_prefetch(from + (x + W) * stride + L);
+        std::memcpy(to + x * CHUNK, from + x * stride, 4 * CHUNK);
+      }
     else
       for (Index x = 0; x < W; x++) std::memcpy(to + x * CHUNK, from + x * stride, 4 * n);
   };
@@ -170,6 +187,11 @@ struct Row {
     if (K > 2) c = load(p + 2 * L), in_register(c);
     if (K > 3) d = load(p + 3 * L), in_register(d);
   }
+  static inline Row of(const float* p) {
+    Row row = {};
+    row.load_from(p);
+    return row;
+  }
   inline void store_to(float* p) const {
     store(p, a);
     if (K > 1) store(p + L, b);
@@ -184,39 +206,164 @@ struct Row {
   }
 };
 
-// out (4, 16 * K) = left (4, n) times right (n, 16 * K), where left lies as (n, 4) or (4, n): `step` from one of n to the
-// next, `skip` from row to row.
-template <int K>
-inline void multiply(const float* left, Index step, Index skip, const float* right, Index pitch, Index n, float* out,
-                     Index out_pitch) {
-  Row<K> r0 = {}, r1 = {}, r2 = {}, r3 = {}, y;
-  for (Index i = 0; i < n; i++, left += step, right += pitch) {
+constexpr int R = 6;  // rows that `multiply` takes at a time: with four vectors each they fill 24 of 32 registers
+
+// out (M, 16 * K) = left (M, n) times right (n, 16 * K), plus `start` (16 * K) unless null, plus out where `add`.
+template <int M, int K>
+inline void multiply(const float* left, Index left_pitch, const float* right, Index pitch, Index n, const float* start,
+                     bool add, float* out, Index out_pitch) {
+  Row<K> r[6] = {}, y;
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+#define BEGIN(i)                                          \
+  if (i < M && start) r[i].add(1, Row<K>::of(start));     \
+  if (i < M && add) r[i].add(1, Row<K>::of(out + i * out_pitch));
+  EACH(BEGIN)
+  for (Index k = 0; k < n; k++, right += pitch) {
     y.load_from(right);
-    r0.add(left[0], y);
-    r1.add(left[skip], y);
-    r2.add(left[2 * skip], y);
-    r3.add(left[3 * skip], y);
+#define STEP(i) \
+  if (i < M) r[i].add(left[i * left_pitch + k], y);
+    EACH(STEP)
   }
-  r0.store_to(out);
-  r1.store_to(out + out_pitch);
-  r2.store_to(out + 2 * out_pitch);
-  r3.store_to(out + 3 * out_pitch);
+#define END(i) \
+  if (i < M) r[i].store_to(out + i * out_pitch);
+  EACH(END)
+#undef EACH
+#undef BEGIN
+#undef STEP
+#undef END
 }
 
-inline void multiply(const float* left, Index step, Index skip, const float* right, Index pitch, Index n, Index width,
-                     float* out, Index out_pitch) {
-  Index c = 0;
-  for (; c + 4 * L <= width; c += 4 * L) multiply<4>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
-  if (width - c == 3 * L) multiply<3>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
-  if (width - c == 2 * L) multiply<2>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
-  if (width - c == L) multiply<1>(left, step, skip, right + c, pitch, n, out + c, out_pitch);
+template <int K>
+inline void multiply(int rows, const float* left, Index left_pitch, const float* right, Index pitch, Index n,
+                     const float* start, bool add, float* out, Index out_pitch) {
+  switch (rows) {
+    case 1: return multiply<1, K>(left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 2: return multiply<2, K>(left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 3: return multiply<3, K>(left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 4: return multiply<4, K>(left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 5: return multiply<5, K>(left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 6: return multiply<6, K>(left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+  }
 }
 
-constexpr int R = 4;  // queries at a time
+// The same for up to R rows and a width of up to 64, a multiple of 16.
+inline void multiply(int rows, int width, const float* left, Index left_pitch, const float* right, Index pitch, Index n,
+                     const float* start, bool add, float* out, Index out_pitch) {
+  switch (width / L) {
+    case 1: return multiply<1>(rows, left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 2: return multiply<2>(rows, left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 3: return multiply<3>(rows, left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+    case 4: return multiply<4>(rows, left, left_pitch, right, pitch, n, start, add, out, out_pitch);
+  }
+}
+
+constexpr Index PANEL = 4 * L;  // columns that `multiply` takes at a time
+
+// Softmax of the first n, zeros up to a whole number of vectors; and the result added to `sums` unless null.
+inline void softmax(float* row, Index n, float* sums) {
+  const Index whole = n / L * L;
+  const auto tail = lane < (int)(n - whole);
+  vec last = fill(-INFINITY), top = last, total = {};
+  if (whole < n) last = top = tail ? load(row + whole) : last;
+  for (Index m = 0; m < whole; m += L) top = larger(top, load(row + m));
+  const float highest = greatest(top);
+  if (whole < n) total = last = tail ? exp_negative(last - highest) : vec{};
+  for (Index m = 0; m < whole; m += L) {
+    const vec e = exp_negative(load(row + m) - highest);
+    store(row + m, e);
+    total += e;
+  }
+  const float norm = 1 / sum(total);
+  if (whole < n) store(row + whole, last * norm);
+  for (Index m = 0; m < whole; m += L) store(row + m, load(row + m) * norm);
+  if (sums)
+    for (Index m = 0; m < n; m += L) store(sums + m, load(sums + m) + load(row + m));
+}
+
+int threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 }  // namespace
 
 extern "C" {
+
+// out = x weight + bias, plus what `add` points to unless null; x (rows, n), add and out (rows, width), each with a row
+// stride. weight: panels of PANEL columns, (n, PANEL) each, the last one as wide as a multiple of 16 must be; bias padded
+// likewise.
+void sgformer_linear(const float* x, Index x_stride, const float* weight, const float* bias, const float* add,
+                     Index add_stride, float* out, Index out_stride, Index rows, Index n, Index width) {
+  // A task is so many rows that they stay in the cache while all panels pass, or fewer panels if tasks would be too few.
+  const Index panels = (width + PANEL - 1) / PANEL, padded = (width + L - 1) / L * L;
+  const Index least = 8 * threads(), high = std::max<Index>(1, std::min<Index>(32768 / n / R, (rows + R - 1) / R));
+  const Index blocks = (rows + high * R - 1) / (high * R);
+  const Index cuts = std::min(panels, std::max<Index>(1, (least + blocks - 1) / blocks));
+#pragma omp parallel for schedule(dynamic)
+  for (Index task = 0; task < blocks * cuts; task++) {
+    const Index first = task / cuts * high * R, last = std::min(first + high * R, rows), cut = task % cuts;
+    for (Index p = cut * panels / cuts; p < (cut + 1) * panels / cuts; p++) {
+      const Index c = p * PANEL, wide = std::min(PANEL, padded - c), real = std::min(PANEL, width - c);
+      for (Index r = first; r < last; r += R) {
+        const int count = std::min<Index>(R, last - r);
+        float spare[R * PANEL], *to = out + r * out_stride + c;
+        const bool direct = wide == real && (!add || add == out);
+        if (!direct && add)
+          for (int i = 0; i < count; i++) std::memcpy(spare + i * PANEL, add + (r + i) * add_stride + c, 4 * real);
+        multiply(count, wide, x + r * x_stride, x_stride, weight + c * n, wide, n, bias + c, add, direct ? to : spare,
+                 direct ? out_stride : PANEL);
+        if (!direct)
+          for (int i = 0; i < count; i++) std::memcpy(to + i * out_stride, spare + i * PANEL, 4 * real);
+      }
+    }
+  }
+}
+
+// k x k convolution of x (B, H, W, C), contiguous, to out (B, Ho, Wo, width), zero padding; weight and bias as of
+// sgformer_linear, with the rows of the weight in the order (row, column, channel) of the kernel.
+void sgformer_conv(const float* x, Index B, Index H, Index W, Index C, Index k, Index step, Index pad, const float* weight,
+                   const float* bias, float* out, Index Ho, Index Wo, Index width) {
+  const Index n = k * k * C, pixels = B * Ho * Wo, groups = (pixels + R - 1) / R;
+  const Index high = std::max<Index>(1, std::min<Index>({32768 / n, groups / (4 * threads()), 16}));
+  const Index depth = 512, wide = (width + L - 1) / L * L, blocks = (groups + high - 1) / high;
+  const Index cuts = std::min((width + PANEL - 1) / PANEL, std::max<Index>(1, 4 * threads() / blocks));
+  const Index panels = (width + PANEL - 1) / PANEL;
+#pragma omp parallel
+  {
+    std::vector<float> patches(high * R * n), made(high * R * wide);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < blocks * cuts; task++) {
+      const Index first = task / cuts * high * R, last = std::min(first + high * R, pixels), cut = task % cuts;
+      for (Index p = first; p < last; p++) {
+        const Index b = p / Wo / Ho, y0 = p / Wo % Ho * step - pad, x0 = p % Wo * step - pad;
+        const Index left = std::max<Index>(0, -x0), right = std::min(k, W - x0);
+        for (Index i = 0; i < k; i++) {
+          float* to = &patches[(p - first) * n + i * k * C];
+          if (y0 + i < 0 || y0 + i >= H) {
+            std::memset(to, 0, 4 * k * C);
+            continue;
+          }
+          std::memset(to, 0, 4 * left * C);
+          std::memcpy(to + left * C, x + ((b * H + y0 + i) * W + x0 + left) * C, 4 * (right - left) * C);
+          std::memset(to + right * C, 0, 4 * (k - right) * C);
+        }
+      }
+      for (Index from = 0; from < n; from += depth)
+        for (Index panel = cut * panels / cuts; panel < (cut + 1) * panels / cuts; panel++) {
+          const Index c = panel * PANEL, across = std::min(PANEL, wide - c);
+          for (Index r = first; r < last; r += R)
+            multiply(std::min<Index>(R, last - r), across, &patches[(r - first) * n + from], n,
+                     weight + c * n + from * across, across, std::min(depth, n - from), from ? nullptr : bias + c, from > 0,
+                     &made[(r - first) * wide + c], wide);
+        }
+      const Index begin = cut * panels / cuts * PANEL, end = std::min((cut + 1) * panels / cuts * PANEL, width);
+      for (Index r = first; r < last; r++) std::memcpy(out + r * width + begin, &made[(r - first) * wide + begin], 4 * (end - begin));
+    }
+  }
+}
 
 // h = GELU(depthwise convolution of h), in place. h (B, H, W, C) contiguous, weight (9, C).
 void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const float* weight, const float* bias) {
@@ -333,10 +480,11 @@ void sgformer_group_norm(float* x, Index B, Index N, Index C, const float* weigh
 //
 // q (B, H, W, h * d) with a row stride; kv (B, Hk, Wk, 2 * h * d), keys first, with a row stride; out as q. A window has
 // wh x ww queries and kh x kw keys; where it sticks out of the grid, what lies outside does not exist. Grids hold equally
-// many windows. received (B, Hk, Wk), summed over queries and averaged over heads; null: not wanted.
+// many windows. received (B, H, W), averaged over heads and the wh x ww queries of a whole window, of the key that stands
+// for the token: the grid of keys is that of queries, `spread` times as coarse in both directions. Null: not wanted.
 void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_stride, float* out, Index out_stride, Index B,
                      Index H, Index W, Index Hk, Index Wk, Index wh, Index ww, Index kh, Index kw, Index heads, Index d,
-                     float* received) {
+                     float* received, Index spread) {
   const Index rows = (H + wh - 1) / wh, cols = (W + ww - 1) / ww, windows = rows * cols;
   const Index queries = wh * ww, keys = kh * kw, part = 512, parts = (queries + part - 1) / part;
   const Index pitch = (keys + L - 1) / L * L, wide = (d + L - 1) / L * L;
@@ -366,35 +514,15 @@ void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_s
       for (Index start = first; start < last; start += R) {
         const int n = std::min<Index>(R, last - start);
         Index token[R];
-        for (int i = 0; i < R; i++) {
-          const Index at = std::min(start + i, last - 1);  // the last one again where fewer than R are left
-          token[i] = (b * H + qy0 + at / nqx) * W + qx0 + at % nqx;
+        for (int i = 0; i < n; i++) {
+          token[i] = (b * H + qy0 + (start + i) / nqx) * W + qx0 + (start + i) % nqx;
           std::memcpy(&x[i * d], q + token[i] * q_stride + head * d, 4 * d);
         }
-        multiply(x.data(), 1, d, k.data(), pitch, d, padded, s.data(), pitch);
-        for (int i = 0; i < R; i++) {
-          float* row = &s[i * pitch];
-          for (Index m = M; m < padded; m++) row[m] = -INFINITY;
-          vec top = load(row), total = {};
-          for (Index m = L; m < padded; m += L) top = larger(top, load(row + m));
-          const float highest = greatest(top);
-          for (Index m = 0; m < padded; m += L) {
-            vec e = exp_negative(load(row + m) - highest);
-            if (m + L > M) e = lane + (int)m < (int)M ? e : vec{};
-            store(row + m, e);
-            total += e;
-          }
-          const float norm = 1 / sum(total);
-          if (sums && i < n)
-            for (Index m = 0; m < padded; m += L) {
-              vec e = load(row + m) * norm;
-              store(row + m, e);
-              store(sums + m, load(sums + m) + e);
-            }
-          else
-            for (Index m = 0; m < padded; m += L) store(row + m, load(row + m) * norm);
-        }
-        multiply(s.data(), 1, pitch, v.data(), wide, M, wide, o.data(), wide);
+        for (Index m = 0; m < padded; m += PANEL)
+          multiply(n, std::min(PANEL, padded - m), x.data(), d, &k[m], pitch, d, nullptr, false, &s[m], pitch);
+        for (int i = 0; i < n; i++) softmax(&s[i * pitch], M, sums);
+        for (Index c = 0; c < wide; c += PANEL)
+          multiply(n, std::min(PANEL, wide - c), s.data(), pitch, &v[c], wide, M, nullptr, false, &o[c], wide);
         for (int i = 0; i < n; i++) std::memcpy(out + token[i] * out_stride + head * d, &o[i * wide], 4 * d);
       }
     }
@@ -406,8 +534,37 @@ void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_s
         for (Index m = 0; m < M; m++) {
           float total = 0;
           for (Index t = 0; t < heads * parts; t++) total += seen[(bw * heads * parts + t) * pitch + m];
-          received[(b * Hk + y0 + m / nkx) * Wk + x0 + m % nkx] = total / heads;
+          const Index top = (y0 + m / nkx) * spread, left = (x0 + m % nkx) * spread;
+          for (Index y = top; y < std::min(top + spread, H); y++)
+            for (Index x = left; x < std::min(left + spread, W); x++)
+              received[(b * H + y) * W + x] = total / (heads * queries);
         }
+      }
+    }
+  }
+}
+
+// Indices of (B, N) by ascending value; equal ones keep their order, and what is no number comes last. Radix sort.
+void sgformer_order(const float* values, Index B, Index N, Index* order) {
+#pragma omp parallel
+  {
+    std::vector<uint32_t> keys(N);
+    std::vector<Index> other(N);
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < B; b++) {
+      Index *from = order + b * N, *to = other.data();
+      for (Index i = 0; i < N; i++) {
+        const float value = values[b * N + i] + 0.f;  // -0 becomes 0
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        keys[i] = value != value ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;  // as unsigned numbers in the same order
+        from[i] = i;
+      }
+      for (int shift = 0; shift < 32; shift += 8, std::swap(from, to)) {  // four passes: the result ends in `order`
+        Index start[257] = {};
+        for (Index i = 0; i < N; i++) start[(keys[i] >> shift & 255) + 1]++;
+        for (int i = 0; i < 256; i++) start[i + 1] += start[i];
+        for (Index i = 0; i < N; i++) to[start[keys[from[i]] >> shift & 255]++] = from[i];
       }
     }
   }
