@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from sgformer.backbone import (
@@ -85,8 +84,8 @@ class NativeNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return native.layer_norm(x, self.weight, self.bias, self.eps, add)
+    def forward(self, x: Tensor, add: Tensor | None = None, gelu: bool = False) -> Tensor:
+        return native.layer_norm(x, self.weight, self.bias, self.eps, add, gelu)
 
 
 class NativeLinear(nn.Module):
@@ -111,10 +110,21 @@ class NativeConv(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        self.out_channels = conv.out_channels
-        self.weight, self.bias = native.panels(conv.weight.detach().permute(0, 2, 3, 1).flatten(1), conv.bias)
+        self.out_channels, self.groups = conv.out_channels, conv.groups
+        plain = (self.kernel, self.stride, self.padding, conv.bias) == (3, 1, 1, None)
+        self.winograd = plain and conv.in_channels % native.lanes() == conv.out_channels % native.lanes() == 0
+        if self.groups > 1:
+            self.weight = native.tap_major(conv.weight)
+        elif self.winograd:
+            self.weight = native.winograd_panels(conv.weight)
+        else:
+            self.weight, self.bias = native.panels(conv.weight.detach().permute(0, 2, 3, 1).flatten(1), conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.groups > 1:
+            return native.depthwise_halve(x, self.weight)
+        if self.winograd:
+            return native.winograd(x, self.weight, self.out_channels)
         return native.conv(x, self.weight, self.bias, self.out_channels, self.kernel, self.stride, self.padding)
 
 
@@ -123,17 +133,12 @@ class NativeConvNorm(nn.Module):
 
     def __init__(self, block: ConvNorm):
         super().__init__()
-        conv = block.conv
         self.norm, self.gelu = block.norm, isinstance(block.act, nn.GELU)
-        self.conv = conv if conv.groups > 1 else NativeLinear(conv) if conv.kernel_size == (1, 1) else NativeConv(conv)
+        self.conv = NativeLinear(block.conv) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv, nn.Conv2d):
-            x = self.conv(x).permute(0, 2, 3, 1).contiguous()
-        else:
-            x = self.conv(x.permute(0, 2, 3, 1))
-        x = native.group_norm_(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu)
-        return x.permute(0, 3, 1, 2)
+        x = self.conv(x.permute(0, 2, 3, 1))
+        return native.group_norm_(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu).permute(0, 3, 1, 2)
 
 
 class NativeHybrid(nn.Module):
@@ -152,7 +157,7 @@ class NativeHybrid(nn.Module):
         out = torch.empty_like(x)
 
         far, near = out.chunk(2, dim=-1)
-        reduced = torch.ops.aten.gelu_(self.reduce_norm(self.reduce(x)))
+        reduced = self.reduce_norm(self.reduce(x), gelu=True)
         coarse = self._look(q_coarse, self.kv_coarse(reduced), self.reduction, self.coarse == "global", far)
         fine = self._look(q_fine, kv_fine, 1, False, near)
         return self.proj(native.depthwise_add_(out, local, self.weight, self.bias)), coarse, fine

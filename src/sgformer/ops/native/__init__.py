@@ -9,6 +9,7 @@ Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d = C / h. Al
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -27,7 +28,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # No -ffast-math: rounding by a large constant, which exp() needs, would be optimised away.
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
-LANES, PANEL = 16, 64  # as in kernels.cpp
+# x86 compilers mean by -mcpu something else than others do.
+PROCESSOR = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
 LONGEST = 120  # seconds for the compiler
 
 
@@ -45,21 +47,25 @@ def library() -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))), None)
     if compiler is None:
         raise UnavailableError("there is no C++ compiler (tried $CXX, g++, c++, clang++)")
-    # Apple's processors and compilers know -mcpu only; x86 compilers mean something else by it.
-    machine = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
-    command = [compiler, *FLAGS, machine]
+    command = [compiler, *FLAGS, PROCESSOR]
     key = hashlib.sha256("\0".join([*command, _processor(), SOURCE.read_text()]).encode()).hexdigest()[:16]
-    file = _cache() / f"kernels-{key}.so"
+    name = f"kernels-{key}.so"
     try:
-        if not file.is_file():
-            _compile(command, file)
-        return _declare(ctypes.CDLL(str(file)))
+        folder = _cache()
+        with contextlib.ExitStack() as stack:
+            if not (folder / name).is_file():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    tempfile.TemporaryFile(dir=folder).close()
+                except OSError:  # a home that is read-only or full: compile for this process alone
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                _compile(command, folder / name)
+            return _declare(ctypes.CDLL(str(folder / name)))
     except OSError as error:
-        raise UnavailableError(f"{file}: {error.strerror or error}") from error
+        raise UnavailableError(f"{error.filename or name}: {error.strerror or error}") from error
 
 
 def _compile(command: Sequence[str], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first: processes that start together must not load what another has half written.
     handle, name = tempfile.mkstemp(suffix=".so", dir=file.parent)
     os.close(handle)
@@ -95,9 +101,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in {
         "linear": [p, n, p, p, p, n, p, n, n, n, n],
         "conv": [p, *[n] * 7, p, p, p, n, n, n],
+        "winograd": [p, n, n, n, n, p, p, n],
+        "depthwise_halve": [p, n, n, n, n, p, p],
         "depthwise_gelu": [p, n, n, n, n, p, p],
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
-        "layer_norm": [p, p, p, n, n, p, p, f],
+        "layer_norm": [p, p, p, n, n, p, p, f, i],
         "group_norm": [p, n, n, n, p, p, f, i],
         "attend": [p, n, p, n, p, n, *[n] * 11, p, n],
         "order": [p, n, n, p],
@@ -105,7 +113,14 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     }.items():
         function = getattr(library, f"sgformer_{name}")
         function.argtypes, function.restype = types, None
+    for name in ("lanes", "panel"):
+        getattr(library, f"sgformer_{name}").restype = n
     return library
+
+
+def lanes() -> int:
+    """Floats in a vector of this processor."""
+    return library().sgformer_lanes()
 
 
 def tap_major(weight: Tensor) -> Tensor:
@@ -116,10 +131,10 @@ def tap_major(weight: Tensor) -> Tensor:
 def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight (out, in) and bias (out,) of a linear map as :func:`linear` wants them."""
     width = weight.shape[0]
-    more = -width % LANES
+    more = -width % lanes()
     weight = F.pad(weight.detach().float(), (0, 0, 0, more))
     bias = F.pad(weight.new_zeros(width) if bias is None else bias.detach().float(), (0, more))
-    return torch.cat([part.t().flatten() for part in weight.split(PANEL)]), bias
+    return torch.cat([part.t().flatten() for part in weight.split(library().sgformer_panel())]), bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -152,6 +167,29 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, strid
     return out
 
 
+def winograd_panels(weight: Tensor) -> Tensor:
+    """Weight (width, C, 3, 3) of a convolution as :func:`winograd` wants it: 16 matrices, each as of :func:`panels`."""
+    g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    matrices = torch.einsum("ri,oxij,cj->rcox", g, weight.detach().double(), g).flatten(0, 1)
+    return torch.stack([panels(matrix.float(), None)[0] for matrix in matrices])
+
+
+def winograd(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    """3 x 3 convolution of (B, H, W, C), contiguous, to (B, H, W, width), zero padding; C and width multiples of :func:`lanes`."""
+    B, H, W, C = _contiguous(x).shape
+    out = torch.empty(B, H, W, width)
+    library().sgformer_winograd(x.data_ptr(), B, H, W, C, weight.data_ptr(), out.data_ptr(), width)
+    return out
+
+
+def depthwise_halve(x: Tensor, weight: Tensor) -> Tensor:
+    """3 x 3 depthwise convolution of (B, H, W, C), contiguous, with stride 2 and zero padding; weight (9, C)."""
+    B, H, W, C = _contiguous(x).shape
+    out = torch.empty(B, -(-H // 2), -(-W // 2), C)
+    library().sgformer_depthwise_halve(x.data_ptr(), B, H, W, C, weight.data_ptr(), out.data_ptr())
+    return out
+
+
 def depthwise_gelu_(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of the depthwise convolution of (B, H, W, C), contiguous, in place; weight (9, C), bias (C,)."""
     B, H, W, C = _contiguous(h).shape
@@ -168,13 +206,15 @@ def depthwise_add_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None) -> Tensor:
-    """LayerNorm over the last dimension; ``add`` is first added to ``x`` in place. All contiguous."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """LayerNorm over the last dimension, and a GELU where asked for; ``add`` is first added to ``x`` in place."""
     out = torch.empty_like(_contiguous(x))
     C = x.shape[-1]
     more = None if add is None else _contiguous(add).data_ptr()
     library().sgformer_layer_norm(
-        x.data_ptr(), more, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps
+        x.data_ptr(), more, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps, gelu
     )
     return out
 

@@ -1,8 +1,8 @@
 // The operations that oneDNN has no good kernel for, fused, for inference in float32 on the CPU.
 //
 // Plain C interface, so that no header of Python or torch is needed: sgformer/ops/native/__init__.py compiles this file in
-// seconds and calls it. Vectors are GCC's and Clang's own extension, 16 floats wide whatever the processor: where it has
-// narrower registers the compiler splits them. Parallel with OpenMP, whose runtime torch has loaded already.
+// seconds and calls it. Vectors are GCC's and Clang's own extension, as wide as the processor's registers. Parallel with
+// OpenMP, whose runtime torch has loaded already.
 //
 // Legend: B batch, H x W token grid, N tokens, C channels, h heads, d channels of a head. Tokens are (B, H, W, C); a "row
 // stride" is the distance, in floats, from one token to the next, so that slices of a wider tensor need no copy.
@@ -19,7 +19,21 @@
 
 namespace {
 
-constexpr int L = 16;  // floats in a vector
+// L floats fill a register. The matrix product holds 6 rows of V vectors, and V more, in the registers that there are.
+#if defined(__AVX512F__)
+constexpr int L = 16, V = 4;  // 32 registers
+#define IN_REGISTER(v) asm("" : "+v"(v))
+#elif defined(__AVX__)
+constexpr int L = 8, V = 2;  // 16 registers
+#define IN_REGISTER(v) asm("" : "+x"(v))
+#elif defined(__aarch64__)
+constexpr int L = 4, V = 4;  // 32 registers
+#define IN_REGISTER(v) asm("" : "+w"(v))
+#else
+constexpr int L = 4, V = 2;
+#define IN_REGISTER(v) (void)v
+#endif
+
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef int64_t Index;
@@ -37,33 +51,29 @@ inline vec load(const float* p, int n) {  // the first n, then zeros
 }
 inline void store(float* p, vec v, int n) { std::memcpy(p, &v, 4 * n); }
 // GCC would rather read an operand from memory again for every use; loads, not arithmetic, would then be the limit.
-#ifdef __AVX512F__
-inline void in_register(vec& v) { asm("" : "+v"(v)); }
-#else
-inline void in_register(vec&) {}
-#endif
+inline void in_register(vec& v) { IN_REGISTER(v); }
 inline vec fill(float x) { return vec{} + x; }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 inline vec smaller(vec a, vec b) { return a < b ? a : b; }
-const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-// Halves upon halves: sixteen additions one after the other would take as long as the rest of a short softmax.
+inline ivec first_lanes(Index n) {  // all bits set in the first n
+  ivec lane;
+  for (int i = 0; i < L; i++) lane[i] = i < n ? -1 : 0;
+  return lane;
+}
+// Halves upon halves: L steps one after the other would take as long as the rest of a short softmax.
 template <class Combine>
 inline float fold(vec v, Combine combine) {
-  typedef float half __attribute__((vector_size(2 * L)));
-  typedef float quarter __attribute__((vector_size(L)));
-  half h[2];
-  std::memcpy(h, &v, sizeof v);
-  h[0] = combine(h[0], h[1]);
-  quarter q[2];
-  std::memcpy(q, h, sizeof h[0]);
-  q[0] = combine(q[0], q[1]);
-  return combine(combine(q[0][0], q[0][1]), combine(q[0][2], q[0][3]));
+  float t[L];
+  std::memcpy(t, &v, sizeof v);
+  for (int n = L / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) t[i] = combine(t[i], t[i + n]);
+  return t[0];
 }
 inline float sum(vec v) {
-  return fold(v, [](auto a, auto b) { return a + b; });
+  return fold(v, [](float a, float b) { return a + b; });
 }
 inline float greatest(vec v) {
-  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+  return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 // exp(x) for x <= 0: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
@@ -105,8 +115,8 @@ inline vec gelu(vec x) {
   p = p * t + 0.1316727101802826f;
   p = p * t - 0.1765768676996231f;
   p = p * t + 0.35353103280067444f;
-  vec half = x * 0.5f;
-  return half + half * (p * y);
+  const vec half = x * 0.5f, erf = t < 1.f ? p * y : y * 0.25f;  // beyond, exactly 1: the result is x, or 0
+  return half + half * erf;
 }
 
 // Mean and inverse standard deviation of C floats that are about to be normalised.
@@ -127,29 +137,25 @@ inline void moments(const float* x, Index C, float eps, float& mean, float& scal
   scale = 1 / std::sqrt(squares / C + eps);
 }
 
-constexpr int CHUNK = 2 * L;  // channels that a depthwise convolution takes at a time: three rows of them fit in L1
+constexpr int CHUNK = 32;  // channels that a depthwise convolution takes at a time: three rows of them fit in L1
 
-// 3 x 3 depthwise convolution of one image and up to CHUNK channels, zero padding. Three rows of the source are kept, so
+// 3 x 3 depthwise convolution of one image and n <= CHUNK channels, zero padding. Three rows of the source are kept, so
 // the destination may be the source. finish(row of W x CHUNK results, where they go) stores them.
 template <class Finish>
 void depthwise(const float* source, Index stride, float* out, Index out_stride, Index H, Index W, int n, const float* weight,
                Index C, const float* bias, float* rows, Finish finish) {
   const Index row = (W + 2) * CHUNK;
-  const int n0 = std::min(n, L), n1 = n - n0;
-  vec w[9][2], b[2] = {load(bias, n0), n1 ? load(bias + L, n1) : vec{}};
-  for (int k = 0; k < 9; k++) {
-    w[k][0] = load(weight + k * C, n0);
-    w[k][1] = n1 ? load(weight + k * C + L, n1) : vec{};
-  }
+  float w[9 * CHUNK] = {}, start[CHUNK] = {}, *made = rows + 3 * row;
+  for (int k = 0; k < 9; k++) std::memcpy(w + k * CHUNK, weight + k * C, 4 * n);
+  std::memcpy(start, bias, 4 * n);
   std::memset(rows, 0, 4 * row * 4);  // the columns left and right stay zero, and so does what lies beyond n
-  float* made = rows + 3 * row;
   auto keep = [&](Index y) {
     float* to = rows + (y % 3) * row + CHUNK;
     const float* from = source + y * W * stride;
     if (n == CHUNK)
       for (Index x = 0; x < W; x++) {
         __builtin_prefetch(from + (x + W) * stride);  // the next row: strides are too long for the processor to guess
-        __builtin_prefetch(from + (x + W) * stride + L);
+        __builtin_prefetch(from + (x + W) * stride + 16);
         std::memcpy(to + x * CHUNK, from + x * stride, 4 * CHUNK);
       }
     else
@@ -161,16 +167,17 @@ void depthwise(const float* source, Index stride, float* out, Index out_stride, 
       keep(y + 1);
     else
       std::memset(rows + ((y + 1) % 3) * row, 0, row * 4);
-    for (int half = 0; half * L < n; half++) {
-      const float *above = rows + ((y + 2) % 3) * row + half * L, *here = rows + (y % 3) * row + half * L,
-                  *below = rows + ((y + 1) % 3) * row + half * L;
-      const vec w0 = w[0][half], w1 = w[1][half], w2 = w[2][half], w3 = w[3][half], w4 = w[4][half], w5 = w[5][half],
-                w6 = w[6][half], w7 = w[7][half], w8 = w[8][half], start = b[half];
+    for (int c = 0; c < n; c += L) {
+      const float *above = rows + ((y + 2) % 3) * row + c, *here = rows + (y % 3) * row + c,
+                  *below = rows + ((y + 1) % 3) * row + c;
+      const vec w0 = load(w + c), w1 = load(w + CHUNK + c), w2 = load(w + 2 * CHUNK + c), w3 = load(w + 3 * CHUNK + c),
+                w4 = load(w + 4 * CHUNK + c), w5 = load(w + 5 * CHUNK + c), w6 = load(w + 6 * CHUNK + c),
+                w7 = load(w + 7 * CHUNK + c), w8 = load(w + 8 * CHUNK + c), first = load(start + c);
       for (Index x = 0; x < W * CHUNK; x += CHUNK) {
-        vec v = start + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
+        vec v = first + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
         vec u = load(here + x) * w3 + load(here + x + CHUNK) * w4 + load(here + x + 2 * CHUNK) * w5;
         v += load(below + x) * w6 + load(below + x + CHUNK) * w7 + load(below + x + 2 * CHUNK) * w8;
-        store(made + x + half * L, v + u);
+        store(made + x + c, v + u);
       }
     }
     finish(made, out + y * W * out_stride);
@@ -206,9 +213,9 @@ struct Row {
   }
 };
 
-constexpr int R = 6;  // rows that `multiply` takes at a time: with four vectors each they fill 24 of 32 registers
+constexpr int R = 6;  // rows that `multiply` takes at a time
 
-// out (M, 16 * K) = left (M, n) times right (n, 16 * K), plus `start` (16 * K) unless null, plus out where `add`.
+// out (M, L * K) = left (M, n) times right (n, L * K), plus `start` (L * K) unless null, plus out where `add`.
 template <int M, int K>
 inline void multiply(const float* left, Index left_pitch, const float* right, Index pitch, Index n, const float* start,
                      bool add, float* out, Index out_pitch) {
@@ -246,7 +253,7 @@ inline void multiply(int rows, const float* left, Index left_pitch, const float*
   }
 }
 
-// The same for up to R rows and a width of up to 64, a multiple of 16.
+// The same for up to R rows and a width of up to V vectors.
 inline void multiply(int rows, int width, const float* left, Index left_pitch, const float* right, Index pitch, Index n,
                      const float* start, bool add, float* out, Index out_pitch) {
   switch (width / L) {
@@ -257,12 +264,12 @@ inline void multiply(int rows, int width, const float* left, Index left_pitch, c
   }
 }
 
-constexpr Index PANEL = 4 * L;  // columns that `multiply` takes at a time
+constexpr Index PANEL = V * L;  // columns that `multiply` takes at a time
 
 // Softmax of the first n, zeros up to a whole number of vectors; and the result added to `sums` unless null.
 inline void softmax(float* row, Index n, float* sums) {
   const Index whole = n / L * L;
-  const auto tail = lane < (int)(n - whole);
+  const ivec tail = first_lanes(n - whole);
   vec last = fill(-INFINITY), top = last, total = {};
   if (whole < n) last = top = tail ? load(row + whole) : last;
   for (Index m = 0; m < whole; m += L) top = larger(top, load(row + m));
@@ -292,8 +299,11 @@ int threads() {
 
 extern "C" {
 
+Index sgformer_lanes() { return L; }
+Index sgformer_panel() { return PANEL; }
+
 // out = x weight + bias, plus what `add` points to unless null; x (rows, n), add and out (rows, width), each with a row
-// stride. weight: panels of PANEL columns, (n, PANEL) each, the last one as wide as a multiple of 16 must be; bias padded
+// stride. weight: panels of PANEL columns, (n, PANEL) each, the last one as wide as a multiple of L must be; bias padded
 // likewise.
 void sgformer_linear(const float* x, Index x_stride, const float* weight, const float* bias, const float* add,
                      Index add_stride, float* out, Index out_stride, Index rows, Index n, Index width) {
@@ -365,6 +375,91 @@ void sgformer_conv(const float* x, Index B, Index H, Index W, Index C, Index k, 
   }
 }
 
+// 3 x 3 convolution, zero padding, step 1, with 16 products where there would be 36 (Winograd's F(2 x 2, 3 x 3); Lavin and
+// Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). x (B, H, W, C), out (B, H, W, width), contiguous, C
+// and width multiples of L; weight: 16 matrices G g G^T as of sgformer_linear, no bias.
+void sgformer_winograd(const float* x, Index B, Index H, Index W, Index C, const float* weight, float* out, Index width) {
+  const Index across = (W + 1) / 2, tiles = (H + 1) / 2 * across, T = 4 * R, blocks = (tiles + T - 1) / T;
+  const std::vector<float> nothing(C);
+#pragma omp parallel
+  {
+    std::vector<float> seen(16 * T * C), made(16 * T * width);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * blocks; task++) {
+      const Index b = task / blocks, first = task % blocks * T, count = std::min(T, tiles - first);
+      for (Index t = 0; t < count; t++) {
+        const Index top = (first + t) / across * 2 - 1, left = (first + t) % across * 2 - 1;
+        const float* at[16];
+        for (int i = 0; i < 16; i++) {
+          const Index y = top + i / 4, z = left + i % 4;
+          at[i] = y < 0 || y >= H || z < 0 || z >= W ? nothing.data() : x + ((b * H + y) * W + z) * C;
+        }
+        for (Index c = 0; c < C; c += L) {
+          vec d[4][4];
+          for (int j = 0; j < 4; j++) {  // B^T d
+            const vec p = load(at[j] + c), q = load(at[4 + j] + c), r = load(at[8 + j] + c), s = load(at[12 + j] + c);
+            d[0][j] = p - r, d[1][j] = q + r, d[2][j] = r - q, d[3][j] = q - s;
+          }
+          float* to = &seen[t * C + c];
+          for (int i = 0; i < 4; i++) {  // times B
+            store(to + (4 * i) * T * C, d[i][0] - d[i][2]);
+            store(to + (4 * i + 1) * T * C, d[i][1] + d[i][2]);
+            store(to + (4 * i + 2) * T * C, d[i][2] - d[i][1]);
+            store(to + (4 * i + 3) * T * C, d[i][1] - d[i][3]);
+          }
+        }
+      }
+      for (Index i = 0; i < 16; i++)
+        for (Index c = 0; c < width; c += PANEL) {
+          const Index wide = std::min(PANEL, width - c);
+          for (Index r = 0; r < count; r += R)
+            multiply(std::min<Index>(R, count - r), wide, &seen[(i * T + r) * C], C, weight + i * C * width + c * C, wide, C,
+                     nullptr, false, &made[(i * T + r) * width + c], width);
+        }
+      for (Index t = 0; t < count; t++) {
+        const Index y = (first + t) / across * 2, z = (first + t) % across * 2;
+        float* to = out + ((b * H + y) * W + z) * width;
+        for (Index c = 0; c < width; c += L) {
+          const float* from = &made[t * width + c];
+          vec low[4], high[4];
+          for (int j = 0; j < 4; j++) {  // A^T m
+            const vec p = load(from + j * T * width), q = load(from + (4 + j) * T * width);
+            const vec r = load(from + (8 + j) * T * width), s = load(from + (12 + j) * T * width);
+            low[j] = p + q + r, high[j] = q - r - s;
+          }
+          store(to + c, low[0] + low[1] + low[2]);  // times A
+          if (z + 1 < W) store(to + width + c, low[1] - low[2] - low[3]);
+          if (y + 1 < H) store(to + W * width + c, high[0] + high[1] + high[2]);
+          if (y + 1 < H && z + 1 < W) store(to + (W + 1) * width + c, high[1] - high[2] - high[3]);
+        }
+      }
+    }
+  }
+}
+
+// 3 x 3 depthwise convolution with a step of two, zero padding: x (B, H, W, C) to out (B, Ho, Wo, C); weight (9, C).
+void sgformer_depthwise_halve(const float* x, Index B, Index H, Index W, Index C, const float* weight, float* out) {
+  const Index Ho = (H + 1) / 2, Wo = (W + 1) / 2;
+#pragma omp parallel for schedule(static)
+  for (Index row = 0; row < B * Ho; row++) {
+    const Index b = row / Ho, y = row % Ho * 2;
+    for (Index z = 0; z < Wo; z++) {
+      float* to = out + (row * Wo + z) * C;
+      for (Index c = 0; c < C; c += L) {
+        const int n = std::min<Index>(L, C - c);
+        vec total = {};
+        for (Index i = -1; i < 2; i++)
+          for (Index j = -1; j < 2; j++) {
+            if (y + i < 0 || y + i >= H || 2 * z + j < 0 || 2 * z + j >= W) continue;
+            const float *from = x + ((b * H + y + i) * W + 2 * z + j) * C + c, *w = weight + (3 * i + j + 4) * C + c;
+            total += n == L ? load(from) * load(w) : load(from, n) * load(w, n);
+          }
+        n == L ? store(to + c, total) : store(to + c, total, n);
+      }
+    }
+  }
+}
+
 // h = GELU(depthwise convolution of h), in place. h (B, H, W, C) contiguous, weight (9, C).
 void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const float* weight, const float* bias) {
   const Index chunks = (C + CHUNK - 1) / CHUNK;
@@ -378,11 +473,10 @@ void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const
       const int n = std::min<Index>(CHUNK, C - c);
       auto finish = [=](const float* row, float* to) {
         for (Index x = 0; x < W; x++, row += CHUNK, to += C) {
-          const vec low = gelu(load(row)), high = gelu(load(row + L));
           if (n == CHUNK)
-            store(to, low), store(to + L, high);
+            for (int i = 0; i < CHUNK; i += L) store(to + i, gelu(load(row + i)));
           else
-            store(to, low, std::min(n, L)), store(to + L, high, std::max(0, n - L));
+            for (int i = 0; i < n; i += L) store(to + i, gelu(load(row + i)), std::min(L, n - i));
         }
       };
       depthwise(image, C, image, C, H, W, n, weight + c, C, bias + c, rows.data(), finish);
@@ -403,10 +497,7 @@ void sgformer_depthwise_add(const float* x, Index stride, float* out, Index B, I
       const int n = std::min<Index>(CHUNK, C - c);
       auto finish = [=](const float* row, float* to) {
         for (Index x = 0; x < W; x++, row += CHUNK, to += C)
-          if (n == CHUNK)
-            store(to, load(to) + load(row)), store(to + L, load(to + L) + load(row + L));
-          else
-            for (int i = 0; i < n; i++) to[i] += row[i];
+          for (int i = 0; i < n; i++) to[i] += row[i];
       };
       depthwise(x + image * stride + c, stride, out + image * C + c, C, H, W, n, weight + c, C,
                 bias + c, rows.data(), finish);
@@ -414,9 +505,9 @@ void sgformer_depthwise_add(const float* x, Index stride, float* out, Index B, I
   }
 }
 
-// x += add (unless null), and out = LayerNorm(x), row by row of (rows, C), all contiguous.
+// x += add (unless null), and out = LayerNorm(x), then GELU if `act`, row by row of (rows, C), all contiguous.
 void sgformer_layer_norm(float* x, const float* add, float* out, Index rows, Index C, const float* weight, const float* bias,
-                         float eps) {
+                         float eps, int act) {
 #pragma omp parallel for schedule(static)
   for (Index r = 0; r < rows; r++) {
     float *row = x + r * C, *to = out + r * C;
@@ -429,8 +520,15 @@ void sgformer_layer_norm(float* x, const float* add, float* out, Index rows, Ind
     float mean, scale;
     moments(row, C, eps, mean, scale);
     Index c = 0;
-    for (; c + L <= C; c += L) store(to + c, (load(row + c) - mean) * scale * load(weight + c) + load(bias + c));
-    for (; c < C; c++) to[c] = (row[c] - mean) * scale * weight[c] + bias[c];
+    for (; c + L <= C; c += L) {
+      const vec v = (load(row + c) - mean) * scale * load(weight + c) + load(bias + c);
+      store(to + c, act ? gelu(v) : v);
+    }
+    if (c < C) {
+      const int n = C - c;
+      const vec v = (load(row + c, n) - mean) * scale * load(weight + c, n) + load(bias + c, n);
+      store(to + c, act ? gelu(v) : v, n);
+    }
   }
 }
 
@@ -579,22 +677,19 @@ void sgformer_aggregate(const float* x, Index B, Index N, Index C, const Index* 
     for (Index g = 0; g < groups; g++) {
       const Index* which = members + b * member_stride + g * rate;
       float* to = out + (b * M + at + g) * C;
-      for (Index c = 0; c < C; c += 4 * L) {
-        const int n = std::min<Index>(4 * L, C - c);
-        vec acc[4] = {fill(*bias), fill(*bias), fill(*bias), fill(*bias)};
-        if (n == 4 * L) {
-          for (Index r = 0; r < rate; r++) {
-            const float* from = x + (b * N + which[r]) * C + c;
-            for (int j = 0; j < 4; j++) acc[j] += load(from + j * L) * weight[r];
-          }
-          for (int j = 0; j < 4; j++) store(to + c + j * L, acc[j]);
-        } else {
-          for (int j = 0; j < n; j++) {
-            float total = *bias;
-            for (Index r = 0; r < rate; r++) total += x[(b * N + which[r]) * C + c + j] * weight[r];
-            to[c + j] = total;
-          }
+      Index c = 0;
+      for (; c + 2 * L <= C; c += 2 * L) {
+        vec low = fill(*bias), high = low;
+        for (Index r = 0; r < rate; r++) {
+          const float* from = x + (b * N + which[r]) * C + c;
+          low += load(from) * weight[r], high += load(from + L) * weight[r];
         }
+        store(to + c, low), store(to + c + L, high);
+      }
+      for (; c < C; c++) {
+        float total = *bias;
+        for (Index r = 0; r < rate; r++) total += x[(b * N + which[r]) * C + c] * weight[r];
+        to[c] = total;
       }
     }
 }

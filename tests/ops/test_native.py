@@ -1,0 +1,268 @@
+"""The compiled kernels against torch's own operations in float64, for every kind of vector that this machine has."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sgformer import ops
+from sgformer.ops import native
+
+try:
+    native.library()
+except native.UnavailableError as error:
+    pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
+
+KINDS = {"native": native.PROCESSOR}
+if platform.machine() in ("x86_64", "AMD64"):
+    KINDS["no AVX"] = "-march=x86-64"
+    if "avx2" in Path("/proc/cpuinfo").read_text():
+        KINDS["AVX2"] = "-march=haswell"
+
+
+@pytest.fixture(scope="module", params=KINDS, autouse=True)
+def kind(request, tmp_path_factory):
+    """Every test runs with kernels for each of them: other processors than this one have narrower registers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(native, "PROCESSOR", KINDS[request.param])
+        native.library.cache_clear()
+        yield request.param
+    native.library.cache_clear()
+
+
+def close(got, expected, tolerance=1e-5):
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    assert (got - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+
+
+def image(x):
+    return x.permute(0, 3, 1, 2).double()
+
+
+def tokens(x):
+    return x.permute(0, 2, 3, 1)
+
+
+GRIDS = [(2, 9, 7, 64), (1, 1, 1, 20), (3, 5, 1, 33), (1, 14, 16, 100)]
+
+
+def test_each_kind_is_another_one(kind):
+    assert native.lanes() == {"no AVX": 4, "AVX2": 8}.get(kind, native.lanes())
+    assert native.lanes() in (4, 8, 16)
+
+
+@pytest.mark.parametrize("rows, n, width", [(1, 1, 1), (5, 7, 9), (13, 33, 100), (100, 64, 64), (7, 300, 65)])
+def test_linear(rows, n, width):
+    layer = torch.nn.Linear(n, width)
+    weight, bias = native.panels(layer.weight, layer.bias)
+    x, add = torch.randn(1, rows, 1, n + 3)[..., 2:-1], torch.randn(1, rows, 1, width)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    close(native.linear(x, weight, bias, width), expected)
+    close(native.linear(x, weight, bias, width, add=add), expected + add)
+    wide = torch.zeros(1, rows, 1, width + 4)
+    native.linear(x, weight, bias, width, out=wide[..., 1 : width + 1])
+    close(wide[..., 1 : width + 1], expected)
+    assert not wide[..., 0].any() and not wide[..., width + 1 :].any()
+    same = add.clone()
+    native.linear(x, weight, bias, width, add=same, out=same)
+    close(same, expected + add)
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 1), (3, 2, 1), (8, 8, 0), (2, 2, 0)])
+@pytest.mark.parametrize("grid", [(2, 16, 24, 3), (1, 9, 13, 40), (1, 1, 2, 16)])
+def test_convolution(kernel, stride, padding, grid):
+    x, layer = torch.randn(grid), torch.nn.Conv2d(grid[-1], 37, kernel, stride, padding)
+    weight, bias = native.panels(layer.weight.permute(0, 2, 3, 1).flatten(1), layer.bias)
+    padded = image(x)
+    if not padding:  # what the last step sticks out by is zero
+        padded = F.pad(padded, (0, -grid[2] % kernel, 0, -grid[1] % kernel))
+    expected = F.conv2d(padded, layer.weight.double(), layer.bias.double(), stride, padding)
+    close(native.conv(x, weight, bias, 37, kernel, stride, padding), tokens(expected))
+
+
+@pytest.mark.parametrize("grid", [(2, 9, 7, 64), (1, 1, 1, 16), (1, 6, 8, 48)])
+def test_winograd(grid):
+    x, weight = torch.randn(grid), torch.randn(32, grid[-1], 3, 3) / 10
+    expected = tokens(F.conv2d(image(x), weight.double(), padding=1))
+    close(native.winograd(x, native.winograd_panels(weight), 32), expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_depthwise(grid):
+    C = grid[-1]
+    x, weight, bias = torch.randn(grid) * 2, torch.randn(C, 1, 3, 3), torch.randn(C)
+    taps = native.tap_major(weight)
+    expected = tokens(F.conv2d(image(x), weight.double(), bias.double(), padding=1, groups=C))
+    close(native.depthwise_gelu_(x.clone(), taps, bias), F.gelu(expected))
+    wide, out = torch.randn(*grid[:-1], 3 * C), torch.randn(grid)
+    wide[..., C : 2 * C] = x
+    close(native.depthwise_add_(out.clone(), wide[..., C : 2 * C], taps, bias), out + expected)
+    expected = tokens(F.conv2d(image(x), weight.double(), stride=2, padding=1, groups=C))
+    close(native.depthwise_halve(x, taps), expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_norms(grid, gelu):
+    C = grid[-1]
+    act = F.gelu if gelu else lambda x: x
+    x, more, weight, bias = torch.randn(grid) * 3 + 50, torch.randn(grid), torch.randn(C), torch.randn(C)
+    parameters = weight.double(), bias.double()
+    close(native.layer_norm(x, weight, bias, 1e-6, gelu=gelu), act(F.layer_norm(x.double(), (C,), *parameters, 1e-6)), 1e-4)
+    total = x.clone()
+    got = native.layer_norm(total, weight, bias, 1e-6, add=more)
+    assert torch.equal(total, x + more)
+    close(got, F.layer_norm(total.double(), (C,), *parameters, 1e-6), 1e-4)
+    expected = act(tokens(F.group_norm(image(x), 1, *parameters, 1e-5)))
+    close(native.group_norm_(x.clone(), weight, bias, 1e-5, gelu), expected, 1e-4)
+
+
+def test_norms_of_a_constant_are_their_bias():
+    x, weight, bias = torch.full((2, 8, 8, 48), 7.0), torch.randn(48), torch.randn(48)
+    assert torch.allclose(native.layer_norm(x, weight, bias, 1e-6), bias)
+    assert torch.allclose(native.group_norm_(x, weight, bias, 1e-5, False), bias)
+
+
+def test_gelu_is_exact_everywhere():
+    x = torch.cat([torch.linspace(-12, 12, 16001), torch.tensor([-1e4, 1e4, 0.0])])
+    ones, zero = torch.zeros(9, 1), torch.zeros(1)
+    ones[4] = 1  # the convolution that changes nothing
+    got = native.depthwise_gelu_(x.view(1, -1, 1, 1).clone(), ones, zero).flatten()
+    assert ((got - F.gelu(x.double())).abs() / x.abs().clamp(min=1)).max() < 4e-7
+    assert got[-3] == 0 and got[-2] == 1e4
+
+
+@pytest.mark.parametrize(
+    "grid, scale, window, heads, d",
+    [
+        ((14, 21), 1, 7, 2, 32),
+        ((16, 24), 4, 7, 1, 24),  # windows of queries and keys stick out
+        ((9, 5), 1, 7, 3, 20),
+        ((30, 17), 2, 0, 2, 8),  # everywhere
+        ((5, 3), 8, 7, 1, 64),
+        ((64, 48), 2, 0, 1, 70),  # many keys and queries
+    ],
+)
+def test_attention_and_what_keys_received(grid, scale, window, heads, d):
+    from sgformer.backbone import look
+
+    H, W = grid
+    q = torch.randn(2, H, W, 3 * heads * d)[..., heads * d : 2 * heads * d]
+    kv = torch.randn(2, -(-H // scale), -(-W // scale), 2 * heads * d)
+    expected, significance = look(q.double(), kv.double(), heads, scale, window, everywhere=not window)
+    windows = ((window * scale,) * 2, (window,) * 2) if window else (grid, tuple(kv.shape[1:3]))
+    out = torch.full((2, H, W, 2 * heads * d), 9.0)
+    received = native.attend_windows(q, kv, heads, *windows, out[..., heads * d :], spread=scale)
+    close(out[..., heads * d :], expected)
+    assert (out[..., : heads * d] == 9).all()
+    assert torch.allclose(received.double(), significance, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("M", [1, 49, 60, 147, 1000])
+def test_attention_to_few(M):
+    q, kv = torch.randn(2, 6, 5, 64), torch.randn(2, M, 128)
+    k, v = (ops.split_heads(t, 2) for t in kv.double().chunk(2, -1))
+    expected = ops.join_heads(ops.attend(ops.split_heads(q.double().flatten(1, 2), 2), k, v))
+    close(native.attend(q, kv, 2).flatten(1, 2), expected)
+
+
+def test_attention_stands_large_scores():
+    q, kv = 100 * torch.randn(1, 4, 4, 32), 100 * torch.randn(1, 50, 64)
+    out = native.attend(q, kv, 1)
+    k, v = kv.double().chunk(2, -1)
+    close(out.flatten(1, 2), ops.attend(q.double().flatten(1, 2)[:, None], k[:, None], v[:, None])[:, 0], 1e-4)
+
+
+@pytest.mark.parametrize("C", [64, 37])
+def test_aggregation(C):
+    x, significance = torch.randn(2, 100, C), torch.randn(2, 100)
+    groups = ops.group_tokens(ops.sort_tokens(significance), [0.25, 0.5, 0.25], [9, 5, 1])
+    weights, bias = [torch.randn(1, r) for r in (9, 5, 1)], [torch.randn(1) for _ in range(3)]
+    expected = ops.aggregate(x.double(), groups, [w.double() for w in weights], [b.double() for b in bias])
+    close(native.aggregate(x, groups, weights, bias), expected)
+
+
+def test_order_is_the_stable_one():
+    values = torch.randn(4, 1000).round(decimals=1)  # with many equal ones
+    values[0, 5], values[0, 9], values[1] = float("nan"), float("-inf"), 0
+    values[2, ::3], values[2, 1::3] = 0.0, -0.0
+    assert torch.equal(native.sort_tokens(values), values.argsort(dim=1, stable=True))
+    values = torch.rand(2, 3137) * 1e-30
+    assert torch.equal(native.sort_tokens(values), values.argsort(dim=1, stable=True))
+
+
+def test_what_lies_elsewhere_in_memory_is_refused():
+    x = torch.randn(1, 8, 8, 32)
+    weight, bias = native.panels(torch.randn(8, 32), None)
+    with pytest.raises(ValueError, match="slice of channels"):
+        native.linear(x.transpose(1, 2), weight, bias, 8)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.layer_norm(x[..., ::2], torch.ones(16), torch.zeros(16), 1e-6)
+
+
+# -- compiling --------------------------------------------------------------------------------------------------------
+
+
+def fresh(code, **environment):
+    """Run Python code in a process of its own, which has compiled nothing yet."""
+    env = {**os.environ, "PYTHONPATH": str(Path(ops.__file__).parents[2]), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+LOAD = "from sgformer.ops import native; print(native.lanes())"
+
+
+@pytest.fixture
+def once(kind):
+    if kind != "native":
+        pytest.skip("the same for every kind")
+
+
+def test_compiled_once_and_found_again_without_a_compiler(once, tmp_path):
+    assert fresh(LOAD, XDG_CACHE_HOME=str(tmp_path)).returncode == 0
+    (file,) = (tmp_path / "sgformer").iterdir()
+    before = file.stat().st_mtime_ns
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "g++").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "g++").chmod(0o755)
+    done = fresh(LOAD, XDG_CACHE_HOME=str(tmp_path), PATH=f"{tools}:{os.environ['PATH']}")
+    if done.returncode:  # another path to the compiler is another key: then it must have been asked
+        assert "failed" in done.stderr
+    assert file.stat().st_mtime_ns == before and list((tmp_path / "sgformer").iterdir()) == [file]
+
+
+@pytest.mark.parametrize("why", ["none", "fails"])
+def test_without_a_compiler_the_network_is_packed_all_the_same(once, tmp_path, why):
+    if why == "fails":
+        (tmp_path / "g++").write_text("#!/bin/sh\necho 'kernels.cpp:1: error: too old' >&2\nexit 1\n")
+        (tmp_path / "g++").chmod(0o755)
+    code = """
+import sgformer, torch
+from sgformer.ops import native
+model = sgformer.create_model("sgformer_n").eval()
+image = torch.randn(1, 3, 64, 64)
+with torch.no_grad():
+    assert torch.allclose(sgformer.optimize(model)(image), model(image), atol=1e-4)
+try:
+    sgformer.optimize(model, native=True)
+except native.UnavailableError as error:
+    print(error)
+"""
+    done = fresh(code, XDG_CACHE_HOME=str(tmp_path / "cache"), PATH=str(tmp_path), CXX="")
+    assert done.returncode == 0, done.stderr
+    assert ("no C++ compiler" if why == "none" else "too old") in done.stdout
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_home_that_cannot_be_written_to_does_not_matter(once, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = fresh(LOAD, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
