@@ -61,19 +61,25 @@ inline ivec first_lanes(Index n) {  // all bits set in the first n
   return lane;
 }
 // Halves upon halves: L steps one after the other would take as long as the rest of a short softmax.
-template <class Combine>
-inline float fold(vec v, Combine combine) {
-  float t[L];
-  std::memcpy(t, &v, sizeof v);
-  for (int n = L / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) t[i] = combine(t[i], t[i + n]);
-  return t[0];
+template <int N>
+struct Floats {
+  typedef float type __attribute__((vector_size(4 * N)));
+};
+template <int N, class Combine>
+inline float fold(typename Floats<N>::type v, Combine combine) {
+  if constexpr (N == 2) {
+    return combine(v[0], v[1]);
+  } else {
+    typename Floats<N / 2>::type half[2];
+    std::memcpy(half, &v, sizeof v);
+    return fold<N / 2>(combine(half[0], half[1]), combine);
+  }
 }
 inline float sum(vec v) {
-  return fold(v, [](float a, float b) { return a + b; });
+  return fold<L>(v, [](auto a, auto b) { return a + b; });
 }
 inline float greatest(vec v) {
-  return fold(v, [](float a, float b) { return a > b ? a : b; });
+  return fold<L>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // exp(x) for x <= 0: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
