@@ -6,7 +6,20 @@ import pytest
 import torch
 
 import sgformer
-from sgformer.inference import FoldedMlp, PackedLinear
+from sgformer.fused import FoldedMlp, NativeGuided, PackedLinear
+from sgformer.ops import native
+
+try:
+    native.library()
+    NATIVE = True
+except native.UnavailableError:
+    NATIVE = False
+needs_compiler = pytest.mark.skipif(not NATIVE, reason="no native kernels here")
+WAYS = [
+    pytest.param({"native": True}, marks=needs_compiler, id="native"),
+    pytest.param({"native": False}, id="packed"),
+    pytest.param({"pack": False}, id="folded"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +33,14 @@ def model():
 
 
 @pytest.mark.parametrize("size", [(224, 224), (75, 130)])
-@pytest.mark.parametrize("pack", [None, False])
+@pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_optimize_changes_no_number_and_not_the_original(model, size, pack):
+def test_optimize_changes_no_number_and_not_the_original(model, size, way):
     before = copy.deepcopy(model.state_dict())
-    fast = sgformer.optimize(model, pack=pack)
+    fast = sgformer.optimize(model, **way)
     kinds = {type(m) for m in fast.modules()}
-    assert FoldedMlp in kinds and (PackedLinear in kinds) == (pack is None)
+    assert (NativeGuided in kinds) == bool(way.get("native")) == (FoldedMlp not in kinds)
+    assert (PackedLinear in kinds) == (way.get("native") is False)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in fast.parameters())
     plain = copy.deepcopy(model).eval()
@@ -36,6 +50,37 @@ def test_optimize_changes_no_number_and_not_the_original(model, size, pack):
     torch.testing.assert_close(seen.significance["1.0"], expected.significance["1.0"], rtol=1e-4, atol=1e-7)
     assert (seen.logits - expected.logits).abs().max() < 1e-3 * expected.logits.abs().max()
     assert torch.equal(fast(image), fast.forward_head(fast.forward_features(image)))
+    for taken, expected in zip(fast.forward_intermediates(image, intermediates_only=True), seen.features, strict=True):
+        assert torch.equal(taken, expected)
+    assert {k: len(v) for k, v in seen.tokens.items()} == {k: len(v) for k, v in plain.inspect(image).tokens.items()}
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [(224, 224), (96, 150)])
+@torch.no_grad()
+def test_native_results_depend_on_the_image_alone(model, size, monkeypatch):
+    """To the bit: not on the images beside it, nor on how many are taken at a time, nor on the number of threads."""
+    fast = sgformer.optimize(model, native=True)
+    images = torch.randn(5, 3, *size)
+    together = fast(images)
+    assert torch.equal(torch.cat([fast(image[None]) for image in images]), together)
+    monkeypatch.setattr("sgformer.fused.PART", 1)
+    assert torch.equal(fast(images), together)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(fast(images), together)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(copy.deepcopy(fast)(images), together)
+
+
+@needs_compiler
+def test_native_is_refused_where_it_cannot_be(model):
+    with pytest.raises(ValueError, match="native"):
+        sgformer.optimize(model, pack=False, native=True)
+    with pytest.raises(ValueError, match="native"):
+        sgformer.optimize(copy.deepcopy(model).double(), native=True)
 
 
 @torch.no_grad()
@@ -49,15 +94,26 @@ def test_folding_is_exact_in_float64(model):
         sgformer.optimize(plain, pack=True)
 
 
+KINDS = [
+    *({"aggregation": name} for name in sgformer.config.AGGREGATION),
+    {"significance": "learned"},
+    {"significance": "inverted"},
+    {"attention": "linear"},
+    {"coarse": "window"},
+    {"pairs": "hybrid"},
+    {"num_classes": 0},
+    {"in_chans": 1},
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"aggregation": "pool"}, {"significance": "learned"}, {"num_classes": 0}])
-def test_every_kind_of_network_can_be_prepared(options):
-    if "aggregation" in options:
-        options = {"aggregation": sorted(set(sgformer.config.AGGREGATION) - {"linear"})[0]}
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_every_kind_of_network_can_be_prepared(options, way):
     plain = sgformer.create_model("sgformer_n", **options).eval()
-    image = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, options.get("in_chans", 3), 64, 96)
     expected = plain(image)
-    assert (sgformer.optimize(plain)(image) - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (sgformer.optimize(plain, **way)(image) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def test_optimize_refuses_what_it_does_not_know():

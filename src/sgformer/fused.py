@@ -187,7 +187,9 @@ class NativeGuided(nn.Module):
     def __init__(self, attn: SelfGuidedAttention):
         super().__init__()
         self.heads, self.describe = attn.heads, attn.aggregate.describe
-        self.aggregate = NativeAggregation(attn.aggregate) if type(attn.aggregate) is LinearAggregation else attn.aggregate
+        self.aggregate = (
+            NativeAggregation(attn.aggregate) if type(attn.aggregate) is LinearAggregation else attn.aggregate
+        )
         self.kv, self.proj_in, self.proj = map(NativeLinear, (attn.kv, attn.proj_in, attn.proj))
         self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from sgformer.backbone import SGFormer
-from sgformer.fused import FoldedMlp, InplaceGELU, PackedLinear, make_native
+from sgformer.fused import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
 from sgformer.layers import Mlp
 from sgformer.ops import native as kernels
 
@@ -89,7 +89,7 @@ def optimize(
                 if isinstance(child, nn.GELU):
                     setattr(module, name, InplaceGELU())
                 if type(child) is nn.Linear and "aggregate" not in f"{path}.{name}":  # those are read, not called
-                    setattr(module, name, PackedLinear(child))
+                    setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
         block.drop_path = nn.Identity()  # its rate, which differs from block to block, would be compiled in
         if dynamic:

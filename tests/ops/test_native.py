@@ -114,7 +114,11 @@ def test_norms(grid, gelu):
     act = F.gelu if gelu else lambda x: x
     x, more, weight, bias = torch.randn(grid) * 3 + 50, torch.randn(grid), torch.randn(C), torch.randn(C)
     parameters = weight.double(), bias.double()
-    close(native.layer_norm(x, weight, bias, 1e-6, gelu=gelu), act(F.layer_norm(x.double(), (C,), *parameters, 1e-6)), 1e-4)
+    close(
+        native.layer_norm(x, weight, bias, 1e-6, gelu=gelu),
+        act(F.layer_norm(x.double(), (C,), *parameters, 1e-6)),
+        1e-4,
+    )
     total = x.clone()
     got = native.layer_norm(total, weight, bias, 1e-6, add=more)
     assert torch.equal(total, x + more)

@@ -93,7 +93,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))})
+    )
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -137,7 +139,9 @@ def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.cat([part.t().flatten() for part in weight.split(library().sgformer_panel())]), bias
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, width: int, add: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Linear map of (B, H, W, n), or a slice of its channels, to (B, H, W, width), plus ``add`` of that shape.
 
     ``out`` is overwritten; it may be ``add``. ``weight`` and ``bias`` come from :func:`panels`.
@@ -227,7 +231,13 @@ def group_norm_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool)
 
 
 def attend_windows(
-    q: Tensor, kv: Tensor, heads: int, q_window: tuple[int, int], kv_window: tuple[int, int], out: Tensor, spread: int = 0
+    q: Tensor,
+    kv: Tensor,
+    heads: int,
+    q_window: tuple[int, int],
+    kv_window: tuple[int, int],
+    out: Tensor,
+    spread: int = 0,
 ) -> Tensor | None:
     """:func:`sgformer.ops.attend_windows`, with the output written to ``out``, which may be a slice of channels.
 
