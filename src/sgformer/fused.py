@@ -13,18 +13,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sgformer.backbone import (
-    Block,
-    HybridScaleAttention,
-    PlainAttention,
-    SelfGuidedAttention,
-    Stage,
-    windows_of,
-)
-from sgformer.guidance import LinearAggregation
-from sgformer.layers import ConvNorm, DepthwiseConv, Mlp, Stem
 from sgformer import ops
-from sgformer.ops import native
+from sgformer.backbone import Block, GuidedBlock, HybridBlock, HybridScaleAttention, PlainBlock, Stage
+from sgformer.guidance import LinearAggregation
+from sgformer.layers import ConvNorm, Mlp, Stem
+from sgformer.ops import TokenGroups, native
 
 PART = 1 << 21  # floats: of tensors larger than these 8 MiB, fewer images are taken at a time
 
@@ -63,20 +56,6 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class NativeMlp(nn.Module):
-    """The MLP with all that lies between its linear maps in one pass, in place."""
-
-    def __init__(self, mlp: Mlp):
-        super().__init__()
-        self.fc1, self.fc2 = NativeLinear(mlp.fc1), NativeLinear(mlp.fc2)
-        self.weight, self.bias = native.tap_major(mlp.conv.weight), mlp.conv.bias
-        self.weight[4] += 1
-
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """``out`` plus the MLP of x, in place."""
-        return self.fc2(native.depthwise_gelu_(self.fc1(x), self.weight, self.bias), add=out, out=out)
-
-
 class NativeNorm(nn.Module):
     """LayerNorm."""
 
@@ -84,12 +63,12 @@ class NativeNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
-    def forward(self, x: Tensor, add: Tensor | None = None, gelu: bool = False) -> Tensor:
-        return native.layer_norm(x, self.weight, self.bias, self.eps, add, gelu)
+    def forward(self, x: Tensor) -> Tensor:
+        return native.layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
 
 
 class NativeLinear(nn.Module):
-    """A linear map, or a 1 x 1 convolution, of tokens; (..., in) to (..., out), plus ``add``."""
+    """A linear map, or a 1 x 1 convolution, of tokens; (..., in) to (..., out)."""
 
     def __init__(self, linear: nn.Linear | nn.Conv2d):
         super().__init__()
@@ -97,11 +76,9 @@ class NativeLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias = native.panels(weight, linear.bias)
 
-    def forward(self, x: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if x.dim() != 4:
-            grid = x.contiguous().view(1, 1, -1, self.in_features)
-            return self(grid).view(*x.shape[:-1], self.out_features)
-        return native.linear(x, self.weight, self.bias, self.out_features, add, out)
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.contiguous().view(1, 1, -1, self.in_features)
+        return native.linear(grid, self.weight, self.bias, self.out_features).view(*x.shape[:-1], self.out_features)
 
 
 class NativeConv(nn.Module):
@@ -118,7 +95,7 @@ class NativeConv(nn.Module):
         elif self.winograd:
             self.weight = native.winograd_panels(conv.weight)
         else:
-            self.weight, self.bias = native.panels(conv.weight.detach().permute(0, 2, 3, 1).flatten(1), conv.bias)
+            self.weight, self.bias = native.conv_panels(conv.weight, conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.groups > 1:
@@ -141,127 +118,130 @@ class NativeConvNorm(nn.Module):
         return native.group_norm_(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu).permute(0, 3, 1, 2)
 
 
-class NativeHybrid(nn.Module):
-    """:class:`~sgformer.backbone.HybridScaleAttention`; heads write side by side, and the local term is added there."""
+class NativeHybrid(HybridBlock):
+    """A whole block with :class:`~sgformer.backbone.HybridScaleAttention`."""
 
-    def __init__(self, attn: HybridScaleAttention):
-        super().__init__()
-        self.heads, self.reduction, self.window, self.coarse = attn.heads, attn.reduction, attn.window, attn.coarse
-        self.reduce, self.reduce_norm = NativeConv(attn.reduce), NativeNorm(attn.reduce_norm)
-        self.kv_coarse, self.proj_in, self.proj = map(NativeLinear, (attn.kv_coarse, attn.proj_in, attn.proj))
-        self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
+    def __init__(self, block: HybridBlock):
+        nn.Module.__init__(self)
+        attn = block.attn
+        self.parts = [
+            *_pair(block.norm1),
+            *_linear(attn.proj_in),
+            *native.conv_panels(attn.reduce.weight, attn.reduce.bias),
+        ]
+        self.parts += [*_pair(attn.reduce_norm), *_linear(attn.kv_coarse), *_ending(block)]
+        self.options = (block.mlp.fc1.out_features, attn.heads, attn.reduction, attn.window, attn.coarse == "global")
+        self.eps = (block.norm1.eps, attn.reduce_norm.eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        C = x.shape[-1]
-        q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
-        out = torch.empty_like(x)
-
-        far, near = out.chunk(2, dim=-1)
-        reduced = self.reduce_norm(self.reduce(x), gelu=True)
-        coarse = self._look(q_coarse, self.kv_coarse(reduced), self.reduction, self.coarse == "global", far)
-        fine = self._look(q_fine, kv_fine, 1, False, near)
-        return self.proj(native.depthwise_add_(out, local, self.weight, self.bias)), coarse, fine
-
-    def _look(self, q: Tensor, kv: Tensor, scale: int, everywhere: bool, out: Tensor) -> Tensor:
-        return native.attend_windows(
-            q, kv, self.heads, *windows_of(q, kv, scale, self.window, everywhere), out, spread=scale
-        )
+        return native.hybrid_block(x, self.parts, *self.options, *self.eps)
 
 
-class NativeAggregation(nn.Module):
-    """:class:`~sgformer.guidance.LinearAggregation`."""
+class NativeGuided(GuidedBlock):
+    """A whole block with :class:`~sgformer.backbone.SelfGuidedAttention`: softmax, and the learned linear map of regions.
+
+    Args:
+        block: one whose significance is a function; a module's would also gate the tokens.
+    """
+
+    def __init__(self, block: GuidedBlock):
+        nn.Module.__init__(self)
+        attn = block.attn
+        self.source, self.attn = block.source, NativeGroups(attn.aggregate)
+        self.parts = [*_pair(block.norm1), *_linear(attn.proj_in), *_linear(attn.kv), *_ending(block)]
+        self.parts += [t for region in attn.aggregate for t in _pair(region)]
+        self.options = (block.mlp.fc1.out_features, attn.heads)
+        self.eps = block.norm1.eps
+
+    def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        significance = self.source(x, coarse, fine)
+        lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.shares)
+        regions = list(zip(lengths, self.attn.rates, strict=True))
+        out = native.guided_block(x, significance, self.parts, *self.options, regions, self.eps)
+        return out, significance, [significance]
+
+
+class NativeGroups(nn.Module):
+    """How a :class:`NativeGuided` grouped its tokens, found out when somebody asks."""
 
     def __init__(self, aggregate: LinearAggregation):
         super().__init__()
-        self.shares, self.rates = aggregate.shares, aggregate.rates
-        self.weights, self.bias = [m.weight for m in aggregate], [m.bias for m in aggregate]
+        self.aggregate, self.shares, self.rates = aggregate, aggregate.shares, aggregate.rates
 
-    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = ops.group_tokens(native.sort_tokens(significance.contiguous()), self.shares, self.rates)
-        return native.aggregate(x, groups, self.weights, self.bias), groups
-
-
-class NativeGuided(nn.Module):
-    """:class:`~sgformer.backbone.SelfGuidedAttention` with softmax attention."""
-
-    def __init__(self, attn: SelfGuidedAttention):
-        super().__init__()
-        self.heads, self.describe = attn.heads, attn.aggregate.describe
-        self.aggregate = (
-            NativeAggregation(attn.aggregate) if type(attn.aggregate) is LinearAggregation else attn.aggregate
-        )
-        self.kv, self.proj_in, self.proj = map(NativeLinear, (attn.kv, attn.proj_in, attn.proj))
-        self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
-
-    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        q, local = self.proj_in(x).chunk(2, dim=-1)
-        few, grouped = self.aggregate(x.flatten(1, 2), significance.flatten(1))
-        out = native.attend(q, self.kv(few), self.heads)
-        return self.proj(native.depthwise_add_(out, local, self.weight, self.bias)), grouped
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
+        order = native.sort_tokens(grouped[0].flatten(1))
+        return self.aggregate.describe(ops.group_tokens(order, self.shares, self.rates), grid)
 
 
-class NativePlain(nn.Module):
-    """:class:`~sgformer.backbone.PlainAttention`."""
+class NativePlain(PlainBlock):
+    """A whole block with :class:`~sgformer.backbone.PlainAttention`."""
 
-    def __init__(self, attn: PlainAttention):
-        super().__init__()
-        self.heads = attn.heads
-        self.proj_in, self.proj = map(NativeLinear, (attn.proj_in, attn.proj))
-        self.weight, self.bias = native.tap_major(attn.local.weight), attn.local.bias
+    def __init__(self, block: PlainBlock):
+        nn.Module.__init__(self)
+        attn = block.attn
+        self.parts = [*_pair(block.norm1), *_linear(attn.proj_in), *_ending(block)]
+        self.options, self.eps = (block.mlp.fc1.out_features, attn.heads), block.norm1.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        C = x.shape[-1]
-        q, kv, local = self.proj_in(x).split((C, 2 * C, C), dim=-1)
-        out, grid = torch.empty_like(x), (x.shape[1], x.shape[2])
-        native.attend_windows(q, kv, self.heads, grid, grid, out)
-        return self.proj(native.depthwise_add_(out, local, self.weight, self.bias))
+        return native.plain_block(x, self.parts, *self.options, self.eps)
+
+
+def _pair(module: nn.Module) -> list[Tensor]:
+    return [module.weight.detach(), module.bias.detach()]
+
+
+def _linear(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    return native.panels(linear.weight, linear.bias)
+
+
+def _ending(block: Block) -> list[Tensor]:
+    """The parameters of what every block ends with, in the kernels' order."""
+    local, mlp = block.attn.local, block.mlp
+    taps = native.tap_major(mlp.conv.weight)
+    taps[4] += 1  # h + conv(h) in one
+    parts = [native.tap_major(local.weight), local.bias.detach(), *_linear(block.attn.proj), *_pair(block.norm2)]
+    return [*parts, *_linear(mlp.fc1), taps, mlp.conv.bias.detach(), *_linear(mlp.fc2)]
 
 
 def make_native(model: nn.Module) -> None:
     """Put the native parts into a frozen network on the CPU in float32, wherever there is one for the part."""
     for module in list(model.modules()):
-        if isinstance(module, Block):
-            module.add = functools.partial(_add_in_place, module)
         if isinstance(module, Stem | Stage):
-            module.forward = functools.partial(_in_parts, module, module.forward)
+            module.forward = functools.partial(_in_parts, module.forward, _widest(module), isinstance(module, Stem))
         for name, child in module.named_children():
-            kind = _NATIVE.get(type(child))
-            if isinstance(child, SelfGuidedAttention) and not _is_plain(child):
-                kind = None
+            kind = _native_kind(child)
             if kind is not None:
                 setattr(module, name, kind(child))
 
 
-_NATIVE: dict[type[nn.Module], Any] = {
-    Mlp: NativeMlp,
-    ConvNorm: NativeConvNorm,
-    HybridScaleAttention: NativeHybrid,
-    SelfGuidedAttention: NativeGuided,
-    PlainAttention: NativePlain,
-    nn.LayerNorm: NativeNorm,
-}
+def _native_kind(module: nn.Module) -> Any:
+    attn = getattr(module, "attn", None)
+    if isinstance(module, HybridBlock):
+        return NativeHybrid if type(attn) is HybridScaleAttention else None
+    if isinstance(module, GuidedBlock):
+        usual = attn.attend is ops.attend and type(attn.aggregate) is LinearAggregation
+        return NativeGuided if usual and not isinstance(module.source, nn.Module) else None
+    return {PlainBlock: NativePlain, ConvNorm: NativeConvNorm, nn.LayerNorm: NativeNorm}.get(type(module))
 
 
-def _is_plain(attn: SelfGuidedAttention) -> bool:
-    return attn.attend is ops.attend and isinstance(attn.local, DepthwiseConv)
+def _widest(module: Stem | Stage) -> float:
+    """Floats in its widest tensor for every position of its input."""
+    if isinstance(module, Stem):
+        return module.conv1.conv.out_channels / 4
+    hidden = max(block.mlp.fc1.out_features for block in module.blocks)
+    if isinstance(module.downsample, nn.Identity):
+        return hidden
+    return max(hidden / 4, module.downsample.expand.conv.out_channels)
 
 
-def _in_parts(module: Stem | Stage, forward: Any, x: Tensor, *inspected: Any) -> Tensor:
+def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = None, name: str = "") -> Tensor:
     """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``PART``.
 
-    Smaller tensors stay in the cache, and freed ones with the process: what is larger the system takes and gives anew.
+    Smaller tensors stay in the cache, and freed ones with the process: larger ones the system takes and gives anew.
     """
-    if isinstance(module, Stem):
-        floats = module.conv1.norm.num_channels * x[0, 0].numel() // 4
-    else:
-        stride = 1 if isinstance(module.downsample, nn.Identity) else 4
-        floats = max(x[0].numel(), module.blocks[0].mlp.fc1.out_features * x[0, ..., 0].numel() // stride)
-    step = max(1, PART // floats)
-    if step >= len(x) or any(argument is not None for argument in inspected[:1]):
+    inspected = () if seen is None else (seen, name)
+    positions = x[0, 0].numel() if first else x[0, ..., 0].numel()
+    step = max(1, int(PART // (floats * positions)))
+    if step >= len(x) or inspected:
         return forward(x, *inspected)
     return torch.cat([forward(few) for few in x.split(step)])
-
-
-def _add_in_place(block: Block, x: Tensor, out: Tensor) -> Tensor:
-    """``Block.add``; ``out`` is overwritten, which is the attention's own, and not ``x``, which others may hold."""
-    return block.mlp.add_to(out, block.norm2(out, add=x))

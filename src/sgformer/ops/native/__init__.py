@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -109,6 +110,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
         "layer_norm": [p, p, p, n, n, p, p, f, i],
         "group_norm": [p, n, n, n, p, p, f, i],
+        "hybrid_block": [p, p, n, n, n, p, p, p, p, p, f, f],
+        "guided_block": [p, p, n, p, p, p, p, p, f],
+        "plain_block": [p, p, p, p, p, f],
         "attend": [p, n, p, n, p, n, *[n] * 11, p, n],
         "order": [p, n, n, p],
         "aggregate": [p, n, n, n, p, n, n, n, p, p, p, n, n],
@@ -139,27 +143,25 @@ def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.cat([part.t().flatten() for part in weight.split(library().sgformer_panel())]), bias
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, width: int, add: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """Linear map of (B, H, W, n), or a slice of its channels, to (B, H, W, width), plus ``add`` of that shape.
+def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight (width, C, k, k) and bias of a convolution as :func:`conv` wants them."""
+    return panels(weight.detach().permute(0, 2, 3, 1).flatten(1), bias)
 
-    ``out`` is overwritten; it may be ``add``. ``weight`` and ``bias`` come from :func:`panels`.
-    """
-    B, H, W, n = x.shape
-    out = torch.empty(B, H, W, width) if out is None else out
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
+    """Linear map of (B, H, W, n), contiguous, to (B, H, W, width). ``weight`` and ``bias`` come from :func:`panels`."""
+    B, H, W, n = _contiguous(x).shape
+    out = torch.empty(B, H, W, width)
     library().sgformer_linear(
-        x.data_ptr(), _row_stride(x), weight.data_ptr(), bias.data_ptr(),
-        None if add is None else add.data_ptr(), 0 if add is None else _row_stride(add),
-        out.data_ptr(), _row_stride(out), B * H * W, n, width,
-    )  # fmt: skip
+        x.data_ptr(), n, weight.data_ptr(), bias.data_ptr(), None, 0, out.data_ptr(), width, B * H * W, n, width
+    )
     return out
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, padding: int) -> Tensor:
     """Convolution of (B, H, W, C), contiguous, to (B, ceil(H / stride), ceil(W / stride), width); zeros lie outside.
 
-    ``weight`` and ``bias`` come from :func:`panels` of a convolution's weight permuted to (width, row, column, C).
+    ``weight`` and ``bias`` come from :func:`conv_panels`.
     """
     B, H, W, C = _contiguous(x).shape
     rows, cols = -(-H // stride), -(-W // stride)
@@ -194,31 +196,11 @@ def depthwise_halve(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def depthwise_gelu_(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of the depthwise convolution of (B, H, W, C), contiguous, in place; weight (9, C), bias (C,)."""
-    B, H, W, C = _contiguous(h).shape
-    library().sgformer_depthwise_gelu(h.data_ptr(), B, H, W, C, weight.data_ptr(), bias.data_ptr())
-    return h
-
-
-def depthwise_add_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``out`` (B, H, W, C), contiguous, plus the depthwise convolution of ``x``, its like or a slice of channels."""
-    B, H, W, C = _contiguous(out).shape
-    library().sgformer_depthwise_add(
-        x.data_ptr(), _row_stride(x), out.data_ptr(), B, H, W, C, weight.data_ptr(), bias.data_ptr()
-    )
-    return out
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None, gelu: bool = False
-) -> Tensor:
-    """LayerNorm over the last dimension, and a GELU where asked for; ``add`` is first added to ``x`` in place."""
-    out = torch.empty_like(_contiguous(x))
-    C = x.shape[-1]
-    more = None if add is None else _contiguous(add).data_ptr()
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension of a contiguous tensor."""
+    out, C = torch.empty_like(_contiguous(x)), x.shape[-1]
     library().sgformer_layer_norm(
-        x.data_ptr(), more, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps, gelu
+        x.data_ptr(), None, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps, False
     )
     return out
 
@@ -230,38 +212,6 @@ def group_norm_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool)
     return x
 
 
-def attend_windows(
-    q: Tensor,
-    kv: Tensor,
-    heads: int,
-    q_window: tuple[int, int],
-    kv_window: tuple[int, int],
-    out: Tensor,
-    spread: int = 0,
-) -> Tensor | None:
-    """:func:`sgformer.ops.attend_windows`, with the output written to ``out``, which may be a slice of channels.
-
-    Returns significance (B, H, W): of each token, the attention that its key received, averaged over heads and over the
-    queries of a whole window. Keys lie ``spread`` times as coarse as queries; 0: they do not, and None is returned.
-    """
-    B, H, W, D = q.shape
-    Hk, Wk = kv.shape[1:3]
-    received = torch.empty(B, H, W) if spread else None
-    library().sgformer_attend(
-        q.data_ptr(), _row_stride(q), kv.data_ptr(), _row_stride(kv), out.data_ptr(), _row_stride(out),
-        B, H, W, Hk, Wk, *q_window, *kv_window, heads, D // heads,
-        None if received is None else received.data_ptr(), spread,
-    )  # fmt: skip
-    return received
-
-
-def attend(q: Tensor, kv: Tensor, heads: int) -> Tensor:
-    """Attention of queries (B, H, W, C) to all keys and values (B, M, 2 C); (B, H, W, C)."""
-    out = torch.empty(q.shape)
-    attend_windows(q, kv[:, None], heads, (q.shape[1], q.shape[2]), (1, kv.shape[1]), out)
-    return out
-
-
 def sort_tokens(significance: Tensor) -> Tensor:
     """:func:`sgformer.ops.sort_tokens`."""
     B, N = _contiguous(significance).shape
@@ -270,36 +220,73 @@ def sort_tokens(significance: Tensor) -> Tensor:
     return order
 
 
-def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
-    """:func:`sgformer.ops.aggregate`."""
-    B, N, C = _contiguous(x).shape
-    total = sum(group.shape[1] for group in groups)
-    out, at = torch.empty(B, total, C), 0
-    for group, weight, b in zip(groups, weights, bias, strict=True):
-        _, count, rate = group.shape
-        if group.stride()[1:] != (rate, 1):
-            group = group.contiguous()
-        library().sgformer_aggregate(
-            x.data_ptr(), B, N, C, group.data_ptr(), group.stride(0), count, rate,
-            weight.data_ptr(), b.data_ptr(), out.data_ptr(), total, at,
-        )  # fmt: skip
-        at += count
+# -- whole blocks -----------------------------------------------------------------------------------------------------
+#
+# ``parts``: parameters in the order that kernels.cpp names, linear maps as of `panels`, 3 x 3 kernels as of `tap_major`.
+
+
+def hybrid_block(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    hidden: int,
+    heads: int,
+    reduction: int,
+    window: int,
+    everywhere: bool,
+    eps: float,
+    reduce_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:class:`sgformer.backbone.HybridBlock`: (B, H, W, C) to the same, and coarse and fine significance (B, H, W)."""
+    B, H, W, C = _contiguous(x).shape
+    reduced = B * -(-H // reduction) * -(-W // reduction)
+    out, coarse, fine = torch.empty_like(x), torch.empty(B, H, W), torch.empty(B, H, W)
+    scratch = torch.empty(B * H * W * (2 * C + max(hidden, 3 * C)) + 2 * reduced * C)
+    library().sgformer_hybrid_block(
+        _pointers(parts), _numbers(B, H, W, C, hidden, heads), reduction, window, everywhere, x.data_ptr(),
+        out.data_ptr(), coarse.data_ptr(), fine.data_ptr(), scratch.data_ptr(), eps, reduce_eps,
+    )  # fmt: skip
+    return out, coarse, fine
+
+
+def guided_block(
+    x: Tensor,
+    significance: Tensor,
+    parts: Sequence[Tensor],
+    hidden: int,
+    heads: int,
+    regions: Sequence[tuple[int, int]],
+    eps: float,
+) -> Tensor:
+    """:class:`sgformer.backbone.GuidedBlock`: (B, H, W, C) to the same; length and rate of every region."""
+    B, H, W, C = _contiguous(x).shape
+    significance = significance.float().contiguous()
+    few = sum(-(-length // rate) for length, rate in regions)
+    out, scratch = torch.empty_like(x), torch.empty(B * H * W * (2 * C + max(hidden, 2 * C)) + 3 * B * few * C)
+    library().sgformer_guided_block(
+        _pointers(parts), _numbers(B, H, W, C, hidden, heads), len(regions), _numbers(*itertools.chain(*regions)),
+        x.data_ptr(), significance.data_ptr(), out.data_ptr(), scratch.data_ptr(), eps,
+    )  # fmt: skip
     return out
+
+
+def plain_block(x: Tensor, parts: Sequence[Tensor], hidden: int, heads: int, eps: float) -> Tensor:
+    """:class:`sgformer.backbone.PlainBlock`: (B, H, W, C) to the same."""
+    B, H, W, C = _contiguous(x).shape
+    out, scratch = torch.empty_like(x), torch.empty(B * H * W * (2 * C + max(hidden, 4 * C)))
+    numbers = _numbers(B, H, W, C, hidden, heads)
+    library().sgformer_plain_block(_pointers(parts), numbers, x.data_ptr(), out.data_ptr(), scratch.data_ptr(), eps)
+    return out
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _contiguous(x: Tensor) -> Tensor:
     if not x.is_contiguous():
         raise ValueError(f"must be contiguous (got strides {x.stride()} of shape {tuple(x.shape)})")
     return x
-
-
-def _row_stride(x: Tensor) -> int:
-    """Distance between tokens of (B, H, W, C), which must be a slice of channels of a contiguous tensor."""
-    if x.is_contiguous():
-        return x.shape[3]
-    B, H, W, C = x.shape
-    stride = x.stride(2) if W > 1 else x.stride(1) if H > 1 else x.stride(0) if B > 1 else C
-    expected = (H * W * stride, W * stride, stride, 1)
-    if any(n > 1 and s != e for n, s, e in zip(x.shape, x.stride(), expected, strict=True)):
-        raise ValueError(f"must be a slice of channels of (B, H, W, C) (got strides {x.stride()} of {tuple(x.shape)})")
-    return stride

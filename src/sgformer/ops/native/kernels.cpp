@@ -700,4 +700,86 @@ void sgformer_aggregate(const float* x, Index B, Index N, Index C, const Index* 
     }
 }
 
+// -- whole blocks -----------------------------------------------------------------------------------------------------
+//
+// One call for what are a dozen operations, so that the time from one to the next is not the caller's. `w` are pointers to
+// parameters, two for every part: weight and bias. x (B, H, W, C) is read, y written; `scratch` is memory for what lies
+// between: N (2 C + the widest) floats and what the attention needs. Grid: B, H, W, C, channels within the MLP, heads.
+
+struct Grid {
+  Index B, H, W, C, hidden, heads;
+};
+
+// What every block ends with: the local term (a slice of `wide`) and the output projection, both added; the MLP.
+static void finish(const float* const* w, const Grid& g, const float* x, float* attended, const float* local, Index stride,
+                   float* y, float* normed, float* wide, float eps) {
+  const Index N = g.B * g.H * g.W, C = g.C;
+  sgformer_depthwise_add(local, stride, attended, g.B, g.H, g.W, C, w[0], w[1]);
+  sgformer_linear(attended, C, w[2], w[3], x, C, y, C, N, C, C);
+  sgformer_layer_norm(y, nullptr, normed, N, C, w[4], w[5], eps, 0);
+  sgformer_linear(normed, C, w[6], w[7], nullptr, 0, wide, g.hidden, N, C, g.hidden);
+  sgformer_depthwise_gelu(wide, g.B, g.H, g.W, g.hidden, w[8], w[9]);
+  sgformer_linear(wide, g.hidden, w[10], w[11], y, C, y, C, N, g.hidden, C);
+}
+
+// Parts: norm, proj_in, reduce, reduce_norm, kv_coarse, then those of `finish`: local, proj, norm, fc1, conv, fc2. `heads`
+// are those of one scale; everywhere: coarse heads see all reduced tokens and not those of a window.
+void sgformer_hybrid_block(const float* const* w, const Grid* grid, Index r, Index window, Index everywhere, const float* x,
+                           float* y, float* coarse, float* fine, float* scratch, float eps, float reduce_eps) {
+  const Grid& g = *grid;
+  const Index C = g.C, N = g.B * g.H * g.W, Hr = (g.H + r - 1) / r, Wr = (g.W + r - 1) / r, Nr = g.B * Hr * Wr;
+  float *normed = scratch, *attended = normed + N * C, *reduced = attended + N * C, *kv = reduced + Nr * C;
+  float* wide = kv + Nr * C;  // coarse queries; fine queries, keys, values; local term
+  sgformer_layer_norm(const_cast<float*>(x), nullptr, normed, N, C, w[0], w[1], eps, 0);
+  sgformer_linear(normed, C, w[2], w[3], nullptr, 0, wide, 3 * C, N, C, 3 * C);
+  sgformer_conv(normed, g.B, g.H, g.W, C, r, r, 0, w[4], w[5], kv, Hr, Wr, C);
+  sgformer_layer_norm(kv, nullptr, reduced, Nr, C, w[6], w[7], reduce_eps, 1);
+  sgformer_linear(reduced, C, w[8], w[9], nullptr, 0, kv, C, Nr, C, C);
+  const Index d = C / 2 / g.heads, far = window * r;
+  sgformer_attend(wide, 3 * C, kv, C, attended, C, g.B, g.H, g.W, Hr, Wr, everywhere ? g.H : far, everywhere ? g.W : far,
+                  everywhere ? Hr : window, everywhere ? Wr : window, g.heads, d, coarse, r);
+  sgformer_attend(wide + C / 2, 3 * C, wide + C, 3 * C, attended + C / 2, C, g.B, g.H, g.W, g.H, g.W, window, window, window,
+                  window, g.heads, d, fine, 1);
+  finish(w + 10, g, x, attended, wide + 2 * C, 3 * C, y, normed, wide, eps);
+}
+
+// Parts: norm, proj_in, kv, those of `finish`, then the linear map of every region. `regions`: length and rate of each.
+void sgformer_guided_block(const float* const* w, const Grid* grid, Index count, const Index* regions, const float* x,
+                           const float* significance, float* y, float* scratch, float eps) {
+  const Grid& g = *grid;
+  const Index C = g.C, tokens = g.H * g.W, N = g.B * tokens;
+  Index M = 0;
+  for (Index i = 0; i < count; i++) M += (regions[2 * i] + regions[2 * i + 1] - 1) / regions[2 * i + 1];
+  float *normed = scratch, *attended = normed + N * C, *few = attended + N * C, *kv = few + g.B * M * C;
+  float* wide = kv + 2 * g.B * M * C;  // queries, local term
+  sgformer_layer_norm(const_cast<float*>(x), nullptr, normed, N, C, w[0], w[1], eps, 0);
+  sgformer_linear(normed, C, w[2], w[3], nullptr, 0, wide, 2 * C, N, C, 2 * C);
+  std::vector<Index> order(N), members;
+  sgformer_order(significance, g.B, tokens, order.data());
+  for (Index i = 0, first = 0, at = 0; i < count; i++) {
+    const Index length = regions[2 * i], rate = regions[2 * i + 1], groups = (length + rate - 1) / rate, all = groups * rate;
+    members.resize(g.B * all);
+    for (Index b = 0; b < g.B; b++)
+      for (Index p = 0; p < all; p++)
+        members[b * all + p] = order[b * tokens + first + (all == length ? p : (2 * p + 1) * length / (2 * all))];
+    sgformer_aggregate(normed, g.B, tokens, C, members.data(), all, groups, rate, w[18 + 2 * i], w[19 + 2 * i], few, M, at);
+    first += length, at += groups;
+  }
+  sgformer_linear(few, C, w[4], w[5], nullptr, 0, kv, 2 * C, g.B * M, C, 2 * C);
+  sgformer_attend(wide, 2 * C, kv, 2 * C, attended, C, g.B, g.H, g.W, 1, M, g.H, g.W, 1, M, g.heads, C / g.heads, nullptr, 0);
+  finish(w + 6, g, x, attended, wide + C, 2 * C, y, normed, wide, eps);
+}
+
+// Parts: norm, proj_in, those of `finish`.
+void sgformer_plain_block(const float* const* w, const Grid* grid, const float* x, float* y, float* scratch, float eps) {
+  const Grid& g = *grid;
+  const Index C = g.C, N = g.B * g.H * g.W;
+  float *normed = scratch, *attended = normed + N * C, *wide = attended + N * C;  // queries, keys, values, local term
+  sgformer_layer_norm(const_cast<float*>(x), nullptr, normed, N, C, w[0], w[1], eps, 0);
+  sgformer_linear(normed, C, w[2], w[3], nullptr, 0, wide, 4 * C, N, C, 4 * C);
+  sgformer_attend(wide, 4 * C, wide + C, 4 * C, attended, C, g.B, g.H, g.W, g.H, g.W, g.H, g.W, g.H, g.W, g.heads, C / g.heads,
+                  nullptr, 0);
+  finish(w + 4, g, x, attended, wide + 3 * C, 4 * C, y, normed, wide, eps);
+}
+
 }  // extern "C"
