@@ -19,6 +19,8 @@ ALLOWED = {
     "ops": set(),
     "layers": set(),
     "guidance": {"ops", "config"},
+    "fused": {"backbone", "guidance", "layers", "ops"},
+    "inference": {"backbone", "exporting", "fused", "layers", "ops"},
     "backbone": {"ops", "config", "layers", "guidance", "explanations"},  # the last one inside `explain` only
     "checkpoint": {"backbone", "config", "errors", "layers"},
     "timm_models": {"backbone", "checkpoint", "config", "layers"},

@@ -73,6 +73,17 @@ def test_native_results_depend_on_the_image_alone(model, size, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(copy.deepcopy(fast)(images), together)
+    assert fast(images[:0]).shape == (0, 5)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_native_hides_no_broken_number(model):
+    fast = sgformer.optimize(model, native=True)
+    image = torch.randn(2, 3, 64, 64)
+    image[0, 1, 20, 30] = torch.nan
+    out = fast(image)
+    assert out[0].isnan().all() and out[1].isfinite().all()
 
 
 @needs_compiler

@@ -42,15 +42,12 @@ class InplaceGELU(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear map, or a 1 x 1 convolution of tokens, with its weight in oneDNN's own layout, which saves the packing at
-    every call."""
+    """A linear map with its weight in oneDNN's own layout, which saves the packing at every call."""
 
-    def __init__(self, linear: nn.Linear | nn.Conv2d):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = linear.weight.detach().flatten(1)
-        self.out_features, self.in_features = weight.shape
-        self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -138,7 +135,7 @@ class NativeHybrid(HybridBlock):
 
 
 class NativeGuided(GuidedBlock):
-    """A whole block with :class:`~sgformer.backbone.SelfGuidedAttention`: softmax, and the learned linear map of regions.
+    """A whole block with :class:`~sgformer.backbone.SelfGuidedAttention`, softmax and learned linear maps of regions.
 
     Args:
         block: one whose significance is a function; a module's would also gate the tokens.
@@ -227,11 +224,13 @@ def _native_kind(module: nn.Module) -> Any:
 def _widest(module: Stem | Stage) -> float:
     """Floats in its widest tensor for every position of its input."""
     if isinstance(module, Stem):
-        return module.conv1.conv.out_channels / 4
-    hidden = max(block.mlp.fc1.out_features for block in module.blocks)
+        channels: int = module.conv1.conv.out_channels
+        return channels / 4
+    hidden: int = module.blocks[0].mlp.fc1.out_features
     if isinstance(module.downsample, nn.Identity):
         return hidden
-    return max(hidden / 4, module.downsample.expand.conv.out_channels)
+    expanded: int = module.downsample.expand.conv.out_channels
+    return max(hidden / 4, expanded)
 
 
 def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = None, name: str = "") -> Tensor:
@@ -240,7 +239,7 @@ def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = N
     Smaller tensors stay in the cache, and freed ones with the process: larger ones the system takes and gives anew.
     """
     inspected = () if seen is None else (seen, name)
-    positions = x[0, 0].numel() if first else x[0, ..., 0].numel()
+    positions = x.shape[2] * x.shape[3] if first else x.shape[1] * x.shape[2]
     step = max(1, int(PART // (floats * positions)))
     if step >= len(x) or inspected:
         return forward(x, *inspected)

@@ -1,5 +1,6 @@
 """The compiled kernels against torch's own operations in float64, for every kind of vector that this machine has."""
 
+import copy
 import os
 import platform
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sgformer
 from sgformer import ops
+from sgformer.backbone import GuidedBlock, HybridBlock, look
 from sgformer.ops import native
 
 try:
@@ -25,7 +28,11 @@ if platform.machine() in ("x86_64", "AMD64"):
         KINDS["AVX2"] = "-march=haswell"
 
 
-@pytest.fixture(scope="module", params=KINDS, autouse=True)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == "native" else pytest.mark.slow) for name in KINDS],
+    autouse=True,
+)
 def kind(request, tmp_path_factory):
     """Every test runs with kernels for each of them: other processors than this one have narrower registers."""
     with pytest.MonkeyPatch.context() as patch:
@@ -49,6 +56,78 @@ def tokens(x):
     return x.permute(0, 2, 3, 1)
 
 
+# -- kernels that only whole blocks call, called alone ----------------------------------------------------------------
+
+
+def linear(x, weight, bias, width, add=None, out=None):
+    B, H, W, n = x.shape
+    out = torch.empty(B, H, W, width) if out is None else out
+    added = (None, 0) if add is None else (add.data_ptr(), add.stride(1))
+    native.library().sgformer_linear(
+        x.data_ptr(), x.stride(1), weight.data_ptr(), bias.data_ptr(), *added,
+        out.data_ptr(), out.stride(1), B * H * W, n, width,
+    )  # fmt: skip
+    return out
+
+
+def depthwise_gelu(h, weight, bias):
+    out = h.clone()
+    native.library().sgformer_depthwise_gelu(out.data_ptr(), *out.shape, weight.data_ptr(), bias.data_ptr())
+    return out
+
+
+def depthwise_add(out, x, weight, bias):
+    out = out.clone()
+    native.library().sgformer_depthwise_add(
+        x.data_ptr(), row_stride(x), out.data_ptr(), *out.shape, weight.data_ptr(), bias.data_ptr()
+    )
+    return out
+
+
+def layer_norm(x, weight, bias, eps, add, gelu):
+    out = torch.empty_like(x)
+    native.library().sgformer_layer_norm(
+        x.data_ptr(), None if add is None else add.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1],
+        weight.data_ptr(), bias.data_ptr(), eps, gelu,
+    )  # fmt: skip
+    return out
+
+
+def attend(q, kv, heads, q_window, kv_window, out, spread=0):
+    B, H, W, D = q.shape
+    received = torch.empty(B, H, W) if spread else None
+    native.library().sgformer_attend(
+        q.data_ptr(), row_stride(q), kv.data_ptr(), row_stride(kv), out.data_ptr(), row_stride(out),
+        B, H, W, kv.shape[1], kv.shape[2], *q_window, *kv_window, heads, D // heads,
+        received.data_ptr() if spread else None, spread,
+    )  # fmt: skip
+    return received
+
+
+def attend_few(q, kv, heads):
+    out = torch.empty(q.shape)
+    attend(q, kv[:, None], heads, q.shape[1:3], (1, kv.shape[1]), out)
+    return out
+
+
+def aggregate(x, groups, weights, bias):
+    B, N, C = x.shape
+    total = sum(group.shape[1] for group in groups)
+    out, at = torch.empty(B, total, C), 0
+    for group, weight, b in zip(groups, weights, bias, strict=True):
+        group = group.contiguous()
+        native.library().sgformer_aggregate(
+            x.data_ptr(), B, N, C, group.data_ptr(), group.stride(0), *group.shape[1:],
+            weight.data_ptr(), b.data_ptr(), out.data_ptr(), total, at,
+        )  # fmt: skip
+        at += group.shape[1]
+    return out
+
+
+def row_stride(x):
+    return x.stride(2)
+
+
 GRIDS = [(2, 9, 7, 64), (1, 1, 1, 20), (3, 5, 1, 33), (1, 14, 16, 100)]
 
 
@@ -63,14 +142,14 @@ def test_linear(rows, n, width):
     weight, bias = native.panels(layer.weight, layer.bias)
     x, add = torch.randn(1, rows, 1, n + 3)[..., 2:-1], torch.randn(1, rows, 1, width)
     expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    close(native.linear(x, weight, bias, width), expected)
-    close(native.linear(x, weight, bias, width, add=add), expected + add)
+    close(linear(x, weight, bias, width), expected)
+    close(linear(x, weight, bias, width, add=add), expected + add)
     wide = torch.zeros(1, rows, 1, width + 4)
-    native.linear(x, weight, bias, width, out=wide[..., 1 : width + 1])
+    linear(x, weight, bias, width, out=wide[..., 1 : width + 1])
     close(wide[..., 1 : width + 1], expected)
     assert not wide[..., 0].any() and not wide[..., width + 1 :].any()
     same = add.clone()
-    native.linear(x, weight, bias, width, add=same, out=same)
+    linear(x, weight, bias, width, add=same, out=same)
     close(same, expected + add)
 
 
@@ -99,10 +178,10 @@ def test_depthwise(grid):
     x, weight, bias = torch.randn(grid) * 2, torch.randn(C, 1, 3, 3), torch.randn(C)
     taps = native.tap_major(weight)
     expected = tokens(F.conv2d(image(x), weight.double(), bias.double(), padding=1, groups=C))
-    close(native.depthwise_gelu_(x.clone(), taps, bias), F.gelu(expected))
+    close(depthwise_gelu(x, taps, bias), F.gelu(expected))
     wide, out = torch.randn(*grid[:-1], 3 * C), torch.randn(grid)
     wide[..., C : 2 * C] = x
-    close(native.depthwise_add_(out.clone(), wide[..., C : 2 * C], taps, bias), out + expected)
+    close(depthwise_add(out, wide[..., C : 2 * C], taps, bias), out + expected)
     expected = tokens(F.conv2d(image(x), weight.double(), stride=2, padding=1, groups=C))
     close(native.depthwise_halve(x, taps), expected)
 
@@ -115,12 +194,12 @@ def test_norms(grid, gelu):
     x, more, weight, bias = torch.randn(grid) * 3 + 50, torch.randn(grid), torch.randn(C), torch.randn(C)
     parameters = weight.double(), bias.double()
     close(
-        native.layer_norm(x, weight, bias, 1e-6, gelu=gelu),
+        layer_norm(x, weight, bias, 1e-6, None, gelu),
         act(F.layer_norm(x.double(), (C,), *parameters, 1e-6)),
         1e-4,
     )
     total = x.clone()
-    got = native.layer_norm(total, weight, bias, 1e-6, add=more)
+    got = layer_norm(total, weight, bias, 1e-6, more, False)
     assert torch.equal(total, x + more)
     close(got, F.layer_norm(total.double(), (C,), *parameters, 1e-6), 1e-4)
     expected = act(tokens(F.group_norm(image(x), 1, *parameters, 1e-5)))
@@ -137,7 +216,7 @@ def test_gelu_is_exact_everywhere():
     x = torch.cat([torch.linspace(-12, 12, 16001), torch.tensor([-1e4, 1e4, 0.0])])
     ones, zero = torch.zeros(9, 1), torch.zeros(1)
     ones[4] = 1  # the convolution that changes nothing
-    got = native.depthwise_gelu_(x.view(1, -1, 1, 1).clone(), ones, zero).flatten()
+    got = depthwise_gelu(x.view(1, -1, 1, 1), ones, zero).flatten()
     assert ((got - F.gelu(x.double())).abs() / x.abs().clamp(min=1)).max() < 4e-7
     assert got[-3] == 0 and got[-2] == 1e4
 
@@ -154,15 +233,13 @@ def test_gelu_is_exact_everywhere():
     ],
 )
 def test_attention_and_what_keys_received(grid, scale, window, heads, d):
-    from sgformer.backbone import look
-
     H, W = grid
     q = torch.randn(2, H, W, 3 * heads * d)[..., heads * d : 2 * heads * d]
     kv = torch.randn(2, -(-H // scale), -(-W // scale), 2 * heads * d)
     expected, significance = look(q.double(), kv.double(), heads, scale, window, everywhere=not window)
     windows = ((window * scale,) * 2, (window,) * 2) if window else (grid, tuple(kv.shape[1:3]))
     out = torch.full((2, H, W, 2 * heads * d), 9.0)
-    received = native.attend_windows(q, kv, heads, *windows, out[..., heads * d :], spread=scale)
+    received = attend(q, kv, heads, *windows, out[..., heads * d :], spread=scale)
     close(out[..., heads * d :], expected)
     assert (out[..., : heads * d] == 9).all()
     assert torch.allclose(received.double(), significance, rtol=1e-4, atol=1e-9)
@@ -173,12 +250,12 @@ def test_attention_to_few(M):
     q, kv = torch.randn(2, 6, 5, 64), torch.randn(2, M, 128)
     k, v = (ops.split_heads(t, 2) for t in kv.double().chunk(2, -1))
     expected = ops.join_heads(ops.attend(ops.split_heads(q.double().flatten(1, 2), 2), k, v))
-    close(native.attend(q, kv, 2).flatten(1, 2), expected)
+    close(attend_few(q, kv, 2).flatten(1, 2), expected)
 
 
 def test_attention_stands_large_scores():
     q, kv = 100 * torch.randn(1, 4, 4, 32), 100 * torch.randn(1, 50, 64)
-    out = native.attend(q, kv, 1)
+    out = attend_few(q, kv, 1)
     k, v = kv.double().chunk(2, -1)
     close(out.flatten(1, 2), ops.attend(q.double().flatten(1, 2)[:, None], k[:, None], v[:, None])[:, 0], 1e-4)
 
@@ -189,7 +266,7 @@ def test_aggregation(C):
     groups = ops.group_tokens(ops.sort_tokens(significance), [0.25, 0.5, 0.25], [9, 5, 1])
     weights, bias = [torch.randn(1, r) for r in (9, 5, 1)], [torch.randn(1) for _ in range(3)]
     expected = ops.aggregate(x.double(), groups, [w.double() for w in weights], [b.double() for b in bias])
-    close(native.aggregate(x, groups, weights, bias), expected)
+    close(aggregate(x, groups, weights, bias), expected)
 
 
 def test_order_is_the_stable_one():
@@ -201,13 +278,39 @@ def test_order_is_the_stable_one():
     assert torch.equal(native.sort_tokens(values), values.argsort(dim=1, stable=True))
 
 
+@pytest.mark.parametrize("grid", [(14, 14), (9, 20), (3, 2)])
+@pytest.mark.parametrize("coarse", ["global", "window"])
+@torch.no_grad()
+def test_whole_blocks(grid, coarse):
+    """Every kind of block of every stage, as the network has them, against itself in float64."""
+    model = sgformer.create_model("sgformer_n", coarse=coarse, num_classes=0).eval()
+    for parameter in model.parameters():  # biases and norms away from 0 and 1
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    exact, fast = copy.deepcopy(model).double(), sgformer.optimize(model, native=True)
+    kinds = set()
+    for before, after in zip(exact.stages, fast.stages, strict=True):
+        x, maps = torch.randn(2, *grid, before.norm.normalized_shape[0]), ()
+        for block, native_block in zip(before.blocks, after.blocks, strict=True):
+            kinds.add(type(native_block).__name__)
+            if isinstance(block, GuidedBlock):  # sorted by numbers that both have
+                maps = tuple(t.float() for t in maps)
+                expected, got = block(x.double(), *(t.double() for t in maps))[0], native_block(x, *maps)[0]
+            elif isinstance(block, HybridBlock):
+                (expected, *maps), (got, *received) = block(x.double()), native_block(x)
+                for a, b in zip(received, maps, strict=True):
+                    assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-8)
+            else:
+                expected, got = block(x.double()), native_block(x)
+            close(got, expected, 2e-5)
+    assert kinds == {"NativeHybrid", "NativeGuided", "NativePlain"}
+
+
 def test_what_lies_elsewhere_in_memory_is_refused():
-    x = torch.randn(1, 8, 8, 32)
     weight, bias = native.panels(torch.randn(8, 32), None)
-    with pytest.raises(ValueError, match="slice of channels"):
-        native.linear(x.transpose(1, 2), weight, bias, 8)
     with pytest.raises(ValueError, match="contiguous"):
-        native.layer_norm(x[..., ::2], torch.ones(16), torch.zeros(16), 1e-6)
+        native.linear(torch.randn(1, 8, 8, 32).transpose(1, 2), weight, bias, 8)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.layer_norm(torch.randn(1, 8, 8, 32)[..., ::2], torch.ones(16), torch.zeros(16), 1e-6)
 
 
 # -- compiling --------------------------------------------------------------------------------------------------------

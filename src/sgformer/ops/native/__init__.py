@@ -1,8 +1,8 @@
-"""Operations compiled on this machine: what PyTorch has no good kernel for, fused, for inference on the CPU in float32.
+"""Operations compiled on this machine, fused, and whole blocks of them: for inference on the CPU in float32.
 
-kernels.cpp is compiled by the machine's own C++ compiler the first time that someone asks for it (two seconds), for its
-own processor, and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here has a gradient, and nothing
-is a torch operator: :func:`sgformer.optimize` is what puts these functions into a network.
+kernels.cpp is compiled by the machine's own C++ compiler, for its own processor, the first time that someone asks for it
+(three seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here has a gradient, and
+nothing is a torch operator: :func:`sgformer.optimize` is what puts these functions into a network.
 
 Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d = C / h. All tensors are float32 and on the CPU.
 """
@@ -181,7 +181,10 @@ def winograd_panels(weight: Tensor) -> Tensor:
 
 
 def winograd(x: Tensor, weight: Tensor, width: int) -> Tensor:
-    """3 x 3 convolution of (B, H, W, C), contiguous, to (B, H, W, width), zero padding; C and width multiples of :func:`lanes`."""
+    """3 x 3 convolution of (B, H, W, C), contiguous, to (B, H, W, width), with zeros around.
+
+    C and width must be multiples of :func:`lanes`; ``weight`` comes from :func:`winograd_panels`.
+    """
     B, H, W, C = _contiguous(x).shape
     out = torch.empty(B, H, W, width)
     library().sgformer_winograd(x.data_ptr(), B, H, W, C, weight.data_ptr(), out.data_ptr(), width)
@@ -220,7 +223,7 @@ def sort_tokens(significance: Tensor) -> Tensor:
     return order
 
 
-# -- whole blocks -----------------------------------------------------------------------------------------------------
+# -- whole blocks -----------------------------------------------------------------------------------------------
 #
 # ``parts``: parameters in the order that kernels.cpp names, linear maps as of `panels`, 3 x 3 kernels as of `tap_major`.
 
