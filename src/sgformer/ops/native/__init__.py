@@ -1,6 +1,6 @@
 """Operations compiled on this machine, fused, and whole blocks of them: for inference on the CPU in float32.
 
-kernels.cpp is compiled by the machine's own C++ compiler, for its own processor, the first time that someone asks for it
+kernels.cpp is compiled by the machine's own C++ compiler, for its own processor, the first time that someone asks
 (three seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here has a gradient, and
 nothing is a torch operator: :func:`sgformer.optimize` is what puts these functions into a network.
 
@@ -225,7 +225,7 @@ def sort_tokens(significance: Tensor) -> Tensor:
 
 # -- whole blocks -----------------------------------------------------------------------------------------------
 #
-# ``parts``: parameters in the order that kernels.cpp names, linear maps as of `panels`, 3 x 3 kernels as of `tap_major`.
+# -- whole blocks ----------------------------------------------------------------------------------------------
 
 
 def hybrid_block(

@@ -340,6 +340,7 @@ void sgformer_linear(const float* x, Index x_stride, const float* weight, const 
 void sgformer_conv(const float* x, Index B, Index H, Index W, Index C, Index k, Index step, Index pad, const float* weight,
                    const float* bias, float* out, Index Ho, Index Wo, Index width) {
   const Index n = k * k * C, pixels = B * Ho * Wo, groups = (pixels + R - 1) / R;
+  if (!pixels) return;
   const Index high = std::max<Index>(1, std::min<Index>({32768 / n, groups / (4 * threads()), 16}));
   const Index depth = 512, wide = (width + L - 1) / L * L, blocks = (groups + high - 1) / high;
   const Index cuts = std::min((width + PANEL - 1) / PANEL, std::max<Index>(1, 4 * threads() / blocks));
