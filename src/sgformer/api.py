@@ -19,9 +19,11 @@ from PIL import Image
 from torch import nn
 
 from sgformer.answers import Prediction, find_images, open_image
+from sgformer.backbone import SGFormer
 from sgformer.config import VARIANTS
 from sgformer.data.transforms import denormalize, eval_transform, preprocessing, train_transform
 from sgformer.errors import UserError, require
+from sgformer.inference import optimize
 from sgformer.training.config import ClassifyConfig, Config, dashed, make_config, read_yaml
 from sgformer.training.device import find_device
 from sgformer.training.run_folder import RunFolder, shown_log
@@ -273,6 +275,9 @@ def _size(metadata: dict[str, Any], image_size: Any, crop_pct: float | None) -> 
 
 # -- prediction -------------------------------------------------------------------------------------------------------
 
+#: From so many images on, preparing a network for the CPU takes less time than it saves.
+WORTH_PREPARING = 64
+
 
 def predict(
     weights: str | os.PathLike[str],
@@ -283,7 +288,7 @@ def predict(
     image_size: int | tuple[int, int] | None = None,
     device: str = "auto",
 ) -> list[Prediction]:
-    """The most probable classes of images.
+    """The most probable classes of images. On a CPU many images are worth :func:`sgformer.optimize`, which is done.
 
     Args:
         weights: a run folder, a weights file, or a released `.pth`.
@@ -299,6 +304,8 @@ def predict(
     model, metadata = load_weights(weights)
     where = find_device(device)
     model.eval().to(where)
+    if where.type == "cpu" and isinstance(model, SGFormer) and len(sources) >= WORTH_PREPARING:
+        model = optimize(model)
     names = metadata.get("classes") or [str(i) for i in range(model.num_classes)]  # type: ignore[arg-type]
     transform = eval_transform(**_size(metadata, image_size, None))
     result = []

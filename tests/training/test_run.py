@@ -11,6 +11,7 @@ from photos import CLASSES, QUICK, make_photos
 
 import sgformer
 from sgformer.api import Prediction, evaluate, predict, train_classifier
+from sgformer.inference import optimize
 from sgformer.checkpoint import read_safetensors
 from sgformer.errors import UserError
 from sgformer.training.report import Evaluation
@@ -81,6 +82,17 @@ def test_evaluation_counts_every_image_once(run, photos, batch_size):
     np.add.at(counts, ([CLASSES.index(t) for t in truth], [CLASSES.index(g) for g in guesses]), 1)
     assert np.array_equal(result.confusion, counts)
     assert [row["correct"] for row in result.per_class()] == counts.diagonal().tolist()
+
+
+def test_many_images_are_predicted_by_a_prepared_network(run, photos, monkeypatch):
+    few = predict(run, photos / "val", device="cpu")
+    prepared = []
+    monkeypatch.setattr("sgformer.api.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1])
+    monkeypatch.setattr("sgformer.api.WORTH_PREPARING", 9)
+    many = predict(run, photos / "val", device="cpu")
+    assert len(prepared) == 1 and len(few) == len(many) == 9
+    for a, b in zip(few, many, strict=True):
+        assert a.image == b.image and dict(b.labels) == pytest.approx(dict(a.labels), abs=1e-4)
 
 
 def test_prediction_is_softmax_of_the_network(run, photos):
