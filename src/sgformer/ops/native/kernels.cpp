@@ -272,25 +272,25 @@ inline void multiply(int rows, int width, const float* left, Index left_pitch, c
 
 constexpr Index PANEL = V * L;  // columns that `multiply` takes at a time
 
-// Softmax of the first n, zeros up to a whole number of vectors; and the result added to `sums` unless null.
-inline void softmax(float* row, Index n, float* sums) {
+// exp of the first n less their greatest, zeros up to a whole number of vectors. Returns what makes a softmax of them; with
+// it they are added to `sums` unless null.
+inline float exponentials(float* row, Index n, float* sums) {
   const Index whole = n / L * L;
   const ivec tail = first_lanes(n - whole);
   vec last = fill(-INFINITY), top = last, total = {};
   if (whole < n) last = top = tail ? load(row + whole) : last;
   for (Index m = 0; m < whole; m += L) top = larger(top, load(row + m));
   const float highest = greatest(top);
-  if (whole < n) total = last = tail ? exp_negative(last - highest) : vec{};
+  if (whole < n) store(row + whole, total = tail ? exp_negative(last - highest) : vec{});
   for (Index m = 0; m < whole; m += L) {
     const vec e = exp_negative(load(row + m) - highest);
     store(row + m, e);
     total += e;
   }
   const float norm = 1 / sum(total);
-  if (whole < n) store(row + whole, last * norm);
-  for (Index m = 0; m < whole; m += L) store(row + m, load(row + m) * norm);
   if (sums)
-    for (Index m = 0; m < n; m += L) store(sums + m, load(sums + m) + load(row + m));
+    for (Index m = 0; m < n; m += L) store(sums + m, load(sums + m) + load(row + m) * norm);
+  return norm;
 }
 
 int threads() {
@@ -622,10 +622,14 @@ void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_s
         }
         for (Index m = 0; m < padded; m += PANEL)
           multiply(n, std::min(PANEL, padded - m), x.data(), d, &k[m], pitch, d, nullptr, false, &s[m], pitch);
-        for (int i = 0; i < n; i++) softmax(&s[i * pitch], M, sums);
+        float norm[R];
+        for (int i = 0; i < n; i++) norm[i] = exponentials(&s[i * pitch], M, sums);
         for (Index c = 0; c < wide; c += PANEL)
           multiply(n, std::min(PANEL, wide - c), s.data(), pitch, &v[c], wide, M, nullptr, false, &o[c], wide);
-        for (int i = 0; i < n; i++) std::memcpy(out + token[i] * out_stride + head * d, &o[i * wide], 4 * d);
+        for (int i = 0; i < n; i++) {
+          float* to = out + token[i] * out_stride + head * d;
+          for (Index c = 0; c < d; c++) to[c] = o[i * wide + c] * norm[i];
+        }
       }
     }
     if (received) {
