@@ -11,9 +11,9 @@ from photos import CLASSES, QUICK, make_photos
 
 import sgformer
 from sgformer.api import Prediction, evaluate, predict, train_classifier
-from sgformer.inference import optimize
 from sgformer.checkpoint import read_safetensors
 from sgformer.errors import UserError
+from sgformer.inference import optimize
 from sgformer.training.report import Evaluation
 from sgformer.training.weights import load_weights, read_metadata
 

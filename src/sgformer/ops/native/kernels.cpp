@@ -313,24 +313,27 @@ Index sgformer_panel() { return PANEL; }
 // likewise.
 void sgformer_linear(const float* x, Index x_stride, const float* weight, const float* bias, const float* add,
                      Index add_stride, float* out, Index out_stride, Index rows, Index n, Index width) {
-  // A task is a panel for so many rows that they stay in the cache while all panels pass.
+  // A task is so many rows that they stay in the cache while all panels pass; or one panel, if tasks would be too few.
   const Index panels = (width + PANEL - 1) / PANEL, padded = (width + L - 1) / L * L, groups = (rows + R - 1) / R;
   const Index most = std::max<Index>(1, 32768 / n / R), blocks = (groups + most - 1) / most;
+  const Index cuts = blocks < 4 * threads() ? panels : 1;
 #pragma omp parallel for schedule(dynamic)
-  for (Index task = 0; task < blocks * panels; task++) {
-    const Index block = task / panels, c = task % panels * PANEL;
+  for (Index task = 0; task < blocks * cuts; task++) {
+    const Index block = task / cuts, cut = task % cuts;
     const Index first = groups * block / blocks * R, last = std::min(groups * (block + 1) / blocks * R, rows);
-    const Index wide = std::min(PANEL, padded - c), real = std::min(PANEL, width - c);
-    for (Index r = first; r < last; r += R) {
-      const int count = std::min<Index>(R, last - r);
-      float spare[R * PANEL], *to = out + r * out_stride + c;
-      const bool direct = wide == real && (!add || add == out);
-      if (!direct && add)
-        for (int i = 0; i < count; i++) std::memcpy(spare + i * PANEL, add + (r + i) * add_stride + c, 4 * real);
-      multiply(count, wide, x + r * x_stride, x_stride, weight + c * n, wide, n, bias + c, add, direct ? to : spare,
-               direct ? out_stride : PANEL);
-      if (!direct)
-        for (int i = 0; i < count; i++) std::memcpy(to + i * out_stride, spare + i * PANEL, 4 * real);
+    for (Index p = cut * panels / cuts; p < (cut + 1) * panels / cuts; p++) {
+      const Index c = p * PANEL, wide = std::min(PANEL, padded - c), real = std::min(PANEL, width - c);
+      for (Index r = first; r < last; r += R) {
+        const int count = std::min<Index>(R, last - r);
+        float spare[R * PANEL], *to = out + r * out_stride + c;
+        const bool direct = wide == real && (!add || add == out);
+        if (!direct && add)
+          for (int i = 0; i < count; i++) std::memcpy(spare + i * PANEL, add + (r + i) * add_stride + c, 4 * real);
+        multiply(count, wide, x + r * x_stride, x_stride, weight + c * n, wide, n, bias + c, add, direct ? to : spare,
+                 direct ? out_stride : PANEL);
+        if (!direct)
+          for (int i = 0; i < count; i++) std::memcpy(to + i * out_stride, spare + i * PANEL, 4 * real);
+      }
     }
   }
 }
