@@ -84,6 +84,33 @@ def test_native_hides_no_broken_number(model):
     image[0, 1, 20, 30] = torch.nan
     out = fast(image)
     assert out[0].isnan().all() and out[1].isfinite().all()
+    broken = copy.deepcopy(model)
+    broken.stages[0].blocks[0].attn.proj_in.weight[0] = torch.nan  # what one head's queries are made with
+    assert sgformer.optimize(broken, native=True)(torch.randn(1, 3, 64, 64)).isnan().all()
+
+
+@needs_compiler
+@torch.no_grad()
+def test_native_takes_what_torch_defaults_to_for_nothing(model):
+    fast = sgformer.optimize(model, native=True)
+    image = torch.randn(2, 3, 96, 64)
+    expected = fast(image)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(fast(image), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(fast(image), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
+def test_native_refuses_other_numbers(model, dtype):
+    fast = sgformer.optimize(model, native=True)
+    with pytest.raises(ValueError, match="float32 on the CPU"):
+        fast(torch.zeros(1, 3, 64, 64, dtype=dtype))
 
 
 @needs_compiler
@@ -122,9 +149,48 @@ KINDS = [
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_every_kind_of_network_can_be_prepared(options, way):
     plain = sgformer.create_model("sgformer_n", **options).eval()
-    image = torch.randn(1, options.get("in_chans", 3), 64, 96)
-    expected = plain(image)
-    assert (sgformer.optimize(plain, **way)(image) - expected).abs().max() < 1e-3 * expected.abs().max()
+    image = torch.randn(2, options.get("in_chans", 3), 64, 96)
+    expected, fast = plain(image), sgformer.optimize(plain, **way)
+    assert (fast(image) - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert fast.inspect(image).tokens.keys() == plain.inspect(image).tokens.keys()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (fast(image) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+class Score(torch.nn.Module):
+    """Significance by a user's own network, of parts that `optimize` replaces elsewhere."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.act, self.score = torch.nn.LayerNorm(dim, bias=False), torch.nn.GELU(), torch.nn.Linear(dim, 1)
+
+    def forward(self, x, coarse, fine):
+        return self.score(self.norm(self.act(x)))[..., 0]
+
+
+def one_for_all(x, coarse, fine):
+    """The same for all images: (1, H, W), and in float64."""
+    return torch.linspace(0, 1, x.shape[1] * x.shape[2], dtype=torch.float64).view(1, *x.shape[1:3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", [Score, one_for_all])
+def test_significance_of_ones_own_stays_as_it_is(source, way):
+    name = f"tested-{source.__name__}"
+    sgformer.register_significance(name)(source)
+    try:
+        plain = sgformer.create_model("sgformer_n", significance=name).eval()
+        image = torch.randn(2, 3, 64, 96)
+        expected, fast = plain(image), sgformer.optimize(plain, **way)
+        assert (fast(image) - expected).abs().max() < 1e-3 * expected.abs().max()
+        seen, told = fast.inspect(image), plain.inspect(image)
+        if source is one_for_all:
+            for key, tokens in told.tokens.items():
+                regions = tokens.region_map()
+                assert torch.equal(seen.tokens[key].region_map().expand(2, -1, -1), regions.expand(2, -1, -1))
+    finally:
+        sgformer.guidance.SOURCES.pop(name), sgformer.config.SIGNIFICANCE.pop(name)
 
 
 def test_optimize_refuses_what_it_does_not_know():

@@ -129,21 +129,15 @@ def look(q: Tensor, kv: Tensor, heads: int, scale: int, window: int, everywhere:
     output (B, H, W, D) and the significance of every token (B, H, W): the attention that its key received.
     """
     grid = q.shape[1:3]
-    query_window, key_window = windows_of(q, kv, scale, window, everywhere)
+    if everywhere:
+        key_window, query_window = (kv.shape[1], kv.shape[2]), (grid[0], grid[1])
+    else:
+        key_window, query_window = (window, window), (window * scale, window * scale)
     out, received = ops.attend_windows(q, kv, heads, query_window, key_window)
     significance = received / (query_window[0] * query_window[1])
     if scale > 1:  # nearest
         significance = significance.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, : grid[0], : grid[1]]
     return out, significance
-
-
-def windows_of(
-    q: Tensor, kv: Tensor, scale: int, window: int, everywhere: bool
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The windows of queries and of keys that meet, as of :func:`look`."""
-    if everywhere:
-        return (q.shape[1], q.shape[2]), (kv.shape[1], kv.shape[2])
-    return (window * scale, window * scale), (window, window)
 
 
 class SelfGuidedAttention(nn.Module):

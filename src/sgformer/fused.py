@@ -50,6 +50,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()  # within autocast what torch made is half
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -74,7 +75,7 @@ class NativeLinear(nn.Module):
         self.weight, self.bias = native.panels(weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = x.contiguous().view(1, 1, -1, self.in_features)
+        grid = x.float().contiguous().view(1, 1, -1, self.in_features)  # as of PackedLinear
         return native.linear(grid, self.weight, self.bias, self.out_features).view(*x.shape[:-1], self.out_features)
 
 
@@ -151,7 +152,7 @@ class NativeGuided(GuidedBlock):
         self.eps = block.norm1.eps
 
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        significance = self.source(x, coarse, fine)
+        significance = self.source(x, coarse, fine).float().expand(x.shape[:-1]).contiguous()
         lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.shares)
         regions = list(zip(lengths, self.attn.rates, strict=True))
         out = native.guided_block(x, significance, self.parts, *self.options, regions, self.eps)
@@ -204,6 +205,7 @@ def make_native(model: nn.Module) -> None:
     """Put the native parts into a frozen network on the CPU in float32, wherever there is one for the part."""
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
+            module.norm = NativeNorm(module.norm)
             module.forward = functools.partial(_in_parts, module.forward, _widest(module), isinstance(module, Stem))
         for name, child in module.named_children():
             kind = _native_kind(child)
@@ -218,7 +220,7 @@ def _native_kind(module: nn.Module) -> Any:
     if isinstance(module, GuidedBlock):
         usual = attn.attend is ops.attend and type(attn.aggregate) is LinearAggregation
         return NativeGuided if usual and not isinstance(module.source, nn.Module) else None
-    return {PlainBlock: NativePlain, ConvNorm: NativeConvNorm, nn.LayerNorm: NativeNorm}.get(type(module))
+    return {PlainBlock: NativePlain, ConvNorm: NativeConvNorm}.get(type(module))
 
 
 def _widest(module: Stem | Stage) -> float:

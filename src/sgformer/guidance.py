@@ -161,11 +161,8 @@ class LinearAggregation(nn.ModuleList):
         super().__init__(nn.Linear(region.rate, 1) for region in regions)
         self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
 
-    def group(self, significance: Tensor) -> list[Tensor]:
-        return ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
-
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = self.group(significance)
+        groups = ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
         return ops.aggregate(x, groups, [m.weight for m in self], [m.bias for m in self]), groups
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgformer.backbone import SGFormer
 from sgformer.fused import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
-from sgformer.layers import Mlp
+from sgformer.layers import ConvNorm, Mlp
 from sgformer.ops import native as kernels
 
 
@@ -29,10 +29,10 @@ def optimize(
     """A copy of a network that infers faster and computes the same function. The original is left as it is.
 
     The copy is frozen and in evaluation mode, and ``x + depthwise(x)`` of every MLP is one convolution. Where weights
-    are packed, linear maps go to oneDNN in its own layout, bias within the kernel, and GELUs overwrite their input.
-    Native kernels do the rest: attention that counts what keys receive, depthwise convolutions with their GELU, norms,
-    the condensing of tokens. ``forward_features``, ``forward_intermediates`` and ``inspect`` work as before; training a
-    packed copy, saving it and moving it to another device do not: do that with the original, and prepare again.
+    are packed, stem and blocks run in native kernels, a block in one call; without them linear maps go to oneDNN in its
+    own layout, bias within the kernel, and GELUs overwrite their input. ``forward_features``, ``forward_intermediates``
+    and ``inspect`` work as before; training a packed copy, saving it and moving it to another device do not: do that
+    with the original, and prepare again.
 
     Args:
         model: any SGFormer, in any mode and dtype, on the device where it will run.
@@ -43,8 +43,8 @@ def optimize(
         dynamic: with ``compile``, what was compiled serves other image sizes, too. Slower at the first call and, where
             windows tile the grid, afterwards. Only a batch of one and larger ones are compiled each for themselves, and
             stages of less than 20,480 numbers an image on the CPU, where torch takes another convolution.
-        native: whether packed networks use kernels that the machine's C++ compiler makes for its own processor, in two
-            seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
+        native: whether packed networks use kernels that the machine's C++ compiler makes for its own processor, in
+            three seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
 
     Raises:
@@ -85,9 +85,9 @@ def optimize(
                 setattr(module, name, FoldedMlp(child))
     if pack:
         for path, module in list(fast.named_modules()):
+            if isinstance(module, FoldedMlp | ConvNorm) and isinstance(module.act, nn.GELU):
+                module.act = InplaceGELU()
             for name, child in module.named_children():
-                if isinstance(child, nn.GELU):
-                    setattr(module, name, InplaceGELU())
                 if type(child) is nn.Linear and "aggregate" not in f"{path}.{name}":  # those are read, not called
                     setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):

@@ -49,21 +49,21 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise UnavailableError("there is no C++ compiler (tried $CXX, g++, c++, clang++)")
     command = [compiler, *FLAGS, PROCESSOR]
-    key = hashlib.sha256("\0".join([*command, _processor(), SOURCE.read_text()]).encode()).hexdigest()[:16]
-    name = f"kernels-{key}.so"
     try:
+        made_by = os.stat(compiler)  # another version of it, another file
+        marks = [*command, str(made_by.st_size), str(made_by.st_mtime_ns), _processor(), SOURCE.read_text()]
+        name = f"kernels-{hashlib.sha256(chr(0).join(marks).encode()).hexdigest()[:16]}.so"
         folder = _cache()
+        if folder is not None and (folder / name).is_file():
+            with contextlib.suppress(OSError):  # damaged: it is made anew
+                return _declare(ctypes.CDLL(str(folder / name)))
         with contextlib.ExitStack() as stack:
-            if not (folder / name).is_file():
-                try:
-                    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    tempfile.TemporaryFile(dir=folder).close()
-                except OSError:  # a home that is read-only or full: compile for this process alone
-                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                _compile(command, folder / name)
+            if folder is None:  # no place to keep it: compiled for this process alone
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _compile(command, folder / name)
             return _declare(ctypes.CDLL(str(folder / name)))
     except OSError as error:
-        raise UnavailableError(f"{error.filename or name}: {error.strerror or error}") from error
+        raise UnavailableError(f"{error.filename or SOURCE.name}: {error.strerror or error}") from error
 
 
 def _compile(command: Sequence[str], file: Path) -> None:
@@ -84,8 +84,15 @@ def _compile(command: Sequence[str], file: Path) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
+def _cache() -> Path | None:
+    """The folder that is kept; None where there is no home, or none to write to."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):
+        return None
+    return folder
 
 
 def _processor() -> str:
@@ -138,8 +145,8 @@ def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight (out, in) and bias (out,) of a linear map as :func:`linear` wants them."""
     width = weight.shape[0]
     more = -width % lanes()
-    weight = F.pad(weight.detach().float(), (0, 0, 0, more))
-    bias = F.pad(weight.new_zeros(width) if bias is None else bias.detach().float(), (0, more))
+    weight = F.pad(weight.detach(), (0, 0, 0, more))
+    bias = F.pad(weight.new_zeros(width) if bias is None else bias.detach(), (0, more))
     return torch.cat([part.t().flatten() for part in weight.split(library().sgformer_panel())]), bias
 
 
@@ -150,8 +157,8 @@ def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
     """Linear map of (B, H, W, n), contiguous, to (B, H, W, width). ``weight`` and ``bias`` come from :func:`panels`."""
-    B, H, W, n = _contiguous(x).shape
-    out = torch.empty(B, H, W, width)
+    B, H, W, n = _checked(x).shape
+    out = _fresh(x, B, H, W, width)
     library().sgformer_linear(
         x.data_ptr(), n, weight.data_ptr(), bias.data_ptr(), None, 0, out.data_ptr(), width, B * H * W, n, width
     )
@@ -163,9 +170,9 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, strid
 
     ``weight`` and ``bias`` come from :func:`conv_panels`.
     """
-    B, H, W, C = _contiguous(x).shape
+    B, H, W, C = _checked(x).shape
     rows, cols = -(-H // stride), -(-W // stride)
-    out = torch.empty(B, rows, cols, width)
+    out = _fresh(x, B, rows, cols, width)
     library().sgformer_conv(
         x.data_ptr(), B, H, W, C, kernel, stride, padding,
         weight.data_ptr(), bias.data_ptr(), out.data_ptr(), rows, cols, width,
@@ -185,23 +192,23 @@ def winograd(x: Tensor, weight: Tensor, width: int) -> Tensor:
 
     C and width must be multiples of :func:`lanes`; ``weight`` comes from :func:`winograd_panels`.
     """
-    B, H, W, C = _contiguous(x).shape
-    out = torch.empty(B, H, W, width)
+    B, H, W, C = _checked(x).shape
+    out = _fresh(x, B, H, W, width)
     library().sgformer_winograd(x.data_ptr(), B, H, W, C, weight.data_ptr(), out.data_ptr(), width)
     return out
 
 
 def depthwise_halve(x: Tensor, weight: Tensor) -> Tensor:
     """3 x 3 depthwise convolution of (B, H, W, C), contiguous, with stride 2 and zero padding; weight (9, C)."""
-    B, H, W, C = _contiguous(x).shape
-    out = torch.empty(B, -(-H // 2), -(-W // 2), C)
+    B, H, W, C = _checked(x).shape
+    out = _fresh(x, B, -(-H // 2), -(-W // 2), C)
     library().sgformer_depthwise_halve(x.data_ptr(), B, H, W, C, weight.data_ptr(), out.data_ptr())
     return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension of a contiguous tensor."""
-    out, C = torch.empty_like(_contiguous(x)), x.shape[-1]
+    out, C = _fresh(_checked(x), *x.shape), x.shape[-1]
     library().sgformer_layer_norm(
         x.data_ptr(), None, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps, False
     )
@@ -210,22 +217,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def group_norm_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
     """GroupNorm with one group of (B, H, W, C), contiguous, in place, and a GELU where asked for."""
-    B, H, W, C = _contiguous(x).shape
+    B, H, W, C = _checked(x).shape
     library().sgformer_group_norm(x.data_ptr(), B, H * W, C, weight.data_ptr(), bias.data_ptr(), eps, gelu)
     return x
 
 
 def sort_tokens(significance: Tensor) -> Tensor:
     """:func:`sgformer.ops.sort_tokens`."""
-    B, N = _contiguous(significance).shape
-    order = torch.empty(B, N, dtype=torch.int64)
+    B, N = _checked(significance).shape
+    order = torch.empty(B, N, dtype=torch.int64, device="cpu")
     library().sgformer_order(significance.data_ptr(), B, N, order.data_ptr())
     return order
 
 
 # -- whole blocks -----------------------------------------------------------------------------------------------
 #
-# -- whole blocks ----------------------------------------------------------------------------------------------
+# ``parts``: parameters in the order that kernels.cpp names, linear maps as of `panels`, 3 x 3 kernels of `tap_major`.
 
 
 def hybrid_block(
@@ -240,10 +247,10 @@ def hybrid_block(
     reduce_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:class:`sgformer.backbone.HybridBlock`: (B, H, W, C) to the same, and coarse and fine significance (B, H, W)."""
-    B, H, W, C = _contiguous(x).shape
+    B, H, W, C = _checked(x).shape
     reduced = B * -(-H // reduction) * -(-W // reduction)
-    out, coarse, fine = torch.empty_like(x), torch.empty(B, H, W), torch.empty(B, H, W)
-    scratch = torch.empty(B * H * W * (2 * C + max(hidden, 3 * C)) + 2 * reduced * C)
+    out, coarse, fine = _fresh(x, *x.shape), _fresh(x, B, H, W), _fresh(x, B, H, W)
+    scratch = _fresh(x, B * H * W * (2 * C + max(hidden, 3 * C)) + 2 * reduced * C)
     library().sgformer_hybrid_block(
         _pointers(parts), _numbers(B, H, W, C, hidden, heads), reduction, window, everywhere, x.data_ptr(),
         out.data_ptr(), coarse.data_ptr(), fine.data_ptr(), scratch.data_ptr(), eps, reduce_eps,
@@ -261,10 +268,11 @@ def guided_block(
     eps: float,
 ) -> Tensor:
     """:class:`sgformer.backbone.GuidedBlock`: (B, H, W, C) to the same; length and rate of every region."""
-    B, H, W, C = _contiguous(x).shape
-    significance = significance.float().contiguous()
+    B, H, W, C = _checked(x).shape
+    if _checked(significance).shape != (B, H, W):
+        raise ValueError(f"significance must be {(B, H, W)} (got {tuple(significance.shape)})")
     few = sum(-(-length // rate) for length, rate in regions)
-    out, scratch = torch.empty_like(x), torch.empty(B * H * W * (2 * C + max(hidden, 2 * C)) + 3 * B * few * C)
+    out, scratch = _fresh(x, *x.shape), _fresh(x, B * H * W * (2 * C + max(hidden, 2 * C)) + 3 * B * few * C)
     library().sgformer_guided_block(
         _pointers(parts), _numbers(B, H, W, C, hidden, heads), len(regions), _numbers(*itertools.chain(*regions)),
         x.data_ptr(), significance.data_ptr(), out.data_ptr(), scratch.data_ptr(), eps,
@@ -274,8 +282,8 @@ def guided_block(
 
 def plain_block(x: Tensor, parts: Sequence[Tensor], hidden: int, heads: int, eps: float) -> Tensor:
     """:class:`sgformer.backbone.PlainBlock`: (B, H, W, C) to the same."""
-    B, H, W, C = _contiguous(x).shape
-    out, scratch = torch.empty_like(x), torch.empty(B * H * W * (2 * C + max(hidden, 4 * C)))
+    B, H, W, C = _checked(x).shape
+    out, scratch = _fresh(x, *x.shape), _fresh(x, B * H * W * (2 * C + max(hidden, 4 * C)))
     numbers = _numbers(B, H, W, C, hidden, heads)
     library().sgformer_plain_block(_pointers(parts), numbers, x.data_ptr(), out.data_ptr(), scratch.data_ptr(), eps)
     return out
@@ -289,7 +297,15 @@ def _numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    if not x.is_contiguous():
-        raise ValueError(f"must be contiguous (got strides {x.stride()} of shape {tuple(x.shape)})")
+def _checked(x: Tensor) -> Tensor:
+    """What the kernels read as float32, one after the other, must be that."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
+        raise ValueError(
+            f"native kernels take contiguous float32 on the CPU (got {x.dtype} on {x.device}, shape {tuple(x.shape)}, "
+            f"strides {x.stride()})"
+        )
     return x
+
+
+def _fresh(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape)  # of x's own kind, whatever torch's defaults are

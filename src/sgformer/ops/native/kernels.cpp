@@ -82,9 +82,9 @@ inline float greatest(vec v) {
   return fold<L>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// exp(x) for x <= 0: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
+// exp(x) for x <= 0, and nan for nan: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
 inline vec exp_negative(vec x) {
-  x = larger(x, fill(-87.f));
+  x = larger(fill(-87.f), x);  // in this order: a comparison with nan is false, and takes the second
   const vec magic = fill(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
   vec shifted = x * 1.44269504f + magic;
   vec n = shifted - magic;
@@ -591,7 +591,8 @@ void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_s
                      Index H, Index W, Index Hk, Index Wk, Index wh, Index ww, Index kh, Index kw, Index heads, Index d,
                      float* received, Index spread) {
   const Index rows = (H + wh - 1) / wh, cols = (W + ww - 1) / ww, windows = rows * cols;
-  const Index queries = wh * ww, keys = kh * kw, part = 512, parts = (queries + part - 1) / part;
+  const Index keys = std::min(kh, Hk) * std::min(kw, Wk), queries = std::min(wh, H) * std::min(ww, W);
+  const Index part = 512, parts = (queries + part - 1) / part;
   const Index pitch = (keys + L - 1) / L * L, wide = (d + L - 1) / L * L;
   const float scale = 1 / std::sqrt((float)d);
   std::vector<float> seen(received ? B * windows * heads * parts * pitch : 0);
@@ -646,7 +647,7 @@ void sgformer_attend(const float* q, Index q_stride, const float* kv, Index kv_s
           const Index top = (y0 + m / nkx) * spread, left = (x0 + m % nkx) * spread;
           for (Index y = top; y < std::min(top + spread, H); y++)
             for (Index x = left; x < std::min(left + spread, W); x++)
-              received[(b * H + y) * W + x] = total / (heads * queries);
+              received[(b * H + y) * W + x] = total / (heads * wh * ww);
         }
       }
     }
