@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL:
             with contextlib.suppress(OSError):  # damaged: it is made anew
                 return _declare(ctypes.CDLL(str(folder / name)))
         with contextlib.ExitStack() as stack:
-            if folder is None:  # no place to keep it: compiled for this process alone
+            if folder is None or not _can_write(folder):  # compiled for this process alone
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             _compile(command, folder / name)
             return _declare(ctypes.CDLL(str(folder / name)))
@@ -85,14 +85,20 @@ def _compile(command: Sequence[str], file: Path) -> None:
 
 
 def _cache() -> Path | None:
-    """The folder that is kept; None where there is no home, or none to write to."""
+    """The folder that is kept; None where there is no home."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
+    except RuntimeError:
+        return None
+
+
+def _can_write(folder: Path) -> bool:
+    try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError):
-        return None
-    return folder
+    except OSError:
+        return False
+    return True
 
 
 def _processor() -> str:
@@ -115,7 +121,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "depthwise_halve": [p, n, n, n, n, p, p],
         "depthwise_gelu": [p, n, n, n, n, p, p],
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
-        "layer_norm": [p, p, p, n, n, p, p, f, i],
+        "layer_norm": [p, p, n, n, p, p, f, i],
         "group_norm": [p, n, n, n, p, p, f, i],
         "hybrid_block": [p, p, n, n, n, p, p, p, p, p, f, f],
         "guided_block": [p, p, n, p, p, p, p, p, f],
@@ -210,7 +216,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension of a contiguous tensor."""
     out, C = _fresh(_checked(x), *x.shape), x.shape[-1]
     library().sgformer_layer_norm(
-        x.data_ptr(), None, out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps, False
+        x.data_ptr(), out.data_ptr(), x.numel() // C, C, weight.data_ptr(), bias.data_ptr(), eps, False
     )
     return out
 

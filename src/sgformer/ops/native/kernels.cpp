@@ -82,6 +82,14 @@ inline float greatest(vec v) {
   return fold<L>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// The polynomial in x with these coefficients, highest degree first.
+template <class... Floats>
+inline vec polynomial(vec x, float first, Floats... rest) {
+  vec y = fill(first);
+  ((y = y * x + rest), ...);
+  return y;
+}
+
 // exp(x) for x <= 0, and nan for nan: 2^n times a polynomial (Taylor, degree 6, |r| <= ln 2 / 2, relative error 2e-7).
 inline vec exp_negative(vec x) {
   x = larger(fill(-87.f), x);  // in this order: a comparison with nan is false, and takes the second
@@ -90,13 +98,7 @@ inline vec exp_negative(vec x) {
   vec n = shifted - magic;
   vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  vec y = fill(1.f / 720);
-  y = y * r + 1.f / 120;
-  y = y * r + 1.f / 24;
-  y = y * r + 1.f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.f;
-  y = y * r + 1.f;
+  const vec y = polynomial(r, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f);
   return (vec)((ivec)y + (((ivec)shifted - (ivec)magic) << 23));
 }
 
@@ -106,21 +108,10 @@ inline vec gelu(vec x) {
   vec y = x * 0.70710678f;
   y = smaller(larger(y, fill(-4.f)), fill(4.f));
   vec t = y * y * 0.125f - 1.f;
-  vec p = fill(0.0023489738814532757f);
-  p = p * t - 0.005911088082939386f;
-  p = p * t + 0.0038355356082320213f;
-  p = p * t - 0.0033103416208177805f;
-  p = p * t + 0.01446361280977726f;
-  p = p * t - 0.02647116780281067f;
-  p = p * t + 0.033392153680324554f;
-  p = p * t - 0.04419896751642227f;
-  p = p * t + 0.059699200093746185f;
-  p = p * t - 0.07503651827573776f;
-  p = p * t + 0.09024584293365479f;
-  p = p * t - 0.10768406838178635f;
-  p = p * t + 0.1316727101802826f;
-  p = p * t - 0.1765768676996231f;
-  p = p * t + 0.35353103280067444f;
+  const vec p = polynomial(t, 0.0023489738814532757f, -0.005911088082939386f, 0.0038355356082320213f, -0.0033103416208177805f,
+                           0.01446361280977726f, -0.02647116780281067f, 0.033392153680324554f, -0.04419896751642227f,
+                           0.059699200093746185f, -0.07503651827573776f, 0.09024584293365479f, -0.10768406838178635f,
+                           0.1316727101802826f, -0.1765768676996231f, 0.35353103280067444f);
   const vec half = x * 0.5f, erf = t < 1.f ? p * y : y * 0.25f;  // beyond, exactly 1: the result is x, or 0
   return half + half * erf;
 }
@@ -141,6 +132,19 @@ inline void moments(const float* x, Index C, float eps, float& mean, float& scal
   float squares = sum(q);
   for (; c < C; c++) squares += (x[c] - mean) * (x[c] - mean);
   scale = 1 / std::sqrt(squares / C + eps);
+}
+
+// to = (x - mean) * scale * weight + bias, then GELU if `act`, of C floats; to may be x.
+inline void normalise(const float* x, float* to, Index C, float mean, float scale, const float* weight, const float* bias,
+                      int act) {
+  auto made = [=](vec v, vec w, vec b) {
+    v = (v - mean) * scale * w + b;
+    return act ? gelu(v) : v;
+  };
+  Index c = 0;
+  for (; c + L <= C; c += L) store(to + c, made(load(x + c), load(weight + c), load(bias + c)));
+  const int n = C - c;
+  if (n) store(to + c, made(load(x + c, n), load(weight + c, n), load(bias + c, n)), n);
 }
 
 constexpr int CHUNK = 32;  // channels that a depthwise convolution takes at a time: three rows of them fit in L1
@@ -512,30 +516,14 @@ void sgformer_depthwise_add(const float* x, Index stride, float* out, Index B, I
   }
 }
 
-// x += add (unless null), and out = LayerNorm(x), then GELU if `act`, row by row of (rows, C), all contiguous.
-void sgformer_layer_norm(float* x, const float* add, float* out, Index rows, Index C, const float* weight, const float* bias,
-                         float eps, int act) {
+// out = LayerNorm(x), then GELU if `act`, row by row of (rows, C), both contiguous.
+void sgformer_layer_norm(const float* x, float* out, Index rows, Index C, const float* weight, const float* bias, float eps,
+                         int act) {
 #pragma omp parallel for schedule(static)
   for (Index r = 0; r < rows; r++) {
-    float *row = x + r * C, *to = out + r * C;
-    if (add) {
-      const float* more = add + r * C;
-      Index c = 0;
-      for (; c + L <= C; c += L) store(row + c, load(row + c) + load(more + c));
-      for (; c < C; c++) row[c] += more[c];
-    }
     float mean, scale;
-    moments(row, C, eps, mean, scale);
-    Index c = 0;
-    for (; c + L <= C; c += L) {
-      const vec v = (load(row + c) - mean) * scale * load(weight + c) + load(bias + c);
-      store(to + c, act ? gelu(v) : v);
-    }
-    if (c < C) {
-      const int n = C - c;
-      const vec v = (load(row + c, n) - mean) * scale * load(weight + c, n) + load(bias + c, n);
-      store(to + c, act ? gelu(v) : v, n);
-    }
+    moments(x + r * C, C, eps, mean, scale);
+    normalise(x + r * C, out + r * C, C, mean, scale, weight, bias, act);
   }
 }
 
@@ -566,18 +554,7 @@ void sgformer_group_norm(float* x, Index B, Index N, Index C, const float* weigh
   }
 #pragma omp parallel for schedule(static)
   for (Index r = 0; r < B * N; r++) {
-    float* row = x + r * C;
-    const float m = mean[r / N], k = scale[r / N];
-    Index c = 0;
-    for (; c + L <= C; c += L) {
-      const vec v = (load(row + c) - m) * (load(weight + c) * k) + load(bias + c);
-      store(row + c, act ? gelu(v) : v);
-    }
-    if (c < C) {
-      const int n = C - c;
-      const vec v = (load(row + c, n) - m) * (load(weight + c, n) * k) + load(bias + c, n);
-      store(row + c, act ? gelu(v) : v, n);
-    }
+    normalise(x + r * C, x + r * C, C, mean[r / N], scale[r / N], weight, bias, act);
   }
 }
 
@@ -722,7 +699,7 @@ static void finish(const float* const* w, const Grid& g, const float* x, float* 
   const Index N = g.B * g.H * g.W, C = g.C;
   sgformer_depthwise_add(local, stride, attended, g.B, g.H, g.W, C, w[0], w[1]);
   sgformer_linear(attended, C, w[2], w[3], x, C, y, C, N, C, C);
-  sgformer_layer_norm(y, nullptr, normed, N, C, w[4], w[5], eps, 0);
+  sgformer_layer_norm(y, normed, N, C, w[4], w[5], eps, 0);
   sgformer_linear(normed, C, w[6], w[7], nullptr, 0, wide, g.hidden, N, C, g.hidden);
   sgformer_depthwise_gelu(wide, g.B, g.H, g.W, g.hidden, w[8], w[9]);
   sgformer_linear(wide, g.hidden, w[10], w[11], y, C, y, C, N, g.hidden, C);
@@ -736,10 +713,10 @@ void sgformer_hybrid_block(const float* const* w, const Grid* grid, Index r, Ind
   const Index C = g.C, N = g.B * g.H * g.W, Hr = (g.H + r - 1) / r, Wr = (g.W + r - 1) / r, Nr = g.B * Hr * Wr;
   float *normed = scratch, *attended = normed + N * C, *reduced = attended + N * C, *kv = reduced + Nr * C;
   float* wide = kv + Nr * C;  // coarse queries; fine queries, keys, values; local term
-  sgformer_layer_norm(const_cast<float*>(x), nullptr, normed, N, C, w[0], w[1], eps, 0);
+  sgformer_layer_norm(x, normed, N, C, w[0], w[1], eps, 0);
   sgformer_linear(normed, C, w[2], w[3], nullptr, 0, wide, 3 * C, N, C, 3 * C);
   sgformer_conv(normed, g.B, g.H, g.W, C, r, r, 0, w[4], w[5], kv, Hr, Wr, C);
-  sgformer_layer_norm(kv, nullptr, reduced, Nr, C, w[6], w[7], reduce_eps, 1);
+  sgformer_layer_norm(kv, reduced, Nr, C, w[6], w[7], reduce_eps, 1);
   sgformer_linear(reduced, C, w[8], w[9], nullptr, 0, kv, C, Nr, C, C);
   const Index d = C / 2 / g.heads, far = window * r;
   sgformer_attend(wide, 3 * C, kv, C, attended, C, g.B, g.H, g.W, Hr, Wr, everywhere ? g.H : far, everywhere ? g.W : far,
@@ -758,7 +735,7 @@ void sgformer_guided_block(const float* const* w, const Grid* grid, Index count,
   for (Index i = 0; i < count; i++) M += (regions[2 * i] + regions[2 * i + 1] - 1) / regions[2 * i + 1];
   float *normed = scratch, *attended = normed + N * C, *few = attended + N * C, *kv = few + g.B * M * C;
   float* wide = kv + 2 * g.B * M * C;  // queries, local term
-  sgformer_layer_norm(const_cast<float*>(x), nullptr, normed, N, C, w[0], w[1], eps, 0);
+  sgformer_layer_norm(x, normed, N, C, w[0], w[1], eps, 0);
   sgformer_linear(normed, C, w[2], w[3], nullptr, 0, wide, 2 * C, N, C, 2 * C);
   std::vector<Index> order(N), members;
   sgformer_order(significance, g.B, tokens, order.data());
@@ -781,7 +758,7 @@ void sgformer_plain_block(const float* const* w, const Grid* grid, const float* 
   const Grid& g = *grid;
   const Index C = g.C, N = g.B * g.H * g.W;
   float *normed = scratch, *attended = normed + N * C, *wide = attended + N * C;  // queries, keys, values, local term
-  sgformer_layer_norm(const_cast<float*>(x), nullptr, normed, N, C, w[0], w[1], eps, 0);
+  sgformer_layer_norm(x, normed, N, C, w[0], w[1], eps, 0);
   sgformer_linear(normed, C, w[2], w[3], nullptr, 0, wide, 4 * C, N, C, 4 * C);
   sgformer_attend(wide, 4 * C, wide + C, 4 * C, attended, C, g.B, g.H, g.W, g.H, g.W, g.H, g.W, g.H, g.W, g.heads, C / g.heads,
                   nullptr, 0);
