@@ -30,6 +30,7 @@ __all__ = [
     "StageConfig",
     "UserError",
     "__version__",
+    "accelerate",
     "create_model",
     "evaluate",
     "explain",
@@ -50,6 +51,7 @@ _LATER = {
     "predict": "sgformer.api",
     "explain": "sgformer.explanations",
     "export": "sgformer.exporting",
+    "accelerate": "sgformer.accelerated",
     "SelfGuidedAttention1d": "sgformer.sequence",
 }
 

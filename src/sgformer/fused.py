@@ -113,7 +113,8 @@ class NativeConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 2, 3, 1))
-        return native.group_norm_(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu).permute(0, 3, 1, 2)
+        x = native.group_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu, inplace=True)
+        return x.permute(0, 3, 1, 2)
 
 
 class NativeHybrid(HybridBlock):

@@ -129,8 +129,9 @@ def _precise(x: Tensor) -> torch.dtype:
 
 @functools.lru_cache(maxsize=64)
 def _random_order(tokens: int) -> Tensor:
-    # Drawn on the CPU from a fixed seed: the same order on every device and in every run.
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+    # Drawn on the CPU from a fixed seed: the same order on every device and in every run. By way of a list, as a tracer
+    # would record the drawing, but not its seed.
+    return torch.tensor(torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).tolist())
 
 
 # -- aggregation ------------------------------------------------------------------------------------------------------

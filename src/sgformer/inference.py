@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sgformer.accelerated import usual
 from sgformer.backbone import SGFormer
 from sgformer.fused import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
 from sgformer.layers import ConvNorm, Mlp
@@ -66,6 +67,7 @@ def optimize(
         fast = portable.portable(model)
     else:
         fast = copy.deepcopy(model).eval().requires_grad_(False)
+        usual(fast)
     first = next(fast.parameters())
     possible = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if pack and compile:

@@ -70,17 +70,9 @@ def linear(x, weight, bias, width, add=None, out=None):
     return out
 
 
-def depthwise_gelu(h, weight, bias):
-    out = h.clone()
-    native.library().sgformer_depthwise_gelu(out.data_ptr(), *out.shape, weight.data_ptr(), bias.data_ptr())
-    return out
-
-
 def depthwise_add(out, x, weight, bias):
     out = out.clone()
-    native.library().sgformer_depthwise_add(
-        x.data_ptr(), row_stride(x), out.data_ptr(), *out.shape, weight.data_ptr(), bias.data_ptr()
-    )
+    native.depthwise_add(x, weight, bias, out)
     return out
 
 
@@ -93,39 +85,10 @@ def layer_norm(x, weight, bias, eps, gelu):
     return out
 
 
-def attend(q, kv, heads, q_window, kv_window, out, spread=0):
-    B, H, W, D = q.shape
-    received = torch.empty(B, H, W) if spread else None
-    native.library().sgformer_attend(
-        q.data_ptr(), row_stride(q), kv.data_ptr(), row_stride(kv), out.data_ptr(), row_stride(out),
-        B, H, W, kv.shape[1], kv.shape[2], *q_window, *kv_window, heads, D // heads,
-        received.data_ptr() if spread else None, spread,
-    )  # fmt: skip
-    return received
-
-
 def attend_few(q, kv, heads):
     out = torch.empty(q.shape)
-    attend(q, kv[:, None], heads, q.shape[1:3], (1, kv.shape[1]), out)
+    native.attend(q, kv[:, None], heads, q.shape[1:3], (1, kv.shape[1]), out)
     return out
-
-
-def aggregate(x, groups, weights, bias):
-    B, N, C = x.shape
-    total = sum(group.shape[1] for group in groups)
-    out, at = torch.empty(B, total, C), 0
-    for group, weight, b in zip(groups, weights, bias, strict=True):
-        group = group.contiguous()
-        native.library().sgformer_aggregate(
-            x.data_ptr(), B, N, C, group.data_ptr(), group.stride(0), *group.shape[1:],
-            weight.data_ptr(), b.data_ptr(), out.data_ptr(), total, at,
-        )  # fmt: skip
-        at += group.shape[1]
-    return out
-
-
-def row_stride(x):
-    return x.stride(2)
 
 
 GRIDS = [(2, 9, 7, 64), (1, 1, 1, 20), (3, 5, 1, 33), (1, 14, 16, 100)]
@@ -178,7 +141,9 @@ def test_depthwise(grid):
     x, weight, bias = torch.randn(grid) * 2, torch.randn(C, 1, 3, 3), torch.randn(C)
     taps = native.tap_major(weight)
     expected = tokens(F.conv2d(image(x), weight.double(), bias.double(), padding=1, groups=C))
-    close(depthwise_gelu(x, taps, bias), F.gelu(expected))
+    close(native.depthwise_gelu(x, taps, bias), F.gelu(expected))
+    same = x.clone()
+    assert torch.equal(native.depthwise_gelu(same, taps, bias, out=same), native.depthwise_gelu(x, taps, bias))
     wide, out = torch.randn(*grid[:-1], 3 * C), torch.randn(grid)
     wide[..., C : 2 * C] = x
     close(depthwise_add(out, wide[..., C : 2 * C], taps, bias), out + expected)
@@ -203,25 +168,28 @@ def test_norms(grid, gelu):
     assert torch.equal(total, x + more)
     close(got, F.layer_norm(total.double(), (C,), *parameters, 1e-6), 1e-4)
     expected = act(tokens(F.group_norm(image(x), 1, *parameters, 1e-5)))
-    close(native.group_norm_(x.clone(), weight, bias, 1e-5, gelu), expected, 1e-4)
+    close(native.group_norm(x, weight, bias, 1e-5, gelu), expected, 1e-4)
+    same = x.clone()
+    close(native.group_norm(same, weight, bias, 1e-5, gelu, inplace=True), expected, 1e-4)
+    assert torch.equal(same, native.group_norm(x, weight, bias, 1e-5, gelu))
 
 
 def test_norms_of_a_constant_are_their_bias():
     x, weight, bias = torch.full((2, 8, 8, 48), 7.0), torch.randn(48), torch.randn(48)
     assert torch.allclose(native.layer_norm(x, weight, bias, 1e-6), bias)
-    assert torch.allclose(native.group_norm_(x, weight, bias, 1e-5, False), bias)
+    assert torch.allclose(native.group_norm(x, weight, bias, 1e-5, False), bias)
 
 
 def test_gelu_is_exact_everywhere():
     x = torch.cat([torch.linspace(-12, 12, 16001), torch.tensor([-1e4, 1e4, 0.0])])
     ones, zero = torch.zeros(9, 1), torch.zeros(1)
     ones[4] = 1  # the convolution that changes nothing
-    got = depthwise_gelu(x.view(1, -1, 1, 1), ones, zero).flatten()
+    got = native.depthwise_gelu(x.view(1, -1, 1, 1), ones, zero).flatten()
     assert ((got - F.gelu(x.double())).abs() / x.abs().clamp(min=1)).max() < 4e-7
     assert got[-3] == 0 and got[-2] == 1e4
 
 
-@pytest.mark.parametrize(
+ATTENTION = pytest.mark.parametrize(
     "grid, scale, window, heads, d",
     [
         ((14, 21), 1, 7, 2, 32),
@@ -232,14 +200,21 @@ def test_gelu_is_exact_everywhere():
         ((64, 48), 2, 0, 1, 70),  # many keys and queries
     ],
 )
-def test_attention_and_what_keys_received(grid, scale, window, heads, d):
+
+
+def attention_of(grid, scale, window, heads, d):
     H, W = grid
     q = torch.randn(2, H, W, 3 * heads * d)[..., heads * d : 2 * heads * d]
     kv = torch.randn(2, -(-H // scale), -(-W // scale), 2 * heads * d)
+    return q, kv, ((window * scale,) * 2, (window,) * 2) if window else (grid, tuple(kv.shape[1:3]))
+
+
+@ATTENTION
+def test_attention_and_what_keys_received(grid, scale, window, heads, d):
+    q, kv, windows = attention_of(grid, scale, window, heads, d)
     expected, significance = look(q.double(), kv.double(), heads, scale, window, everywhere=not window)
-    windows = ((window * scale,) * 2, (window,) * 2) if window else (grid, tuple(kv.shape[1:3]))
-    out = torch.full((2, H, W, 2 * heads * d), 9.0)
-    received = attend(q, kv, heads, *windows, out[..., heads * d :], spread=scale)
+    out = torch.full((2, *grid, 2 * heads * d), 9.0)
+    received = native.attend(q, kv, heads, *windows, out[..., heads * d :], spread=scale)
     close(out[..., heads * d :], expected)
     assert (out[..., : heads * d] == 9).all()
     assert torch.allclose(received.double(), significance, rtol=1e-4, atol=1e-9)
@@ -266,7 +241,7 @@ def test_aggregation(C):
     groups = ops.group_tokens(ops.sort_tokens(significance), [0.25, 0.5, 0.25], [9, 5, 1])
     weights, bias = [torch.randn(1, r) for r in (9, 5, 1)], [torch.randn(1) for _ in range(3)]
     expected = ops.aggregate(x.double(), groups, [w.double() for w in weights], [b.double() for b in bias])
-    close(aggregate(x, groups, weights, bias), expected)
+    close(native.aggregate(x, groups, weights, bias), expected)
 
 
 def test_order_is_the_stable_one():
@@ -311,6 +286,111 @@ def test_what_lies_elsewhere_in_memory_is_refused():
         native.linear(torch.randn(1, 8, 8, 32).transpose(1, 2), weight, bias, 8)
     with pytest.raises(ValueError, match="contiguous"):
         native.layer_norm(torch.randn(1, 8, 8, 32)[..., ::2], torch.ones(16), torch.zeros(16), 1e-6)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.depthwise_add(
+            torch.randn(1, 8, 8, 32)[:, ::2], torch.ones(9, 32), torch.zeros(32), torch.ones(1, 4, 8, 32)
+        )
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def exact(function, gradient, *inputs):
+    """Gradients by autograd in float64."""
+    inputs = [x.detach().double().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*inputs), inputs, gradient.double())
+
+
+@pytest.mark.parametrize("rows, n, width", [(1, 1, 1), (5, 7, 9), (130, 33, 100), (2500, 64, 64), (7, 300, 65)])
+def test_gradients_of_a_linear_map(rows, n, width):
+    x, weight, bias, gradient = (torch.randn(*shape) for shape in ((rows, n), (width, n), (width,), (rows, width)))
+    g_x, g_weight, g_bias = exact(F.linear, gradient, x, weight, bias)
+    back = native.pack(weight, transposed=True)
+    close(native.linear(gradient.view(1, rows, 1, width), back, native.padded(None, n), n).view(rows, n), g_x)
+    sums = torch.ones(width, n), torch.ones(width)
+    native.linear_gradient(gradient, x, *sums)
+    close(sums[0], 1 + g_weight)  # added to what was there
+    close(sums[1], 1 + g_bias)
+    native.linear_gradient(gradient, x, sums[0], None)
+    close(sums[0], 1 + 2 * g_weight)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gradients_of_a_depthwise_convolution(grid):
+    C = grid[-1]
+    x, weight, bias, gradient = torch.randn(grid), torch.randn(C, 1, 3, 3), torch.randn(C), torch.randn(grid)
+    taps = native.tap_major(weight)
+
+    def plain(x, weight, bias):
+        return tokens(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=C))
+
+    def check(expected, g_x, made):
+        close(g_x, expected[0])
+        close(made[:9].t().reshape(C, 1, 3, 3), expected[1])
+        close(made[9], expected[2])
+
+    wide, out = torch.randn(*grid[:-1], 3 * C), torch.full((*grid[:-1], 2 * C), 9.0)
+    wide[..., C : 2 * C] = x
+    made = native.depthwise_backward(wide[..., C : 2 * C], gradient, taps, out[..., :C])
+    check(exact(plain, gradient, x, weight, bias), out[..., :C], made)
+    assert (out[..., C:] == 9).all()
+    same, a = gradient.clone(), torch.empty(grid)
+    made = native.depthwise_backward(x, same, taps, same, bias, a)
+    check(exact(lambda *of: F.gelu(plain(*of)), gradient, x, weight, bias), same, made)
+    assert (
+        torch.equal(a, native.depthwise_gelu(x, taps, bias))
+        or (a - native.depthwise_gelu(x, taps, bias)).abs().max() < 1e-6
+    )
+
+
+@pytest.mark.parametrize("grid", [(2, 9, 7, 64), (1, 1, 1, 16), (1, 70, 68, 48)])
+def test_gradient_of_winograd(grid):
+    x, weight, gradient = torch.randn(grid), torch.randn(32, grid[-1], 3, 3), torch.randn(*grid[:-1], 32)
+    g_x, g_weight = exact(lambda x, w: tokens(F.conv2d(x.permute(0, 3, 1, 2), w, padding=1)), gradient, x, weight)
+    close(native.winograd_gradient(gradient, x), g_weight)
+    turned = native.winograd_panels(weight.flip(2, 3).transpose(0, 1))
+    close(native.winograd(gradient, turned, grid[-1]), g_x)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_of_group_norm(grid, gelu):
+    C = grid[-1]
+    x, weight, bias, gradient = torch.randn(grid) * 3 + 5, torch.randn(C), torch.randn(C), torch.randn(grid)
+
+    def norm(x, weight, bias):
+        normed = tokens(F.group_norm(x.permute(0, 3, 1, 2), 1, weight, bias, 1e-5))
+        return F.gelu(normed) if gelu else normed
+
+    got = native.group_norm_backward(gradient, x, weight, bias, 1e-5, gelu)
+    for g, expected in zip(got, exact(norm, gradient, x, weight, bias), strict=True):
+        close(g, expected, 2e-5)
+
+
+@ATTENTION
+def test_gradients_of_attention(grid, scale, window, heads, d):
+    q, kv, windows = attention_of(grid, scale, window, heads, d)
+    gradient = torch.randn(2, *grid, heads * d)
+    expected = exact(lambda q, kv: look(q, kv, heads, scale, window, not window)[0], gradient, q, kv)
+    g_q, g_kv = torch.full((2, *grid, 2 * heads * d), 9.0), torch.full_like(kv, 9)
+    native.attend_backward(q, kv, gradient, g_q[..., heads * d :], g_kv, heads, *windows)
+    close(g_q[..., heads * d :], expected[0])
+    close(g_kv, expected[1])
+    assert (g_q[..., : heads * d] == 9).all()
+
+
+@pytest.mark.parametrize("C", [64, 37])
+def test_gradients_of_aggregation(C):
+    x, significance = torch.randn(2, 100, C), torch.randn(2, 100)
+    groups = ops.group_tokens(ops.sort_tokens(significance), [0.25, 0.5, 0.25], [9, 7, 1])
+    weights, biases = [torch.randn(1, r) for r in (9, 7, 1)], [torch.randn(1) for _ in range(3)]
+    gradient = torch.randn(2, sum(g.shape[1] for g in groups), C)
+    expected = exact(lambda x, *of: ops.aggregate(x, groups, of[:3], of[3:]), gradient, x, *weights, *biases)
+    out = torch.ones_like(x)
+    g_weights, g_biases = native.aggregate_backward(gradient, x, groups, weights, out)
+    close(out, 1 + expected[0])  # added to what was there
+    for got, wanted in zip([*g_weights, *g_biases], expected[1:], strict=True):
+        close(got, wanted)
 
 
 # -- compiling --------------------------------------------------------------------------------------------------------

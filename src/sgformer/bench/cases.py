@@ -36,8 +36,9 @@ class Case:
         image_size: height and width in pixels.
         batch_size: images at a time.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
-        backend: "eager"; "optimize": ``sgformer.optimize``, our sizes and inference only; "compile": ``torch.compile``,
-            for inference with our sizes ``sgformer.optimize(compile=True)``, which compiles block by block;
+        backend: "eager"; "optimize": our sizes only, ``sgformer.optimize`` for inference, ``sgformer.accelerate`` for
+            training; "compile": ``torch.compile``, for inference with our sizes ``sgformer.optimize(compile=True)``,
+            which compiles block by block;
             "onnxruntime", "openvino": inference only, exported to ONNX.
         coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
         grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
@@ -171,9 +172,9 @@ def build(case: Case) -> Callable[[], Any]:
 
 def _prepare(model: nn.Module, case: Case) -> nn.Module:
     if case.backend == "optimize":
-        if not is_ours(case.model) or case.mode == "train":
-            raise Unsupported("sgformer.optimize prepares networks of sgformer for inference")
-        return sgformer.optimize(model)
+        if not is_ours(case.model):
+            raise Unsupported("sgformer.optimize and sgformer.accelerate prepare networks of sgformer")
+        return sgformer.accelerate(model) if case.mode == "train" else sgformer.optimize(model)
     if case.backend == "compile" and is_ours(case.model) and case.mode == "infer":
         return sgformer.optimize(model, compile=True)
     if case.backend == "compile":

@@ -115,6 +115,7 @@ def run_training(
     L.seed_everything(config.seed, verbose=False)
     job = prepare(config, batch, rank, world)
     model = job.task.model
+    kernels = use_native_kernels(config, model, trainer.strategy.root_device)
 
     steps = len(job.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
@@ -186,6 +187,7 @@ def run_training(
                 f"data {job.about}",
                 f"{total_steps - start} updates to go, {steps} from one validation to the next, of {config.batch_size} "
                 f"images ({world} x {batch} x {config.accumulate}) at {job.size}",
+                f"kernels {kernels}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
                 f"/ {config.base_batch}",
             ):
@@ -234,6 +236,38 @@ def run_training(
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def use_native_kernels(config: RunConfig, model: torch.nn.Module, device: torch.device) -> str:
+    """Let the network train with native kernels where ``--native`` says so, or says nothing and they are to be had.
+
+    Returns:
+        What it computes with, for the log.
+
+    Raises:
+        UserError: ``--native true``, and it cannot be.
+    """
+    if device.type != "cpu":
+        if config.native:
+            raise UserError(f"--native is for --device cpu (this run is on {device.type})")
+        return f"of torch, on {device.type}"
+    if (
+        config.native is False
+        or config.precision != "fp32"
+        or config.compile
+        or not config.model.startswith("sgformer")
+    ):
+        return "of torch"
+    from sgformer.accelerated import accelerate
+    from sgformer.ops.native import UnavailableError
+
+    try:
+        accelerate(model)
+    except UnavailableError as reason:
+        if config.native:
+            raise UserError(f"--native: {reason}") from reason
+        return f"of torch, as native ones are not to be had: {reason}"
+    return "native"
 
 
 def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable[..., Any]) -> DataLoader:

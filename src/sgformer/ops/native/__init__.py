@@ -1,8 +1,9 @@
-"""Operations compiled on this machine, fused, and whole blocks of them: for inference on the CPU in float32.
+"""Operations compiled on this machine, fused, and whole blocks of them: on the CPU in float32.
 
 kernels.cpp is compiled by the machine's own C++ compiler, for its own processor, the first time that someone asks
-(three seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here has a gradient, and
-nothing is a torch operator: :func:`sgformer.optimize` is what puts these functions into a network.
+(four seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here is known to autograd, and
+nothing is a torch operator: :func:`sgformer.optimize` puts these functions into a network for inference, and
+:func:`sgformer.accelerate` for training.
 
 Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d = C / h. All tensors are float32 and on the CPU.
 """
@@ -119,10 +120,17 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "conv": [p, *[n] * 7, p, p, p, n, n, n],
         "winograd": [p, n, n, n, n, p, p, n],
         "depthwise_halve": [p, n, n, n, n, p, p],
-        "depthwise_gelu": [p, n, n, n, n, p, p],
+        "depthwise_gelu": [p, p, n, n, n, n, p, p],
+        "depthwise_backward": [p, n, p, n, p, n, p, n, n, n, n, p, p, p],
+        "winograd_gradient": [p, p, n, n, n, n, p, n],
+        "group_norm_backward": [p, p, p, n, n, n, p, p, f, i, p, p],
+        "aggregate_backward": [p, p, n, n, n, p, n, n, n, p, p, p, p, n, n],
+        "attend_backward": [p, n, p, n, p, n, p, n, p, n, *[n] * 11],
+        "pack": [p, n, n, n, p],
+        "linear_gradient": [p, n, p, n, p, p, n, n, n],
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
         "layer_norm": [p, p, n, n, p, p, f, i],
-        "group_norm": [p, n, n, n, p, p, f, i],
+        "group_norm": [p, p, n, n, n, p, p, f, i],
         "hybrid_block": [p, p, n, n, n, p, p, p, p, p, f, f],
         "guided_block": [p, p, n, p, p, p, p, p, f],
         "plain_block": [p, p, p, p, p, f],
@@ -149,11 +157,23 @@ def tap_major(weight: Tensor) -> Tensor:
 
 def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight (out, in) and bias (out,) of a linear map as :func:`linear` wants them."""
-    width = weight.shape[0]
+    return pack(weight.detach()), padded(bias, weight.shape[0])
+
+
+def pack(weight: Tensor, transposed: bool = False) -> Tensor:
+    """Weight (out, in) of a linear map as :func:`linear` wants it; ``transposed``, of the map from (out) to (in)."""
+    width, n = _checked(weight := weight.contiguous()).shape
+    across, down = (n, width) if transposed else (width, n)
+    packed = _fresh(weight, down * (across + -across % lanes()))
+    library().sgformer_pack(weight.data_ptr(), width, n, transposed, packed.data_ptr())
+    return packed
+
+
+def padded(bias: Tensor | None, width: int) -> Tensor:
+    """Bias (width,) of a linear map, or zeros, as :func:`linear` wants it."""
+    bias = torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias.detach()
     more = -width % lanes()
-    weight = F.pad(weight.detach(), (0, 0, 0, more))
-    bias = F.pad(weight.new_zeros(width) if bias is None else bias.detach(), (0, more))
-    return torch.cat([part.t().flatten() for part in weight.split(library().sgformer_panel())]), bias
+    return F.pad(bias, (0, more)) if more else bias
 
 
 def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -161,10 +181,13 @@ def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return panels(weight.detach().permute(0, 2, 3, 1).flatten(1), bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
-    """Linear map of (B, H, W, n), contiguous, to (B, H, W, width). ``weight`` and ``bias`` come from :func:`panels`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+    """Linear map of (B, H, W, n), contiguous, to (B, H, W, width). ``weight`` and ``bias`` come from :func:`panels`.
+
+    ``out``: memory for the result, contiguous.
+    """
     B, H, W, n = _checked(x).shape
-    out = _fresh(x, B, H, W, width)
+    out = _fresh(x, B, H, W, width) if out is None else _checked(out)
     library().sgformer_linear(
         x.data_ptr(), n, weight.data_ptr(), bias.data_ptr(), None, 0, out.data_ptr(), width, B * H * W, n, width
     )
@@ -186,11 +209,15 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, strid
     return out
 
 
+#: Of Winograd's F(2 x 2, 3 x 3).
+_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+
+
 def winograd_panels(weight: Tensor) -> Tensor:
     """Weight (width, C, 3, 3) of a convolution as :func:`winograd` wants it: 16 matrices, each as of :func:`panels`."""
-    g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    g = torch.tensor(_G, dtype=torch.float64, device="cpu")
     matrices = torch.einsum("ri,oxij,cj->rcox", g, weight.detach().double(), g).flatten(0, 1)
-    return torch.stack([panels(matrix.float(), None)[0] for matrix in matrices])
+    return torch.stack([pack(matrix.float()) for matrix in matrices])
 
 
 def winograd(x: Tensor, weight: Tensor, width: int) -> Tensor:
@@ -221,11 +248,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return out
 
 
-def group_norm_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
-    """GroupNorm with one group of (B, H, W, C), contiguous, in place, and a GELU where asked for."""
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, inplace: bool = False) -> Tensor:
+    """GroupNorm with one group of (B, H, W, C), contiguous, and a GELU where asked for."""
     B, H, W, C = _checked(x).shape
-    library().sgformer_group_norm(x.data_ptr(), B, H * W, C, weight.data_ptr(), bias.data_ptr(), eps, gelu)
-    return x
+    out = x if inplace else _fresh(x, B, H, W, C)
+    library().sgformer_group_norm(
+        x.data_ptr(), out.data_ptr(), B, H * W, C, weight.data_ptr(), bias.data_ptr(), eps, gelu
+    )
+    return out
 
 
 def sort_tokens(significance: Tensor) -> Tensor:
@@ -234,6 +264,153 @@ def sort_tokens(significance: Tensor) -> Tensor:
     order = torch.empty(B, N, dtype=torch.int64, device="cpu")
     library().sgformer_order(significance.data_ptr(), B, N, order.data_ptr())
     return order
+
+
+def depthwise_gelu(h: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """GELU of the 3 x 3 depthwise convolution of (B, H, W, C), contiguous; weight (9, C). ``out`` may be h."""
+    B, H, W, C = _checked(h).shape
+    out = _fresh(h, B, H, W, C) if out is None else _checked(out)
+    library().sgformer_depthwise_gelu(h.data_ptr(), out.data_ptr(), B, H, W, C, weight.data_ptr(), bias.data_ptr())
+    return out
+
+
+def depthwise_add(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """Adds the 3 x 3 depthwise convolution of x, (B, H, W, C), to ``out``, contiguous; weight (9, C)."""
+    B, H, W, C = _checked(out).shape
+    library().sgformer_depthwise_add(
+        x.data_ptr(), _stride(x), out.data_ptr(), B, H, W, C, weight.data_ptr(), bias.data_ptr()
+    )
+
+
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    heads: int,
+    q_window: tuple[int, int],
+    kv_window: tuple[int, int],
+    out: Tensor,
+    spread: int = 0,
+) -> Tensor | None:
+    """Attention of queries (B, H, W, D) to keys and values (B, H', W', 2 D), window by window, into ``out``.
+
+    With ``spread``, how many times as coarse the grid of keys is, also the significance of every token (B, H, W): the
+    attention that its key received, averaged over heads and the queries of a whole window.
+    """
+    B, H, W, D = q.shape
+    received = _fresh(q, B, H, W) if spread else None
+    library().sgformer_attend(
+        q.data_ptr(), _stride(q), kv.data_ptr(), _stride(kv), out.data_ptr(), _stride(out), B, H, W, *kv.shape[1:3],
+        *q_window, *kv_window, heads, D // heads, None if received is None else received.data_ptr(), spread,
+    )  # fmt: skip
+    return received
+
+
+def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
+    """:func:`sgformer.ops.aggregate`, of contiguous x."""
+    B, N, C = _checked(x).shape
+    M, at = sum(group.shape[1] for group in groups), 0
+    out = _fresh(x, B, M, C)
+    for group, w, b in zip(groups, weights, bias, strict=True):
+        _, count, rate = group.shape
+        if group.stride()[1:] != (rate, 1):
+            raise ValueError(f"the members of a group must lie side by side (got strides {group.stride()})")
+        library().sgformer_aggregate(
+            x.data_ptr(), B, N, C, group.data_ptr(), group.stride(0), count, rate, w.data_ptr(), b.data_ptr(),
+            out.data_ptr(), M, at,
+        )  # fmt: skip
+        at += count
+    return out
+
+
+# -- gradients --------------------------------------------------------------------------------------------------
+
+
+def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Adds the gradients of a linear map to ``weight`` (out, in) and ``bias`` (out,), from that of its result
+    (..., out) and from its input (..., in)."""
+    width, n = _checked(weight).shape
+    library().sgformer_linear_gradient(
+        _checked(gradient).data_ptr(), width, _checked(x).data_ptr(), n, weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), x.numel() // n, n, width,
+    )  # fmt: skip
+
+
+def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Of the weight (width, C, 3, 3) of :func:`winograd`, from that of its result and from its input."""
+    (B, H, W, C), width = _checked(x).shape, _checked(gradient).shape[-1]
+    made = _fresh(x, 4, 4, width, C)
+    library().sgformer_winograd_gradient(x.data_ptr(), gradient.data_ptr(), B, H, W, C, made.data_ptr(), width)
+    g = torch.tensor(_G, dtype=torch.float32, device="cpu")
+    return torch.einsum("ri,rcox,cj->oxij", g, made, g)
+
+
+def group_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, the weight and the bias of :func:`group_norm`."""
+    B, H, W, C = _checked(x).shape
+    out, g_weight, g_bias = _fresh(x, *x.shape), torch.empty_like(weight), torch.empty_like(bias)
+    library().sgformer_group_norm_backward(
+        x.data_ptr(), _checked(gradient).data_ptr(), out.data_ptr(), B, H * W, C, weight.data_ptr(), bias.data_ptr(),
+        eps, gelu, g_weight.data_ptr(), g_bias.data_ptr(),
+    )  # fmt: skip
+    return out, g_weight, g_bias
+
+
+def aggregate_backward(
+    gradient: Tensor, x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the weights and of the biases of :func:`aggregate`; that of x is added to ``out``."""
+    B, N, C = _checked(x).shape
+    M, at = _checked(gradient).shape[1], 0
+    g_weights, g_bias = [torch.empty_like(w) for w in weights], [w.new_empty(1) for w in weights]
+    for group, w, g_w, g_b in zip(groups, weights, g_weights, g_bias, strict=True):
+        _, count, rate = group.shape
+        library().sgformer_aggregate_backward(
+            x.data_ptr(), gradient.data_ptr(), B, N, C, group.data_ptr(), group.stride(0), count, rate, w.data_ptr(),
+            _checked(out).data_ptr(), g_w.data_ptr(), g_b.data_ptr(), M, at,
+        )  # fmt: skip
+        at += count
+    return g_weights, g_bias
+
+
+def depthwise_backward(
+    h: Tensor, gradient: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, a: Tensor | None = None
+) -> Tensor:
+    """The gradient of a depthwise convolution's input, into ``out``, from that of its result; all (B, H, W, C).
+
+    With ``bias`` and ``a``, of :func:`depthwise_gelu`, whose result is written into ``a``. ``out`` may be ``gradient``.
+
+    Returns:
+        (10, C): gradients of the 9 taps and of the bias.
+    """
+    B, H, W, C = h.shape
+    made = _fresh(h, B, 10, C)
+    library().sgformer_depthwise_backward(
+        h.data_ptr(), _stride(h), gradient.data_ptr(), _stride(gradient), out.data_ptr(), _stride(out),
+        None if a is None else _checked(a).data_ptr(), B, H, W, C, weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), made.data_ptr(),
+    )  # fmt: skip
+    return made.sum(0)
+
+
+def attend_backward(
+    q: Tensor,
+    kv: Tensor,
+    gradient: Tensor,
+    q_out: Tensor,
+    kv_out: Tensor,
+    heads: int,
+    q_window: tuple[int, int],
+    kv_window: tuple[int, int],
+) -> None:
+    """Gradients of q and kv of :func:`attend`, into ``q_out`` and ``kv_out``, from that of its result."""
+    B, H, W, D = q.shape
+    library().sgformer_attend_backward(
+        q.data_ptr(), _stride(q), kv.data_ptr(), _stride(kv), gradient.data_ptr(), _stride(gradient), q_out.data_ptr(),
+        _stride(q_out), kv_out.data_ptr(), _stride(kv_out), B, H, W, *kv.shape[1:3], *q_window, *kv_window, heads,
+        D // heads,
+    )  # fmt: skip
 
 
 # -- whole blocks -----------------------------------------------------------------------------------------------
@@ -311,6 +488,18 @@ def _checked(x: Tensor) -> Tensor:
             f"strides {x.stride()})"
         )
     return x
+
+
+def _stride(x: Tensor) -> int:
+    """From one token of (B, H, W, C) to the next: of a slice of channels, the channels of the whole."""
+    _, H, W, _ = x.shape
+    step: int = x.stride(2)
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.stride() != (H * W * step, W * step, step, 1):
+        raise ValueError(
+            f"native kernels take float32 on the CPU, channels of a contiguous (B, H, W, C) (got {x.dtype} on "
+            f"{x.device}, shape {tuple(x.shape)}, strides {x.stride()})"
+        )
+    return step
 
 
 def _fresh(x: Tensor, *shape: int) -> Tensor:

@@ -1,4 +1,5 @@
-// The network's operations for inference in float32 on the CPU, fused; and whole blocks made of them.
+// The network's operations in float32 on the CPU, fused, and whole blocks made of them for inference; gradients of the
+// costly ones for training.
 //
 // Plain C interface, so that no header of Python or torch is needed: sgformer/ops/native/__init__.py compiles this file in
 // seconds and calls it. Vectors are GCC's and Clang's own extension, as wide as the processor's registers. Parallel with
@@ -102,9 +103,9 @@ inline vec exp_negative(vec x) {
   return (vec)((ivec)y + (((ivec)shifted - (ivec)magic) << 23));
 }
 
-// x (1 + erf(x / sqrt 2)) / 2. erf(y) / y on |y| <= 4 as a polynomial in t = y^2 / 8 - 1, fitted by least squares at
-// Chebyshev points; beyond, erf is 1. Absolute error below 4e-7 times the larger of |x| and 1.
-inline vec gelu(vec x) {
+// erf(x / sqrt 2). erf(y) / y on |y| <= 4 as a polynomial in t = y^2 / 8 - 1, fitted by least squares at Chebyshev points;
+// beyond, erf is 1. Absolute error below 4e-7.
+inline vec erf_half(vec x) {
   vec y = x * 0.70710678f;
   y = smaller(larger(y, fill(-4.f)), fill(4.f));
   vec t = y * y * 0.125f - 1.f;
@@ -112,8 +113,20 @@ inline vec gelu(vec x) {
                            0.01446361280977726f, -0.02647116780281067f, 0.033392153680324554f, -0.04419896751642227f,
                            0.059699200093746185f, -0.07503651827573776f, 0.09024584293365479f, -0.10768406838178635f,
                            0.1316727101802826f, -0.1765768676996231f, 0.35353103280067444f);
-  const vec half = x * 0.5f, erf = t < 1.f ? p * y : y * 0.25f;  // beyond, exactly 1: the result is x, or 0
-  return half + half * erf;
+  return t < 1.f ? p * y : y * 0.25f;  // beyond, exactly 1: then GELU is x, or 0
+}
+
+// x (1 + erf(x / sqrt 2)) / 2.
+inline vec gelu(vec x) {
+  const vec half = x * 0.5f;
+  return half + half * erf_half(x);
+}
+
+// GELU of x, and its derivative there: (1 + erf(x / sqrt 2)) / 2 + x exp(-x^2 / 2) / sqrt(2 pi).
+inline vec gelu(vec x, vec& derivative) {
+  const vec normal = erf_half(x) * 0.5f + 0.5f;
+  derivative = normal + x * 0.39894228f * exp_negative(x * x * -0.5f);
+  return x * normal;
 }
 
 // Mean and inverse standard deviation of C floats that are about to be normalised.
@@ -149,6 +162,12 @@ inline void normalise(const float* x, float* to, Index C, float mean, float scal
 
 constexpr int CHUNK = 32;  // channels that a depthwise convolution takes at a time: three rows of them fit in L1
 
+// What will soon be wanted of CHUNK channels, a row ahead: strides are too long for the processor to guess.
+inline void fetch(const float* p) {
+  __builtin_prefetch(p);
+  __builtin_prefetch(p + 16);
+}
+
 // 3 x 3 depthwise convolution of one image and n <= CHUNK channels, zero padding. Three rows of the source are kept, so
 // the destination may be the source. finish(row of W x CHUNK results, where they go) stores them.
 template <class Finish>
@@ -164,8 +183,7 @@ void depthwise(const float* source, Index stride, float* out, Index out_stride, 
     const float* from = source + y * W * stride;
     if (n == CHUNK)
       for (Index x = 0; x < W; x++) {
-        __builtin_prefetch(from + (x + W) * stride);  // the next row: strides are too long for the processor to guess
-        __builtin_prefetch(from + (x + W) * stride + 16);
+        fetch(from + (x + W) * stride);
         std::memcpy(to + x * CHUNK, from + x * stride, 4 * CHUNK);
       }
     else
@@ -275,6 +293,49 @@ inline void multiply(int rows, int width, const float* left, Index left_pitch, c
 }
 
 constexpr Index PANEL = V * L;  // columns that `multiply` takes at a time
+
+// out (M, L * K) += the transpose of left (n, M) times right (n, L * K).
+template <int M, int K>
+inline void multiply_across(const float* left, Index left_pitch, const float* right, Index pitch, Index n, float* out,
+                            Index out_pitch) {
+  Row<K> r[6] = {}, y;
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+  for (Index k = 0; k < n; k++, right += pitch, left += left_pitch) {
+    y.load_from(right);
+#define STEP(i) \
+  if (i < M) r[i].add(left[i], y);
+    EACH(STEP)
+  }
+#define END(i) \
+  if (i < M) r[i].add(1, Row<K>::of(out + i * out_pitch)), r[i].store_to(out + i * out_pitch);
+  EACH(END)
+#undef EACH
+#undef STEP
+#undef END
+}
+
+template <int K>
+inline void multiply_across(int rows, const float* left, Index left_pitch, const float* right, Index pitch, Index n,
+                            float* out, Index out_pitch) {
+  switch (rows) {
+    case 1: return multiply_across<1, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+    case 2: return multiply_across<2, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+    case 3: return multiply_across<3, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+    case 4: return multiply_across<4, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+    case 5: return multiply_across<5, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+    case 6: return multiply_across<6, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+  }
+}
+
+inline void multiply_across(int rows, int width, const float* left, Index left_pitch, const float* right, Index pitch,
+                            Index n, float* out, Index out_pitch) {
+  switch (width / L) {
+    case 1: return multiply_across<1>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
+    case 2: return multiply_across<2>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
+    case 3: return multiply_across<3>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
+    case 4: return multiply_across<4>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
+  }
+}
 
 // exp of the first n less their greatest, zeros up to a whole number of vectors. Returns what makes a softmax of them; with
 // it they are added to `sums` unless null.
@@ -386,6 +447,30 @@ void sgformer_conv(const float* x, Index B, Index H, Index W, Index C, Index k, 
   }
 }
 
+// Winograd's B^T d B of the 4 x 4 pixels from `top` and `left` on of an image (H, W, C), `nothing` where there are none: 16
+// vectors of C, `pitch` apart.
+static void patch(const float* x, Index H, Index W, Index C, Index top, Index left, const float* nothing, float* out,
+                  Index pitch) {
+  const float* at[16];
+  for (int i = 0; i < 16; i++) {
+    const Index y = top + i / 4, z = left + i % 4;
+    at[i] = y < 0 || y >= H || z < 0 || z >= W ? nothing : x + (y * W + z) * C;
+  }
+  for (Index c = 0; c < C; c += L) {
+    vec d[4][4];
+    for (int j = 0; j < 4; j++) {  // B^T d
+      const vec p = load(at[j] + c), q = load(at[4 + j] + c), r = load(at[8 + j] + c), s = load(at[12 + j] + c);
+      d[0][j] = p - r, d[1][j] = q + r, d[2][j] = r - q, d[3][j] = q - s;
+    }
+    for (int i = 0; i < 4; i++) {  // times B
+      store(out + (4 * i) * pitch + c, d[i][0] - d[i][2]);
+      store(out + (4 * i + 1) * pitch + c, d[i][1] + d[i][2]);
+      store(out + (4 * i + 2) * pitch + c, d[i][2] - d[i][1]);
+      store(out + (4 * i + 3) * pitch + c, d[i][1] - d[i][3]);
+    }
+  }
+}
+
 // 3 x 3 convolution, zero padding, step 1, with 16 products where there would be 36 (Winograd's F(2 x 2, 3 x 3); Lavin and
 // Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). x (B, H, W, C), out (B, H, W, width), contiguous, C
 // and width multiples of L; weight: 16 matrices G g G^T as of sgformer_linear, no bias.
@@ -399,26 +484,8 @@ void sgformer_winograd(const float* x, Index B, Index H, Index W, Index C, const
     for (Index task = 0; task < B * blocks; task++) {
       const Index b = task / blocks, first = task % blocks * T, count = std::min(T, tiles - first);
       for (Index t = 0; t < count; t++) {
-        const Index top = (first + t) / across * 2 - 1, left = (first + t) % across * 2 - 1;
-        const float* at[16];
-        for (int i = 0; i < 16; i++) {
-          const Index y = top + i / 4, z = left + i % 4;
-          at[i] = y < 0 || y >= H || z < 0 || z >= W ? nothing.data() : x + ((b * H + y) * W + z) * C;
-        }
-        for (Index c = 0; c < C; c += L) {
-          vec d[4][4];
-          for (int j = 0; j < 4; j++) {  // B^T d
-            const vec p = load(at[j] + c), q = load(at[4 + j] + c), r = load(at[8 + j] + c), s = load(at[12 + j] + c);
-            d[0][j] = p - r, d[1][j] = q + r, d[2][j] = r - q, d[3][j] = q - s;
-          }
-          float* to = &seen[t * C + c];
-          for (int i = 0; i < 4; i++) {  // times B
-            store(to + (4 * i) * T * C, d[i][0] - d[i][2]);
-            store(to + (4 * i + 1) * T * C, d[i][1] + d[i][2]);
-            store(to + (4 * i + 2) * T * C, d[i][2] - d[i][1]);
-            store(to + (4 * i + 3) * T * C, d[i][1] - d[i][3]);
-          }
-        }
+        patch(x + b * H * W * C, H, W, C, (first + t) / across * 2 - 1, (first + t) % across * 2 - 1, nothing.data(),
+              &seen[t * C], T * C);
       }
       for (Index i = 0; i < 16; i++)
         for (Index c = 0; c < width; c += PANEL) {
@@ -471,8 +538,8 @@ void sgformer_depthwise_halve(const float* x, Index B, Index H, Index W, Index C
   }
 }
 
-// h = GELU(depthwise convolution of h), in place. h (B, H, W, C) contiguous, weight (9, C).
-void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const float* weight, const float* bias) {
+// out = GELU(depthwise convolution of h). h, out (B, H, W, C) contiguous, which may be the same; weight (9, C).
+void sgformer_depthwise_gelu(const float* h, float* out, Index B, Index H, Index W, Index C, const float* weight, const float* bias) {
   const Index chunks = (C + CHUNK - 1) / CHUNK;
 #pragma omp parallel
   {
@@ -480,7 +547,7 @@ void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const
 #pragma omp for schedule(dynamic)
     for (Index task = 0; task < B * chunks; task++) {
       const Index c = task % chunks * CHUNK;
-      float* image = h + task / chunks * H * W * C + c;
+      const Index image = task / chunks * H * W * C + c;
       const int n = std::min<Index>(CHUNK, C - c);
       auto finish = [=](const float* row, float* to) {
         for (Index x = 0; x < W; x++, row += CHUNK, to += C) {
@@ -490,7 +557,7 @@ void sgformer_depthwise_gelu(float* h, Index B, Index H, Index W, Index C, const
             for (int i = 0; i < n; i += L) store(to + i, gelu(load(row + i)), std::min(L, n - i));
         }
       };
-      depthwise(image, C, image, C, H, W, n, weight + c, C, bias + c, rows.data(), finish);
+      depthwise(h + image, C, out + image, C, H, W, n, weight + c, C, bias + c, rows.data(), finish);
     }
   }
 }
@@ -527,8 +594,8 @@ void sgformer_layer_norm(const float* x, float* out, Index rows, Index C, const 
   }
 }
 
-// GroupNorm with one group, then GELU if `act`, in place; x (B, N, C) contiguous.
-void sgformer_group_norm(float* x, Index B, Index N, Index C, const float* weight, const float* bias, float eps, int act) {
+// Mean and inverse standard deviation of every image of x (B, N, C), contiguous.
+static void group_moments(const float* x, Index B, Index N, Index C, float eps, float* mean, float* scale) {
   const Index step = std::max<Index>(1, 4096 / C), parts = (N + step - 1) / step;
   std::vector<double> means(B * parts), squares(B * parts);
 #pragma omp parallel for schedule(static)
@@ -540,7 +607,6 @@ void sgformer_group_norm(float* x, Index B, Index N, Index C, const float* weigh
     means[task] = mean;
     squares[task] = std::isfinite(scale) ? count / ((double)scale * scale) : 0;  // sum of squares about the mean
   }
-  std::vector<float> mean(B), scale(B);
   for (Index b = 0; b < B; b++) {  // Chan, Golub, LeVeque: moments of parts to moments of the whole
     double m = 0, s = 0, seen = 0;
     for (Index p = 0; p < parts; p++) {
@@ -552,9 +618,16 @@ void sgformer_group_norm(float* x, Index B, Index N, Index C, const float* weigh
     mean[b] = m;
     scale[b] = 1 / std::sqrt(s / seen + eps);
   }
+}
+
+// out = GroupNorm with one group of x, then GELU if `act`; x, out (B, N, C) contiguous, which may be the same.
+void sgformer_group_norm(const float* x, float* out, Index B, Index N, Index C, const float* weight, const float* bias,
+                         float eps, int act) {
+  std::vector<float> mean(B), scale(B);
+  group_moments(x, B, N, C, eps, mean.data(), scale.data());
 #pragma omp parallel for schedule(static)
   for (Index r = 0; r < B * N; r++) {
-    normalise(x + r * C, x + r * C, C, mean[r / N], scale[r / N], weight, bias, act);
+    normalise(x + r * C, out + r * C, C, mean[r / N], scale[r / N], weight, bias, act);
   }
 }
 
@@ -683,6 +756,388 @@ void sgformer_aggregate(const float* x, Index B, Index N, Index C, const Index* 
     }
 }
 
+// -- training -------------------------------------------------------------------------------------------------------
+
+// A weight (width, n) as sgformer_linear wants it, where it maps n to width; or, `transposed`, as it maps width to n.
+void sgformer_pack(const float* weight, Index width, Index n, Index transposed, float* packed) {
+  const Index across = transposed ? n : width, down = transposed ? width : n, panels = (across + PANEL - 1) / PANEL;
+  const Index padded = (across + L - 1) / L * L, part = 64, parts = (down + part - 1) / part;
+#pragma omp parallel for schedule(static)
+  for (Index task = 0; task < panels * parts; task++) {
+    const Index c = task / parts * PANEL, wide = std::min(PANEL, padded - c), real = std::min(PANEL, across - c);
+    const Index first = task % parts * part, last = std::min(first + part, down);
+    float* to = packed + c * down;
+    if (transposed) {
+      for (Index k = first; k < last; k++) {
+        std::memcpy(to + k * wide, weight + k * n + c, 4 * real);
+        std::memset(to + k * wide + real, 0, 4 * (wide - real));
+      }
+    } else {
+      for (Index k = first; k < last; k += L)
+        for (Index j = 0; j < wide; j++)
+          for (Index i = k; i < std::min(k + L, last); i++) to[i * wide + j] = j < real ? weight[(c + j) * n + i] : 0;
+    }
+  }
+}
+
+// Gradients of a linear map, added to what is there: of its weight (width, n), and its bias unless null, from those of its
+// output (rows, width) and from its input x (rows, n), each with a row stride.
+void sgformer_linear_gradient(const float* gradient, Index gradient_stride, const float* x, Index x_stride, float* weight,
+                              float* bias, Index rows, Index n, Index width) {
+  const Index panels = (n + PANEL - 1) / PANEL, groups = (width + R - 1) / R, depth = 128, near = 8 * depth;
+  const Index most = std::max<Index>(1, std::min<Index>(8, groups * panels / (4 * threads())));
+  const Index blocks = (groups + most - 1) / most;
+#pragma omp parallel
+  for (Index start = 0; start < rows; start += near) {  // all that these rows give, while they are in the cache
+    const Index end = std::min(rows, start + near);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < blocks * panels; task++) {
+      const Index c = task % panels * PANEL, real = std::min(PANEL, n - c), wide = (real + L - 1) / L * L;
+      const Index block = task / panels, first = groups * block / blocks * R;
+      const Index last = std::min(groups * (block + 1) / blocks * R, width);
+      std::vector<float> made((last - first) * wide), sums(last - first), padded(wide == real ? 0 : depth * wide);
+      for (Index k = start; k < end; k += depth) {
+        const Index count = std::min(depth, end - k);
+        const float* right = x + k * x_stride + c;
+        for (Index r = 0; wide != real && r < count; r++) std::memcpy(&padded[r * wide], right + r * x_stride, 4 * real);
+        for (Index o = first; o < last; o += R)
+          multiply_across(std::min<Index>(R, last - o), wide, gradient + k * gradient_stride + o, gradient_stride,
+                          wide == real ? right : padded.data(), wide == real ? x_stride : wide, count,
+                          &made[(o - first) * wide], wide);
+        for (Index r = k; bias && c == 0 && r < k + count; r++)
+          for (Index o = first; o < last; o++) sums[o - first] += gradient[r * gradient_stride + o];
+      }
+      for (Index o = first; o < last; o++)
+        for (Index i = 0; i < real; i++) weight[o * n + c + i] += made[(o - first) * wide + i];
+      for (Index o = first; bias && c == 0 && o < last; o++) bias[o] += sums[o - first];
+    }
+  }
+}
+
+// Gradients of a = GELU(depthwise convolution of h), and a again; without `a` of the convolution alone. From the gradient of
+// the result comes that of h, which may take its place; each has a row stride, a is contiguous. made (B, 10, C): of every
+// image the gradients of the 9 taps and of the bias.
+void sgformer_depthwise_backward(const float* h, Index stride, const float* gradient, Index gradient_stride, float* out,
+                                 Index out_stride, float* a, Index B, Index H, Index W, Index C, const float* weight,
+                                 const float* bias, float* made) {
+  const Index chunks = (C + CHUNK - 1) / CHUNK, row = (W + 2) * CHUNK;
+#pragma omp parallel
+  {
+    std::vector<float> memory(7 * row);
+    float *seen = memory.data(), *slopes = seen + 3 * row, *line = seen + 6 * row;  // rows of h, of gradients, of results
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * chunks; task++) {
+      const Index chunk = task % chunks * CHUNK, image = task / chunks * H * W;
+      const int n = std::min<Index>(CHUNK, C - chunk);
+      float w[10 * CHUNK] = {}, total[10 * CHUNK] = {};
+      for (int k = 0; k < 9; k++) std::memcpy(w + k * CHUNK, weight + k * C + chunk, 4 * n);
+      if (a) std::memcpy(w + 9 * CHUNK, bias + chunk, 4 * n);
+      std::fill(memory.begin(), memory.end(), 0.f);
+      auto copy = [n](const float* from, float* to) {
+        if (n == CHUNK)
+          std::memcpy(to, from, 4 * CHUNK);
+        else
+          std::memcpy(to, from, 4 * n);
+      };
+      auto keep = [&](Index y) {
+        float* to = seen + y % 3 * row + CHUNK;
+        if (y >= H) {
+          std::memset(to, 0, 4 * W * CHUNK);
+          return;
+        }
+        const float* from = h + (image + y * W) * stride + chunk;
+        for (Index x = 0; x < W; x++) {
+          fetch(from + (x + W) * stride);
+          copy(from + x * stride, to + x * CHUNK);
+        }
+      };
+      // line = the taps, or the same the other way round, over row y and its neighbours.
+      auto convolve = [&](const float* from, Index y, bool backwards) {
+        for (int c = 0; c < n; c += L) {
+          const float *above = from + (y + 2) % 3 * row + c, *here = from + y % 3 * row + c, *below = from + (y + 1) % 3 * row + c;
+          const float* v = w + c + (backwards ? 8 * CHUNK : 0);
+          const Index s = backwards ? -CHUNK : CHUNK;
+          const vec w0 = load(v), w1 = load(v + s), w2 = load(v + 2 * s), w3 = load(v + 3 * s), w4 = load(v + 4 * s),
+                    w5 = load(v + 5 * s), w6 = load(v + 6 * s), w7 = load(v + 7 * s), w8 = load(v + 8 * s),
+                    first = backwards ? vec{} : load(w + 9 * CHUNK + c);
+          for (Index x = 0; x < W * CHUNK; x += CHUNK) {
+            vec p = first + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
+            vec q = load(here + x) * w3 + load(here + x + CHUNK) * w4 + load(here + x + 2 * CHUNK) * w5;
+            p += load(below + x) * w6 + load(below + x + CHUNK) * w7 + load(below + x + 2 * CHUNK) * w8;
+            store(line + x + c, p + q);
+          }
+        }
+      };
+      keep(0);
+      for (Index y = 0; y <= H; y++) {
+        float* slope = slopes + y % 3 * row + CHUNK;
+        if (y < H) {
+          keep(y + 1);
+          if (a) convolve(seen, y, false);
+          for (Index x = 0; x < W; x++) {
+            const float* from = gradient + (image + y * W + x) * gradient_stride + chunk;
+            fetch(from + W * gradient_stride);
+            copy(from, slope + x * CHUNK);
+            if (!a) continue;
+            float* to = a + (image + y * W + x) * C + chunk;
+            fetch(to + W * C);
+            for (int c = 0; c < n; c += L) {
+              vec derivative, result = gelu(load(line + x * CHUNK + c), derivative);
+              store(slope + x * CHUNK + c, load(slope + x * CHUNK + c) * derivative);
+              n - c >= L ? store(to + c, result) : store(to + c, result, n - c);
+            }
+          }
+          for (int c = 0; c < n; c += L) {
+            const float *above = seen + (y + 2) % 3 * row + c, *here = seen + y % 3 * row + c,
+                        *below = seen + (y + 1) % 3 * row + c;
+            float* t = total + c;
+            vec t0 = load(t), t1 = load(t + CHUNK), t2 = load(t + 2 * CHUNK), t3 = load(t + 3 * CHUNK), t4 = load(t + 4 * CHUNK),
+                t5 = load(t + 5 * CHUNK), t6 = load(t + 6 * CHUNK), t7 = load(t + 7 * CHUNK), t8 = load(t + 8 * CHUNK),
+                t9 = load(t + 9 * CHUNK);
+            for (Index x = 0; x < W * CHUNK; x += CHUNK) {
+              const vec g = load(slope + x + c);
+              t0 += g * load(above + x), t1 += g * load(above + x + CHUNK), t2 += g * load(above + x + 2 * CHUNK);
+              t3 += g * load(here + x), t4 += g * load(here + x + CHUNK), t5 += g * load(here + x + 2 * CHUNK);
+              t6 += g * load(below + x), t7 += g * load(below + x + CHUNK), t8 += g * load(below + x + 2 * CHUNK);
+              t9 += g;
+            }
+            store(t, t0), store(t + CHUNK, t1), store(t + 2 * CHUNK, t2), store(t + 3 * CHUNK, t3), store(t + 4 * CHUNK, t4);
+            store(t + 5 * CHUNK, t5), store(t + 6 * CHUNK, t6), store(t + 7 * CHUNK, t7), store(t + 8 * CHUNK, t8);
+            store(t + 9 * CHUNK, t9);
+          }
+        } else {
+          std::memset(slope, 0, 4 * W * CHUNK);
+        }
+        if (y == 0) continue;
+        convolve(slopes, y - 1, true);
+        float* to = out + (image + (y - 1) * W) * out_stride + chunk;
+        for (Index x = 0; x < W; x++) copy(line + x * CHUNK, to + x * out_stride);
+      }
+      for (int k = 0; k < 10; k++) std::memcpy(made + (task / chunks * 10 + k) * C + chunk, total + k * CHUNK, 4 * n);
+    }
+  }
+}
+
+// Gradients of sgformer_group_norm: of x, and of weight and bias (C), from that of its result, which `out` may be.
+void sgformer_group_norm_backward(const float* x, const float* gradient, float* out, Index B, Index N, Index C,
+                                  const float* weight, const float* bias, float eps, int act, float* g_weight,
+                                  float* g_bias) {
+  const Index step = std::max<Index>(1, 16384 / C), parts = (N + step - 1) / step, wide = (C + L - 1) / L * L;
+  std::vector<float> mean(B), scale(B), sums(B * parts * 2 * wide), one(B), two(B);
+  group_moments(x, B, N, C, eps, mean.data(), scale.data());
+#pragma omp parallel for schedule(static)
+  for (Index task = 0; task < B * parts; task++) {  // through the GELU; sums over the tokens of a part
+    const Index b = task / parts, first = b * N + task % parts * step, last = std::min(first + step, (b + 1) * N);
+    float *plain = &sums[task * 2 * wide], *scaled = plain + wide;
+    for (Index r = first; r < last; r++)
+      for (Index c = 0; c < C; c += L) {
+        const int n = std::min<Index>(L, C - c);
+        const vec y = ((n == L ? load(x + r * C + c) : load(x + r * C + c, n)) - mean[b]) * scale[b];
+        vec g = n == L ? load(gradient + r * C + c) : load(gradient + r * C + c, n);
+        if (act) {
+          vec derivative;
+          gelu(y * (n == L ? load(weight + c) : load(weight + c, n)) + (n == L ? load(bias + c) : load(bias + c, n)), derivative);
+          g *= derivative;
+        }
+        store(plain + c, load(plain + c) + g);
+        store(scaled + c, load(scaled + c) + g * y);
+        n == L ? store(out + r * C + c, g) : store(out + r * C + c, g, n);
+      }
+  }
+  std::memset(g_weight, 0, 4 * C);
+  std::memset(g_bias, 0, 4 * C);
+  for (Index b = 0; b < B; b++) {
+    double a = 0, s = 0;
+    for (Index p = 0; p < parts; p++)
+      for (Index c = 0; c < C; c++) {
+        const float plain = sums[(b * parts + p) * 2 * wide + c], scaled = sums[((b * parts + p) * 2 + 1) * wide + c];
+        g_bias[c] += plain, g_weight[c] += scaled;
+        a += (double)plain * weight[c], s += (double)scaled * weight[c];
+      }
+    one[b] = a / ((double)N * C), two[b] = s / ((double)N * C);
+  }
+#pragma omp parallel for schedule(static)
+  for (Index r = 0; r < B * N; r++) {
+    const Index b = r / N;
+    for (Index c = 0; c < C; c += L) {
+      const int n = std::min<Index>(L, C - c);
+      float* to = out + r * C + c;
+      const vec y = ((n == L ? load(x + r * C + c) : load(x + r * C + c, n)) - mean[b]) * scale[b];
+      const vec g = n == L ? load(to) * load(weight + c) : load(to, n) * load(weight + c, n);
+      const vec made = (g - one[b] - y * two[b]) * scale[b];
+      n == L ? store(to, made) : store(to, made, n);
+    }
+  }
+}
+
+// Gradients of sgformer_aggregate, arguments as there: of weight (rate) and bias, and added to g_x (B, N, C) that of x.
+void sgformer_aggregate_backward(const float* x, const float* gradient, Index B, Index N, Index C, const Index* members,
+                                 Index member_stride, Index groups, Index rate, const float* weight, float* g_x,
+                                 float* g_weight, float* g_bias, Index M, Index at) {
+  const Index part = 64, parts = (C + part - 1) / part;  // channels; a token may be of two groups, so images are not cut
+  std::vector<float> sums(B * parts * (rate + 1));
+#pragma omp parallel for schedule(dynamic)
+  for (Index task = 0; task < B * parts; task++) {
+    const Index b = task / parts, begin = task % parts * part, end = std::min(begin + part, C);
+    float* mine = &sums[task * (rate + 1)];
+    for (Index g = 0; g < groups; g++) {
+      const float* from = gradient + (b * M + at + g) * C;
+      vec total = {};
+      for (Index r = 0; r <= rate; r++) {
+        const Index token = r < rate ? (b * N + members[b * member_stride + g * rate + r]) * C : 0;
+        vec dot = {};
+        for (Index c = begin; c < end; c += L) {
+          const int n = std::min<Index>(L, end - c);
+          const vec v = n == L ? load(from + c) : load(from + c, n);
+          if (r == rate) {
+            total += v;
+            continue;
+          }
+          dot += v * (n == L ? load(x + token + c) : load(x + token + c, n));
+          float* to = g_x + token + c;
+          n == L ? store(to, load(to) + v * weight[r]) : store(to, load(to, n) + v * weight[r], n);
+        }
+        mine[r] += sum(r < rate ? dot : total);
+      }
+    }
+  }
+  for (Index r = 0; r <= rate; r++) {
+    double total = 0;
+    for (Index task = 0; task < B * parts; task++) total += sums[task * (rate + 1) + r];
+    (r < rate ? g_weight[r] : *g_bias) = total;
+  }
+}
+
+// Gradient of sgformer_winograd's weight, as 16 matrices (width, C) that are yet to be turned back by G^T U G.
+void sgformer_winograd_gradient(const float* x, const float* gradient, Index B, Index H, Index W, Index C, float* out,
+                                Index width) {
+  const Index across = (W + 1) / 2, tiles = (H + 1) / 2 * across, T = 48, most = 1024, parts = (tiles + most - 1) / most;
+  const Index size = 16 * width * C;
+  const std::vector<float> nothing(std::max(C, width));
+  std::vector<float> sums(B * parts * size);
+#pragma omp parallel
+  {
+    std::vector<float> seen(16 * T * C), made(16 * T * width);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * parts; task++) {
+      const Index b = task / parts, begin = tiles * (task % parts) / parts, end = tiles * (task % parts + 1) / parts;
+      for (Index first = begin; first < end; first += T) {
+        const Index count = std::min(T, end - first);
+        for (Index t = 0; t < count; t++) {
+          const Index y = (first + t) / across * 2, z = (first + t) % across * 2;
+          patch(x + b * H * W * C, H, W, C, y - 1, z - 1, nothing.data(), &seen[t * C], T * C);
+          auto at = [&](Index i, Index j) {
+            return y + i < H && z + j < W ? gradient + ((b * H + y + i) * W + z + j) * width : nothing.data();
+          };
+          for (Index c = 0; c < width; c += L) {  // A g A^T
+            vec d[4][2];
+            for (int j = 0; j < 2; j++) {
+              const vec p = load(at(0, j) + c), q = load(at(1, j) + c);
+              d[0][j] = p, d[1][j] = p + q, d[2][j] = p - q, d[3][j] = -q;
+            }
+            float* to = &made[t * width + c];
+            for (int i = 0; i < 4; i++) {
+              store(to + (4 * i) * T * width, d[i][0]);
+              store(to + (4 * i + 1) * T * width, d[i][0] + d[i][1]);
+              store(to + (4 * i + 2) * T * width, d[i][0] - d[i][1]);
+              store(to + (4 * i + 3) * T * width, -d[i][1]);
+            }
+          }
+        }
+        for (Index i = 0; i < 16; i++)
+          for (Index c = 0; c < C; c += PANEL)
+            for (Index o = 0; o < width; o += R)
+              multiply_across(std::min<Index>(R, width - o), std::min(PANEL, C - c), &made[i * T * width + o], width,
+                              &seen[i * T * C + c], C, count, &sums[task * size + (i * width + o) * C + c], C);
+      }
+    }
+#pragma omp for schedule(static)
+    for (Index i = 0; i < size; i += L) {
+      vec total = {};
+      for (Index task = 0; task < B * parts; task++) total += load(&sums[task * size + i]);
+      store(out + i, total);
+    }
+  }
+}
+
+// Gradients of what sgformer_attend makes of q, keys and values, from that of its output; arguments as there. The attention
+// is computed again. gq is laid out as q, gkv as kv, each with a row stride; what they held is overwritten.
+void sgformer_attend_backward(const float* q, Index q_stride, const float* kv, Index kv_stride, const float* gradient,
+                              Index gradient_stride, float* gq, Index gq_stride, float* gkv, Index gkv_stride, Index B, Index H,
+                              Index W, Index Hk, Index Wk, Index wh, Index ww, Index kh, Index kw, Index heads, Index d) {
+  const Index rows = (H + wh - 1) / wh, cols = (W + ww - 1) / ww, windows = rows * cols, T = 8 * R;
+  const Index keys = std::min(kh, Hk) * std::min(kw, Wk), pitch = (keys + L - 1) / L * L, wide = (d + L - 1) / L * L;
+  const float scale = 1 / std::sqrt((float)d);
+#pragma omp parallel
+  {
+    // Keys and values: as rows, and the other way round; queries and gradients of T rows; their attention, and its gradient.
+    std::vector<float> k(pitch * wide), kt(d * pitch), vt(d * pitch), x(T * wide), g(T * wide), p(T * pitch), s(T * pitch);
+    std::vector<float> gk(pitch * wide), gv(pitch * wide), made(R * wide);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < B * windows * heads; task++) {
+      const Index head = task % heads, win = task / heads % windows, b = task / heads / windows, wy = win / cols, wx = win % cols;
+      const Index y0 = wy * kh, x0 = wx * kw, nkx = std::min(kw, Wk - x0), M = std::min(kh, Hk - y0) * nkx;
+      const Index qy0 = wy * wh, qx0 = wx * ww, nqx = std::min(ww, W - qx0), nq = std::min(wh, H - qy0) * nqx;
+      const Index padded = (M + L - 1) / L * L;
+      auto key = [=](Index m) { return (b * Hk + y0 + m / nkx) * Wk + x0 + m % nkx; };
+      auto token = [=](Index i) { return (b * H + qy0 + i / nqx) * W + qx0 + i % nqx; };
+      for (Index m = 0; m < padded; m++) {
+        const float* from = m < M ? kv + key(m) * kv_stride + head * d : nullptr;
+        for (Index c = 0; c < d; c++) {
+          k[m * wide + c] = from ? from[c] : 0;
+          kt[c * pitch + m] = from ? from[c] * scale : 0;
+          vt[c * pitch + m] = from ? from[heads * d + c] : 0;
+        }
+      }
+      std::fill(gk.begin(), gk.end(), 0.f);
+      std::fill(gv.begin(), gv.end(), 0.f);
+      for (Index first = 0; first < nq; first += T) {
+        const Index count = std::min(T, nq - first);
+        for (Index i = 0; i < count; i++) {
+          std::memcpy(&x[i * wide], q + token(first + i) * q_stride + head * d, 4 * d);
+          std::memcpy(&g[i * wide], gradient + token(first + i) * gradient_stride + head * d, 4 * d);
+        }
+        for (Index r = 0; r < count; r += R) {
+          const int n = std::min<Index>(R, count - r);
+          for (Index m = 0; m < padded; m += PANEL) {
+            const int across = std::min(PANEL, padded - m);
+            multiply(n, across, &x[r * wide], wide, &kt[m], pitch, d, nullptr, false, &p[r * pitch + m], pitch);
+            multiply(n, across, &g[r * wide], wide, &vt[m], pitch, d, nullptr, false, &s[r * pitch + m], pitch);
+          }
+          for (Index i = r; i < r + n; i++) {  // of a softmax p with gradient s: p (s - sum of p s)
+            float *weights = &p[i * pitch], *slopes = &s[i * pitch];
+            const float norm = exponentials(weights, M, nullptr);
+            vec total = {};
+            for (Index m = 0; m < padded; m += L) {
+              const vec w = load(weights + m) * norm;
+              store(weights + m, w);
+              total += w * load(slopes + m);
+            }
+            const float mean = sum(total);
+            for (Index m = 0; m < padded; m += L)
+              store(slopes + m, load(weights + m) * (load(slopes + m) - mean) * scale);
+          }
+          for (Index c = 0; c < wide; c += PANEL)
+            multiply(n, std::min(PANEL, wide - c), &s[r * pitch], pitch, &k[c], wide, M, nullptr, false, &made[c], wide);
+          for (int i = 0; i < n; i++)
+            std::memcpy(gq + token(first + r + i) * gq_stride + head * d, &made[i * wide], 4 * d);
+        }
+        for (Index m = 0; m < M; m += R)
+          for (Index c = 0; c < wide; c += PANEL) {
+            const int n = std::min<Index>(R, M - m), across = std::min(PANEL, wide - c);
+            multiply_across(n, across, &s[m], pitch, &x[c], wide, count, &gk[m * wide + c], wide);
+            multiply_across(n, across, &p[m], pitch, &g[c], wide, count, &gv[m * wide + c], wide);
+          }
+      }
+      for (Index m = 0; m < M; m++) {
+        float* to = gkv + key(m) * gkv_stride + head * d;
+        std::memcpy(to, &gk[m * wide], 4 * d);
+        std::memcpy(to + heads * d, &gv[m * wide], 4 * d);
+      }
+    }
+  }
+}
+
 // -- whole blocks ---------------------------------------------------------------------------------------------------
 //
 // One call for what are a dozen operations, so that the time from one to the next is not the caller's. `w` are pointers to
@@ -701,7 +1156,7 @@ static void finish(const float* const* w, const Grid& g, const float* x, float* 
   sgformer_linear(attended, C, w[2], w[3], x, C, y, C, N, C, C);
   sgformer_layer_norm(y, normed, N, C, w[4], w[5], eps, 0);
   sgformer_linear(normed, C, w[6], w[7], nullptr, 0, wide, g.hidden, N, C, g.hidden);
-  sgformer_depthwise_gelu(wide, g.B, g.H, g.W, g.hidden, w[8], w[9]);
+  sgformer_depthwise_gelu(wide, wide, g.B, g.H, g.W, g.hidden, w[8], w[9]);
   sgformer_linear(wide, g.hidden, w[10], w[11], y, C, y, C, N, g.hidden, C);
 }
 

@@ -1,0 +1,570 @@
+"""Training on the CPU with native kernels, forward and backward: the same numbers, sooner and in half the memory.
+
+:func:`accelerate` puts into a network the functions here in place of torch's. Each covers half a block and keeps for
+the backward pass what it could not cheaply make again: of attention its input, what the projections made of it, and
+what the attention gave, but no attention matrix; of an MLP its input and what the first linear map made of it; of stem
+and downsampling the results of the convolutions. Norms, GELUs and depthwise convolutions are computed twice.
+
+Legend: B batch, H x W token grid, N = H * W, C channels. Tokens are (B, H, W, C), contiguous, float32, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sgformer import ops
+from sgformer.backbone import (
+    Block,
+    GuidedBlock,
+    HybridBlock,
+    HybridScaleAttention,
+    PlainAttention,
+    PlainBlock,
+    SelfGuidedAttention,
+)
+from sgformer.guidance import LinearAggregation
+from sgformer.layers import ConvNorm, DepthwiseConv, Downsample, Mlp, Stem
+from sgformer.ops import native
+
+aten = torch.ops.aten
+PART = 1 << 21  # floats: of MLPs wider than these 8 MiB, fewer images are taken at a time
+
+Grads = list[Tensor | None]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def accelerate(model: Network) -> Network:
+    """Let a network train on the CPU with native kernels: the same gradients, sooner, in about half the memory.
+
+    It is changed in place and stays what it was: the same parameters under the same names, to be saved, copied, moved
+    and wrapped as before. Where the kernels do not serve (on another device, in another dtype, within autocast, traced
+    or compiled) the network computes as it did before. They serve evaluation, too, but :func:`sgformer.optimize` is
+    quicker there. A block with an attention or a significance of another kind keeps torch's attention. Gradients of
+    gradients cannot be had.
+
+    Args:
+        model: an SGFormer, in any mode, or what contains some, for instance a detector.
+
+    Returns:
+        The model.
+
+    Raises:
+        sgformer.ops.native.UnavailableError: the kernels cannot be compiled here.
+    """
+    native.library()
+    for module in model.modules():
+        kind = _accelerated_kind(module)
+        if kind is not None:
+            module.__class__ = kind
+    return model
+
+
+def usual(model: nn.Module) -> None:
+    """Undo :func:`accelerate`, in place."""
+    for module in model.modules():
+        module.__class__ = getattr(module, "usual", type(module))
+
+
+def _accelerated_kind(module: nn.Module) -> type[nn.Module] | None:
+    attn: Any = getattr(module, "attn", None)
+    if type(module) is HybridBlock:
+        return FastHybrid if type(attn) is HybridScaleAttention else FastHybridMlp
+    if type(module) is GuidedBlock:
+        usual = attn.attend is ops.attend and type(attn.aggregate) is LinearAggregation
+        return FastGuided if usual and not isinstance(module.source, nn.Module) else FastGuidedMlp
+    return {PlainBlock: FastPlain, Stem: FastStem, Downsample: FastDownsample}.get(type(module))
+
+
+#: What the functions here know the inside of; others, with adapters say, or parametrised weights, are called as usual.
+KNOWN = {
+    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv2d, nn.GELU, nn.Identity, DropPath, DepthwiseConv, ConvNorm, Mlp),
+    *(HybridScaleAttention, SelfGuidedAttention, PlainAttention, LinearAggregation),
+}
+
+
+def _served(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether native kernels can stand for ``modules`` and all within them, here and now, of an input x.
+
+    Not where somebody looks on: hooks within expect to be called.
+    """
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.peek_interpreter_stack()
+        and all(type(part) in KNOWN and not _hooked(part) for module in modules for part in module.modules())
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------
+
+
+class _FastMlp(Block):
+    """Adds what attention gave and the MLP, the latter natively."""
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        if not _served(x, self.norm2, self.mlp):
+            return super().add(x, out)
+        x = x + self.drop_path(out)
+        mlp = self.mlp
+        parameters = [*_pair(self.norm2), *_pair(mlp.fc1), *_pair(mlp.conv), *_pair(mlp.fc2)]
+        return x + self.drop_path(MlpFunction.apply(x, self.norm2.eps, *parameters))
+
+
+class FastHybridMlp(_FastMlp, HybridBlock):
+    usual = HybridBlock
+
+
+class FastGuidedMlp(_FastMlp, GuidedBlock):
+    usual = GuidedBlock
+
+
+class FastHybrid(_FastMlp, HybridBlock):
+    usual = HybridBlock
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not _served(x, self.norm1, self.attn):
+            return super().forward(x)
+        attn: Any = self.attn
+        parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
+        parameters += [*_pair(attn.reduce), *_pair(attn.reduce_norm), *_pair(attn.kv_coarse)]
+        options = (self.norm1.eps, attn.reduce_norm.eps, attn.heads, attn.reduction, attn.window, attn.coarse)
+        out, coarse, fine = HybridFunction.apply(x, options, *parameters)
+        return self.add(x, out), coarse, fine
+
+
+class FastGuided(_FastMlp, GuidedBlock):
+    usual = GuidedBlock
+
+    def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if not _served(x, self.norm1, self.attn):
+            return super().forward(x, coarse, fine)
+        attn: Any = self.attn
+        significance = self.source(x, coarse, fine)
+        order = ops.sort_tokens(significance.expand(x.shape[:-1]).flatten(1))
+        groups = ops.group_tokens(order, attn.aggregate.shares, attn.aggregate.rates)
+        parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
+        parameters += [*_pair(attn.kv), *(m.weight for m in attn.aggregate), *(m.bias for m in attn.aggregate)]
+        out = GuidedFunction.apply(x, (self.norm1.eps, attn.heads, groups), *parameters)
+        return self.add(x, out), significance, groups
+
+
+class FastPlain(_FastMlp, PlainBlock):
+    usual = PlainBlock
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _served(x, self.norm1, self.attn):
+            return super().forward(x)
+        attn: Any = self.attn
+        parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
+        return self.add(x, PlainFunction.apply(x, (self.norm1.eps, attn.heads), *parameters))
+
+
+def _pair(module: Any) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
+
+
+# -- their halves -----------------------------------------------------------------------------------------------
+
+
+class HybridFunction(Function):
+    """Norm and :class:`~sgformer.backbone.HybridScaleAttention`: output, coarse and fine significance."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], *parameters: Tensor) -> Any:
+        eps, reduce_eps, heads, r, _, _ = ctx.options = options
+        normed, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
+        C = x.shape[-1]
+        reduce, shift, scale, bias, *kv_linear = parameters[8:]
+        reduced = _linear(_patches(normed, r), _kernel_rows(reduce), shift)
+        kv = _linear(F.gelu(native.layer_norm(reduced, scale, bias, reduce_eps)), *kv_linear)
+        attended = torch.empty_like(x)
+        coarse_windows, fine_windows = HybridFunction.windows(x, kv, options)
+        coarse = native.attend(wide[..., : C // 2], kv, heads, *coarse_windows, attended[..., : C // 2], r)
+        fine = native.attend(
+            wide[..., C // 2 : C], wide[..., C : 2 * C], heads, *fine_windows, attended[..., C // 2 :], 1
+        )
+        ctx.save_for_backward(x, *moments, wide, reduced, kv, attended, *parameters)
+        ctx.mark_non_differentiable(coarse, fine)
+        return _leave(attended, wide[..., 2 * C :], *parameters[4:8]), coarse, fine
+
+    @staticmethod
+    def windows(x: Tensor, kv: Tensor, options: tuple[Any, ...]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Windows of queries and of keys, for coarse and for fine heads."""
+        r, window, coarse = options[3:]
+        near = (window, window)
+        if coarse == "global":
+            return [((x.shape[1], x.shape[2]), (kv.shape[1], kv.shape[2])), (near, near)]
+        return [((window * r, window * r), near), (near, near)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        x, mean, rstd, wide, reduced, kv, attended, *parameters = ctx.saved_tensors
+        eps, reduce_eps, heads, r, _, _ = ctx.options
+        needed = ctx.needs_input_grad[2:]
+        C = x.shape[-1]
+        g_wide, g_kv = torch.empty_like(wide), torch.empty_like(kv)
+        local, g_local = wide[..., 2 * C :], g_wide[..., 2 * C :]
+        g_attended, leaving = _leave_backward(gradient, attended, local, g_local, parameters[4:8], needed[4:8])
+        coarse_windows, fine_windows = HybridFunction.windows(x, kv, ctx.options)
+        half = C // 2
+        native.attend_backward(
+            wide[..., :half], kv, g_attended[..., :half], g_wide[..., :half], g_kv, heads, *coarse_windows
+        )
+        native.attend_backward(
+            wide[..., half:C], wide[..., C : 2 * C], g_attended[..., half:], g_wide[..., half:C],
+            g_wide[..., C : 2 * C], heads, *fine_windows,
+        )  # fmt: skip
+        normed = native.layer_norm(x, parameters[0], parameters[1], eps)
+        g_normed, entering = _linear_backward(g_wide, normed, parameters[2], needed[2:4])
+        g_patches, reducing = _reduce_backward(g_kv, normed, reduced, r, reduce_eps, parameters[8:], needed[8:])
+        g_normed += _unpatched(g_patches, r, (x.shape[1], x.shape[2]))
+        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
+        return g_x, None, *norm, *entering, *leaving, *reducing
+
+
+class GuidedFunction(Function):
+    """Norm and :class:`~sgformer.backbone.SelfGuidedAttention`, softmax and linear, of tokens that are grouped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], *parameters: Tensor) -> Tensor:
+        eps, heads, groups = ctx.options = options
+        normed, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
+        C = x.shape[-1]
+        weights, biases = parameters[10 : 10 + len(groups)], parameters[10 + len(groups) :]
+        few = native.aggregate(normed.flatten(1, 2), groups, weights, biases)[:, None]  # (B, 1, M, C)
+        kv = _linear(few, *parameters[8:10])
+        attended = torch.empty_like(x)
+        grid = (x.shape[1], x.shape[2])
+        native.attend(wide[..., :C], kv, heads, grid, (1, kv.shape[2]), attended)
+        ctx.save_for_backward(x, *moments, wide, few, kv, attended, *parameters)
+        return _leave(attended, wide[..., C:], *parameters[4:8])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, mean, rstd, wide, few, kv, attended, *parameters = ctx.saved_tensors
+        eps, heads, groups = ctx.options
+        needed = ctx.needs_input_grad[2:]
+        C = x.shape[-1]
+        g_wide, g_kv = torch.empty_like(wide), torch.empty_like(kv)
+        g_attended, leaving = _leave_backward(
+            gradient, attended, wide[..., C:], g_wide[..., C:], parameters[4:8], needed[4:8]
+        )
+        native.attend_backward(
+            wide[..., :C], kv, g_attended, g_wide[..., :C], g_kv, heads, (x.shape[1], x.shape[2]), (1, kv.shape[2])
+        )
+        g_few, projecting = _linear_backward(g_kv, few, parameters[8], needed[8:10])
+        normed = native.layer_norm(x, parameters[0], parameters[1], eps)
+        g_normed, entering = _linear_backward(g_wide, normed, parameters[2], needed[2:4])
+        weights = parameters[10 : 10 + len(groups)]
+        aggregating = native.aggregate_backward(
+            g_few[:, 0], normed.flatten(1, 2), groups, weights, g_normed.flatten(1, 2)
+        )
+        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
+        return g_x, None, *norm, *entering, *leaving, *projecting, *aggregating[0], *aggregating[1]
+
+
+class PlainFunction(Function):
+    """Norm and :class:`~sgformer.backbone.PlainAttention`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], *parameters: Tensor) -> Tensor:
+        eps, heads = ctx.options = options
+        _, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
+        C = x.shape[-1]
+        attended = torch.empty_like(x)
+        grid = (x.shape[1], x.shape[2])
+        native.attend(wide[..., :C], wide[..., C : 3 * C], heads, grid, grid, attended)
+        ctx.save_for_backward(x, *moments, wide, attended, *parameters)
+        return _leave(attended, wide[..., 3 * C :], *parameters[4:8])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, mean, rstd, wide, attended, *parameters = ctx.saved_tensors
+        eps, heads = ctx.options
+        needed = ctx.needs_input_grad[2:]
+        C, grid = x.shape[-1], (x.shape[1], x.shape[2])
+        g_wide = torch.empty_like(wide)
+        local, g_local = wide[..., 3 * C :], g_wide[..., 3 * C :]
+        g_attended, leaving = _leave_backward(gradient, attended, local, g_local, parameters[4:8], needed[4:8])
+        native.attend_backward(
+            wide[..., :C], wide[..., C : 3 * C], g_attended, g_wide[..., :C], g_wide[..., C : 3 * C], heads, grid, grid
+        )
+        normed = native.layer_norm(x, parameters[0], parameters[1], eps)
+        g_normed, entering = _linear_backward(g_wide, normed, parameters[2], needed[2:4])
+        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
+        return g_x, None, *norm, *entering, *leaving
+
+
+class MlpFunction(Function):
+    """Norm and :class:`~sgformer.layers.Mlp`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
+        _, moments, h = _enter(x := x.contiguous(), eps, *parameters[:4])
+        taps, bias, (weight2, bias2) = _plus_input(parameters[4]), parameters[5], parameters[6:]
+        packed, bias2 = native.pack(weight2), native.padded(bias2, len(weight2))
+        out = torch.empty_like(x)
+        spare = _memory(h)
+        for few in _parts(h):
+            a = native.depthwise_gelu(h[few], taps, bias, spare[: len(h[few])])
+            native.linear(a, packed, bias2, x.shape[-1], out[few])
+        ctx.save_for_backward(x, *moments, h, *parameters)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, mean, rstd, h, *parameters = ctx.saved_tensors
+        weight1, taps, bias, weight2 = parameters[2], _plus_input(parameters[4]), parameters[5], parameters[6]
+        gradient, C, hidden = gradient.contiguous(), x.shape[-1], h.shape[-1]
+        back1, back2 = native.pack(weight1, transposed=True), native.pack(weight2, transposed=True)
+        none1, none2 = native.padded(None, C), native.padded(None, hidden)
+        sums = [torch.zeros_like(p) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
+        g_taps = taps.new_zeros(10, hidden)
+        normed, g_normed = native.layer_norm(x, parameters[0], parameters[1], ctx.eps), torch.empty_like(x)
+        spare, other = _memory(h), _memory(h)
+        for few in _parts(h):
+            g_h, a = spare[: len(h[few])], other[: len(h[few])]
+            native.linear(gradient[few], back2, none2, hidden, g_h)
+            g_taps += native.depthwise_backward(h[few], g_h, taps, g_h, bias, a)
+            native.linear_gradient(gradient[few], a, *sums[2:])
+            native.linear_gradient(g_h, normed[few], *sums[:2])
+            native.linear(g_h, back1, none1, C, g_normed[few])
+        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
+        return g_x, None, *norm, *sums[:2], *_depthwise_gradients(g_taps), *sums[2:]
+
+
+def _memory(h: Tensor) -> Tensor:
+    """For as many images of h as are taken at a time."""
+    return torch.empty_like(h[: _at_a_time(h)])
+
+
+def _parts(h: Tensor) -> list[slice]:
+    step = _at_a_time(h)
+    return [slice(i, i + step) for i in range(0, len(h), step)]
+
+
+def _at_a_time(h: Tensor) -> int:
+    return max(1, PART // math.prod(h.shape[1:]))
+
+
+def _plus_input(weight: Tensor) -> Tensor:
+    """Taps of x + depthwise(x)."""
+    taps = native.tap_major(weight).clone()
+    taps[4] += 1
+    return taps
+
+
+def _depthwise_gradients(made: Tensor) -> tuple[Tensor, Tensor]:
+    """(10, C) to those of the weight (C, 1, 3, 3) and of the bias."""
+    return made[:9].t().reshape(-1, 1, 3, 3), made[9]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return native.linear(x.contiguous(), native.pack(weight), native.padded(bias, len(weight)), len(weight))
+
+
+def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Grads]:
+    n = weight.shape[1]
+    g_x = native.linear(gradient, native.pack(weight, transposed=True), native.padded(None, n), n)
+    if not any(needed):
+        return g_x, [None, None]
+    g_weight, g_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
+    native.linear_gradient(gradient, x, g_weight, g_bias)
+    return g_x, [g_weight, g_bias]
+
+
+def _enter(
+    x: Tensor, eps: float, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Norm and linear map: the normalised, their mean and inverse standard deviation, the result."""
+    normed, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], scale, shift, eps)
+    return normed, (mean, rstd), _linear(normed, weight, bias)
+
+
+def _norm_backward(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the input, the scale and the shift of a LayerNorm; ``norm`` begins with the latter two."""
+    return list(
+        aten.native_layer_norm_backward(gradient, x, [x.shape[-1]], mean, rstd, norm[0], norm[1], [True, True, True])
+    )
+
+
+def _reduce_backward(
+    gradient: Tensor,
+    normed: Tensor,
+    reduced: Tensor,
+    r: int,
+    eps: float,
+    parameters: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Grads]:
+    """From the gradient of coarse heads' keys and values to that of the patches they are made of."""
+    reduce, _, scale, bias, weight, _ = parameters
+    C = reduced.shape[-1]
+    made, mean, rstd = aten.native_layer_norm(reduced, [C], scale, bias, eps)
+    gradient, linear = _linear_backward(gradient, F.gelu(made), weight, needed[4:])
+    gradient, *norm = _norm_backward(aten.gelu_backward(gradient, made), reduced, mean, rstd, (scale, bias))
+    g_patches, (g_reduce, shift) = _linear_backward(
+        gradient, _patches(normed, r).contiguous(), _kernel_rows(reduce), needed[:2]
+    )
+    if g_reduce is not None:
+        g_reduce = g_reduce.unflatten(1, (r, r, -1)).permute(0, 3, 1, 2)
+    return g_patches, [g_reduce, shift, *norm, *linear]
+
+
+def _leave(attended: Tensor, local: Tensor, taps: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Adds the local term to ``attended``, in place, and projects the sum."""
+    native.depthwise_add(local, native.tap_major(taps), shift, attended)
+    return _linear(attended, weight, bias)
+
+
+def _leave_backward(
+    gradient: Tensor,
+    attended: Tensor,
+    local: Tensor,
+    g_local: Tensor,
+    parameters: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Grads]:
+    g_attended, linear = _linear_backward(gradient.contiguous(), attended, parameters[2], needed[2:])
+    made = native.depthwise_backward(local, g_attended, native.tap_major(parameters[0]), g_local)
+    return g_attended, [*_depthwise_gradients(made), *linear]
+
+
+def _patches(x: Tensor, r: int) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), r * r * C): what a convolution with step r multiplies."""
+    _, H, W, _ = x.shape
+    if H % r or W % r:
+        x = F.pad(x, (0, 0, 0, -W % r, 0, -H % r))
+    return x.unflatten(2, (-1, r)).unflatten(1, (-1, r)).transpose(2, 3).flatten(3)
+
+
+def _unpatched(patches: Tensor, r: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`_patches`."""
+    x = patches.unflatten(3, (r, r, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, : grid[0], : grid[1]]
+
+
+def _kernel_rows(weight: Tensor) -> Tensor:
+    """Weight of a convolution (out, C, r, r) as the linear map of a patch."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+# -- stem and downsampling --------------------------------------------------------------------------------------
+
+
+class FastStem(Stem):
+    usual = Stem
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _served(x, self.conv1, self.conv2, self.conv3):
+            return super().forward(x)
+        return self.position(self.norm(_convolved(x.permute(0, 2, 3, 1), self.conv1, self.conv2, self.conv3)))
+
+
+class FastDownsample(Downsample):
+    usual = Downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.expand, self.reduce, self.mix)
+        return _convolved(x, *layers) if _served(x, *layers) else super().forward(x)
+
+
+def _convolved(x: Tensor, *layers: ConvNorm) -> Tensor:
+    options = [
+        (m.conv.stride[0], m.conv.padding[0], m.conv.groups, m.norm.eps, isinstance(m.act, nn.GELU)) for m in layers
+    ]
+    return ChainFunction.apply(x, options, *(p for m in layers for p in (m.conv.weight, *_pair(m.norm))))
+
+
+class ChainFunction(Function):
+    """Convolutions, each with its GroupNorm and perhaps a GELU: (B, H, W, C_in) to (B, H', W', C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: list[tuple[Any, ...]], *parameters: Tensor) -> Tensor:
+        saved = [x := x.contiguous()]
+        for i, (stride, padding, groups, eps, act) in enumerate(options):
+            weight, scale, shift = parameters[3 * i : 3 * i + 3]
+            saved.append(_convolve(x, weight, stride, padding, groups))
+            x = native.group_norm(saved[-1], scale, shift, eps, act)
+        ctx.save_for_backward(*saved, *parameters)
+        ctx.options = options
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        count = len(ctx.options)
+        x, *kept = ctx.saved_tensors
+        made, parameters = kept[:count], kept[count:]
+        grads: Grads = []
+        g_x: Any = gradient.contiguous()
+        for i in reversed(range(count)):
+            stride, padding, groups, eps, act = ctx.options[i]
+            weight, scale, shift = parameters[3 * i : 3 * i + 3]
+            g_x, *norm = native.group_norm_backward(g_x, made[i], scale, shift, eps, act)
+            source = x
+            if i:
+                before = ctx.options[i - 1]
+                source = native.group_norm(made[i - 1], parameters[3 * i - 2], parameters[3 * i - 1], *before[3:])
+            wanted = i > 0 or ctx.needs_input_grad[0]
+            g_x, g_weight = _convolve_backward(g_x, source, weight, stride, padding, groups, wanted)
+            grads = [g_weight, *norm, *grads]
+        return g_x, None, *grads
+
+
+def _by_winograd(weight: Tensor, stride: int, groups: int) -> bool:
+    width, C, k, _ = weight.shape
+    return k == 3 and stride == groups == 1 and width % native.lanes() == C % native.lanes() == 0
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+    if weight.shape[2] == 1:
+        return _linear(x, weight.flatten(1), None)
+    if _by_winograd(weight, stride, groups):
+        return native.winograd(x, native.winograd_panels(weight), len(weight))
+    image = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding, groups=groups)
+    return image.permute(0, 2, 3, 1).contiguous()
+
+
+def _convolve_backward(
+    gradient: Any, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the input, where it is wanted, and of the weight."""
+    if weight.shape[2] == 1:
+        back, (g_weight, _) = _linear_backward(gradient, x, weight.flatten(1), [True])
+        return back, g_weight.view_as(weight)  # type: ignore[union-attr]
+    if _by_winograd(weight, stride, groups):  # the same taps the other way round
+        turned = native.winograd_panels(weight.flip(2, 3).transpose(0, 1))
+        return native.winograd(gradient, turned, weight.shape[1]) if wanted else None, native.winograd_gradient(
+            gradient, x
+        )
+    made, g_weight, _ = aten.convolution_backward(
+        gradient.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [padding] * 2, [1, 1], False,
+        [0, 0], groups, [wanted, True, False],
+    )  # fmt: skip
+    return (made.permute(0, 2, 3, 1).contiguous() if wanted else None), g_weight

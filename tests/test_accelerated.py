@@ -1,0 +1,249 @@
+"""Training with native kernels: the gradients of torch, and a network that stays what it was."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+
+import sgformer
+from sgformer.backbone import GuidedBlock, HybridBlock
+from sgformer.ops import native
+
+try:
+    native.library()
+except native.UnavailableError as error:
+    pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
+
+
+def pair(name="sgformer_n", **options):
+    """A network, and a copy that is accelerated; by default with an order of tokens that no rounding changes."""
+    model = sgformer.create_model(
+        name, **{"num_classes": 5, "drop_path_rate": 0.0, "significance": "random", **options}
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms away from 0 and 1
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.train(), sgformer.accelerate(copy.deepcopy(model)).train()
+
+
+def gradients(model, x):
+    out = model(x)
+    model.zero_grad()
+    x.grad = None
+    out.square().sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}, x.grad
+
+
+def assert_close(got, expected, tolerance):
+    assert (got - expected).norm() <= tolerance * expected.norm() + 1e-7
+
+
+def assert_same(a, b, x, tolerance=2e-5):
+    (out_a, grads_a, x_a), (out_b, grads_b, x_b) = gradients(a, x), gradients(b, x)
+    assert_close(out_b, out_a, tolerance)
+    assert grads_a.keys() == grads_b.keys()
+    for name, gradient in grads_a.items():
+        assert_close(grads_b[name], gradient, tolerance)
+    if x_a is not None:
+        assert_close(x_b, x_a, tolerance)
+
+
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        ((64, 64), {}),
+        ((65, 131), {}),  # windows, reductions and regions that do not divide the grid
+        ((96, 80), {"coarse": "window"}),
+        ((96, 64), {"significance": "learned"}),  # torch's attention stays, and gates
+        ((64, 64), {"aggregation": "mean"}),
+        ((64, 96), {"attention": "linear"}),
+        ((32, 32), {"pairs": "hybrid", "significance": "hybrid"}),
+    ],
+)
+def test_gradients_are_those_of_torch(size, options):
+    a, b = pair(**options)
+    assert_same(a, b, torch.randn(2, 3, *size, requires_grad=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgformer_t", "sgformer_s"])
+def test_gradients_of_larger_ones(name):
+    a, b = pair(name)
+    assert_same(a, b, torch.randn(3, 3, 96, 64), 1e-4)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (9, 20), (3, 2)])
+@pytest.mark.parametrize("coarse", ["global", "window"])
+def test_blocks(grid, coarse):
+    """Every kind of block of every stage against itself in float64."""
+    model, fast = pair(coarse=coarse, significance="hybrid")
+    kinds = set()
+    for before, after in zip(model.double().stages, fast.stages, strict=True):
+        x, maps = torch.randn(2, *grid, before.norm.normalized_shape[0]), ()
+        weight = torch.randn_like(x)
+        for block, fast_block in zip(before.blocks, after.blocks, strict=True):
+            kinds.add(type(fast_block).__name__)
+            x, y = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+            given = tuple(t.detach() for t in maps) if isinstance(block, GuidedBlock) else ()  # sorted by the same
+            got, expected = fast_block(x, *(t.float() for t in given)), block(y, *(t.float() for t in given))
+            if isinstance(block, HybridBlock):
+                maps = expected[1:]
+                for a, b in zip(got[1:], maps, strict=True):
+                    assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-8) and not a.requires_grad
+            got, expected = (t[0] if isinstance(t, tuple) else t for t in (got, expected))
+            assert_close(got, expected, 1e-5)
+            (got * weight).sum().backward()
+            (expected * weight).sum().backward()
+            assert_close(x.grad, y.grad, 1e-5)
+            for p, q in zip(fast_block.parameters(), block.parameters(), strict=True):
+                assert_close(p.grad, q.grad, 1e-4)
+    assert kinds == {"FastHybrid", "FastGuided", "FastPlain"}
+
+
+def test_it_stays_what_it_was(tmp_path):
+    a, b = pair()
+    assert {n: v.shape for n, v in a.state_dict().items()} == {n: v.shape for n, v in b.state_dict().items()}
+    assert [n for n, _ in a.named_modules()] == [n for n, _ in b.named_modules()]
+    x = torch.randn(2, 3, 64, 64)
+    sgformer.save_model(b, tmp_path / "b.safetensors")
+    with torch.no_grad():
+        a, b = a.eval(), b.eval()
+        expected = a(x)
+        for other in (b, copy.deepcopy(b), sgformer.accelerate(b), sgformer.load_model(tmp_path / "b.safetensors")):
+            assert torch.allclose(other(x), expected, atol=1e-5)
+        for native_or_not in (None, False):
+            fast, usual = (sgformer.optimize(m, native=native_or_not) for m in (b, a))
+            assert [type(m) for m in fast.modules()] == [type(m) for m in usual.modules()]
+            assert torch.equal(fast(x), usual(x))
+        seen, wanted = b.inspect(x), a.inspect(x)
+        for name, groups in wanted.tokens.items():
+            assert torch.equal(seen.tokens[name].token_map(), groups.token_map())
+        for name, significance in wanted.coarse.items():
+            assert torch.allclose(seen.coarse[name], significance, rtol=1e-4)
+
+
+def test_checkpointing_and_stochastic_depth():
+    a, b = pair(drop_path_rate=0.5)
+    x = torch.randn(4, 3, 64, 64)
+    torch.manual_seed(1)
+    kept = gradients(b, x)
+    b.set_grad_checkpointing()
+    torch.manual_seed(1)
+    again = gradients(b, x)
+    torch.manual_seed(1)
+    expected = gradients(a, x)
+    for name, gradient in expected[1].items():
+        assert_close(kept[1][name], gradient, 2e-5)
+        assert_close(again[1][name], kept[1][name], 1e-6)
+
+
+def test_less_is_kept():
+    a, b = pair("sgformer_t")
+
+    def kept(model):
+        storages = {}
+
+        def keep(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = model(torch.randn(2, 3, 224, 224))
+        weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        return out, sum(storages.values()) - weights
+
+    (_, of_torch), (_, of_ours) = kept(a), kept(b)
+    assert of_ours < 0.6 * of_torch
+
+
+def test_where_kernels_do_not_serve_torch_does():
+    a, b = pair()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(b.double()(x.double()), a.double()(x.double()))
+        a, b = a.float(), b.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(b(x), a(x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the size, which is fixed
+            traced = torch.jit.trace(b, x)
+        assert torch.allclose(traced(x.flip(3)), a(x.flip(3)), atol=1e-5)
+    got, expected = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x) for m in (b, a))
+    assert torch.equal(got, expected)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("path", ["attn.proj_in", "mlp.fc1", "norm2"])
+def test_who_looks_into_a_block_or_changes_its_parts_is_heard(path):
+    a, b = pair()
+    x, called = torch.randn(1, 3, 64, 64), []
+    b.stages[1].blocks[0].get_submodule(path).register_forward_hook(lambda *_: called.append(1))
+    assert_same(a, b, x)
+    assert called == [1]
+    if path != "norm2":
+        for model in (a, b):
+            model.stages[1].blocks[1].get_submodule(path).__class__ = Adapted
+            nn.utils.parametrizations.weight_norm(model.stages[0].blocks[0].get_submodule(path))
+        assert_same(a, b, x)
+        assert not torch.allclose(a(x), pair()[0](x), atol=1e-3)
+
+
+def test_frozen_parts_get_no_gradient():
+    a, b = pair()
+    for model in (a, b):
+        model.stem.requires_grad_(False)
+        model.stages[0].requires_grad_(False)
+        model.stages[1].blocks[1].attn.proj_in.requires_grad_(False)
+    x = torch.randn(2, 3, 64, 64)
+    (_, expected, _), (_, got, _) = gradients(a, x), gradients(b, x)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (got[name] is None), name
+        if gradient is not None:
+            assert_close(got[name], gradient, 2e-5)
+
+
+def test_bits_do_not_depend_on_threads_or_runs():
+    _, b = pair()
+    x, threads, seen = torch.randn(3, 3, 96, 64), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            seen.append(gradients(b.stem, x)[1])
+    finally:
+        torch.set_num_threads(threads)
+    again = [gradients(b, x)[1] for _ in range(2)]
+    assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
+
+
+def test_gradients_of_gradients_are_refused():
+    _, b = pair()
+    x = torch.randn(1, 3, 64, 64, requires_grad=True)
+    (g,) = torch.autograd.grad(b(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_a_network_within_another():
+    pytest.importorskip("lightning")
+    from sgformer.tasks.pyramid import pyramid_backbone
+
+    a = pyramid_backbone("sgformer_n")
+    b = copy.deepcopy(a)
+    assert sgformer.accelerate(b) is b
+    x = torch.randn(1, 3, 96, 64)
+    for model in (a, b):
+        sum(m.square().mean() for m in model(x)).backward()
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        if "aggregate" not in name:  # an order that hangs on rounding
+            assert (q.grad - p.grad).norm() <= 1e-2 * p.grad.norm() + 1e-5
+
+
+def test_no_image_at_all():
+    _, b = pair()
+    b.stages[0](torch.randn(0, 16, 16, 24)).sum().backward()
