@@ -36,7 +36,9 @@ def inference(folder: Path) -> list[dict[str, Any]]:
 
 
 def training(folder: Path) -> list[dict[str, Any]]:
-    return timed([Case(m, batch_size=8, mode="train") for m in (PLAIN, OURS, SWIN, PVT, SMALL)], folder, rounds=5)
+    cases = [Case(m, batch_size=8, mode="train") for m in (PLAIN, OURS, SWIN, PVT, SMALL)]
+    cases += [Case(m, batch_size=8, mode="train", backend="optimize") for m in (OURS, SMALL)]
+    return timed(cases, folder, rounds=7)
 
 
 def growth(folder: Path) -> list[dict[str, Any]]:
@@ -54,8 +56,9 @@ def timed(cases: list[Case], folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def memory(folder: Path) -> list[dict[str, Any]]:
     cases = [Case(OURS, size) for size in (256, 512, 1024)]
-    cases += [Case(m, 896, mode="train") for m in (PLAIN, OURS)]
-    cases += [Case(OURS, 896, mode="train", grad_checkpointing=True)]
+    cases += [Case(PLAIN, 896, mode="train")]
+    for backend in ("eager", "optimize"):
+        cases += [Case(OURS, 896, mode="train", backend=backend, grad_checkpointing=again) for again in (False, True)]
     told = []
     for case in cases:
         try:
@@ -121,16 +124,39 @@ def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | 
             for backend in (*EXPORTED, *(["compile"] if batch == 8 else [])):
                 times = ratio(speed(other, batch, backend), speed(OURS, batch, backend))
                 aim(f"{head}, {backend}: time at most {name}'s", times, 1.0)
-    seconds = {m: pick("training", "median_s", model=m) for m in (PLAIN, OURS, SWIN)}
-    aim("training step, batch 8: 1.6x plain", ratio(seconds[PLAIN], seconds[OURS]), 1.6, larger=True)
-    aim("training step, batch 8: time at most Swin-T's", ratio(seconds[OURS], seconds[SWIN]), 1.0)
+
+    def least(part: str, key: str, **wanted: Any) -> float | None:
+        """Of ours with and without native kernels."""
+        seen = [pick(part, key, model=OURS, mode="train", backend=b, **wanted) for b in ("eager", "optimize")]
+        return min((v for v in seen if v), default=None)
+
+    plain, swin = (pick("training", "median_s", model=m) for m in (PLAIN, SWIN))
+    for text, step in (
+        ("best backend", least("training", "median_s")),
+        ("eager", pick("training", "median_s", model=OURS, backend="eager")),
+    ):
+        aim(f"training step, batch 8, {text}: 1.6x plain", ratio(plain, step), 1.6, larger=True)
+        aim(f"training step, batch 8, {text}: time at most Swin-T's", ratio(step, swin), 1.0)
     for reach, bound in (("window", 20), ("global", 26)):
         small, large = (pick("growth", "median_s", image_size=s, coarse=reach) for s in (224, 896))
         aim(f"time from 224 to 896 px, coarse {reach}: at most {bound}x", ratio(large, small), bound)
     plain = pick("memory", "peak_memory_bytes", model=PLAIN, mode="train")
     for text, saving, bound in (("", False, 1 / 4), (", checkpointing", True, 1 / 8)):
-        peak = pick("memory", "peak_memory_bytes", model=OURS, mode="train", grad_checkpointing=saving)
-        aim(f"training memory at 896 px{text}: at most {bound:g} of plain's", ratio(peak, plain), bound, "of plain's")
+        for way, peak in (
+            ("best backend", least("memory", "peak_memory_bytes", grad_checkpointing=saving)),
+            (
+                "eager",
+                pick(
+                    "memory", "peak_memory_bytes", model=OURS, mode="train", backend="eager", grad_checkpointing=saving
+                ),
+            ),
+        ):
+            aim(
+                f"training memory at 896 px{text}, {way}: at most {bound:g} of plain's",
+                ratio(peak, plain),
+                bound,
+                "of plain's",
+            )
     small, large = (pick("memory", "peak_memory_bytes", mode="infer", image_size=s) for s in (256, 1024))
     aim("inference memory from 256 to 1024 px: at most 16x, as the pixels", ratio(large, small), 16)
     aim("Mask R-CNN training at 800 x 1333: at most 24 GiB", found.get("detection", {}).get("peak_gib"), 24, "GiB")
@@ -146,7 +172,7 @@ def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | 
         larger=True,
     )
     read = found.get("data", {}).get("images_per_s_per_core", {}).get("folder")
-    needed = pick("training", "images_per_s", model=SMALL)
+    needed = pick("training", "images_per_s", model=SMALL, backend="optimize")
     aim(f"data: a core reads at least what {SMALL} trains on", ratio(read, needed), 1.0, larger=True)
     return [
         (text, unit, figure, None if figure is None else (figure >= bound if larger else figure <= bound))

@@ -20,7 +20,8 @@ ALLOWED = {
     "layers": set(),
     "guidance": {"ops", "config"},
     "fused": {"backbone", "guidance", "layers", "ops"},
-    "inference": {"backbone", "exporting", "fused", "layers", "ops"},
+    "accelerated": {"backbone", "guidance", "layers", "ops"},
+    "inference": {"accelerated", "backbone", "exporting", "fused", "layers", "ops"},
     "backbone": {"ops", "config", "layers", "guidance", "explanations"},  # the last one inside `explain` only
     "checkpoint": {"backbone", "config", "errors", "layers"},
     "timm_models": {"backbone", "checkpoint", "config", "layers"},

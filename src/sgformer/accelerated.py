@@ -3,15 +3,16 @@
 :func:`accelerate` puts into a network the functions here in place of torch's. Each covers half a block and keeps for
 the backward pass what it could not cheaply make again: of attention its input, what the projections made of it, and
 what the attention gave, but no attention matrix; of an MLP its input and what the first linear map made of it; of stem
-and downsampling the results of the convolutions. Norms, GELUs and depthwise convolutions are computed twice.
+and downsampling the results of the convolutions. Norms, GELUs, softmaxes and depthwise convolutions are computed twice.
 
 Legend: B batch, H x W token grid, N = H * W, C channels. Tokens are (B, H, W, C), contiguous, float32, on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from timm.layers import DropPath
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as _modules
 
 from sgformer import ops
 from sgformer.backbone import (
@@ -47,10 +49,11 @@ def accelerate(model: Network) -> Network:
     """Let a network train on the CPU with native kernels: the same gradients, sooner, in about half the memory.
 
     It is changed in place and stays what it was: the same parameters under the same names, to be saved, copied, moved
-    and wrapped as before. Where the kernels do not serve (on another device, in another dtype, within autocast, traced
-    or compiled) the network computes as it did before. They serve evaluation, too, but :func:`sgformer.optimize` is
-    quicker there. A block with an attention or a significance of another kind keeps torch's attention. Gradients of
-    gradients cannot be had.
+    and wrapped as before (in FSDP: wrap afterwards). Where the kernels do not serve (on another device, in another
+    dtype, within autocast, traced, compiled, or where a part was hooked, replaced or set otherwise) the network
+    computes as it did before. They serve evaluation, too, but :func:`sgformer.optimize` is quicker there. A block with
+    an attention or a significance of another kind keeps torch's attention. Gradients of gradients and batches of
+    gradients (``is_grads_batched``) cannot be had.
 
     Args:
         model: an SGFormer, in any mode, or what contains some, for instance a detector.
@@ -59,60 +62,99 @@ def accelerate(model: Network) -> Network:
         The model.
 
     Raises:
+        ValueError: there is nothing of an SGFormer in it.
         sgformer.ops.native.UnavailableError: the kernels cannot be compiled here.
     """
     native.library()
+    kinds = {usual: fast for fast, usual in USUAL.items()}
     for module in model.modules():
-        kind = _accelerated_kind(module)
-        if kind is not None:
-            module.__class__ = kind
+        module.__class__ = kinds.get(type(module), type(module))
+    if not any(type(module) in USUAL for module in model.modules()):
+        raise ValueError(
+            f"accelerate is for networks of sgformer, before they are wrapped (got {type(model).__name__})"
+        )
     return model
 
 
-def usual(model: nn.Module) -> None:
+def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`, in place."""
     for module in model.modules():
-        module.__class__ = getattr(module, "usual", type(module))
-
-
-def _accelerated_kind(module: nn.Module) -> type[nn.Module] | None:
-    attn: Any = getattr(module, "attn", None)
-    if type(module) is HybridBlock:
-        return FastHybrid if type(attn) is HybridScaleAttention else FastHybridMlp
-    if type(module) is GuidedBlock:
-        usual = attn.attend is ops.attend and type(attn.aggregate) is LinearAggregation
-        return FastGuided if usual and not isinstance(module.source, nn.Module) else FastGuidedMlp
-    return {PlainBlock: FastPlain, Stem: FastStem, Downsample: FastDownsample}.get(type(module))
-
-
-#: What the functions here know the inside of; others, with adapters say, or parametrised weights, are called as usual.
-KNOWN = {
-    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv2d, nn.GELU, nn.Identity, DropPath, DepthwiseConv, ConvNorm, Mlp),
-    *(HybridScaleAttention, SelfGuidedAttention, PlainAttention, LinearAggregation),
-}
+        module.__class__ = USUAL.get(type(module), type(module))
 
 
 def _served(x: Tensor, *modules: nn.Module) -> bool:
     """Whether native kernels can stand for ``modules`` and all within them, here and now, of an input x.
 
-    Not where somebody looks on: hooks within expect to be called.
+    Not where somebody looks on: hooks within expect to be called, and modes to see torch's operations.
     """
     return (
-        type(x) is Tensor
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
+        _plain(x)
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.peek_interpreter_stack()
-        and all(type(part) in KNOWN and not _hooked(part) for module in modules for part in module.modules())
+        and not torch._C._len_torch_dispatch_stack()
+        and not any(getattr(_modules, f"_global_{hooks}") for hooks in HOOKS)
+        and all(_as_built(part) for module in modules for part in module.modules())
+        and _available()
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+#: What the functions here know the inside of, and how it has to be set; the rest, say adapters, is called as it is.
+KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
+    **dict.fromkeys((nn.Identity, DropPath, Mlp, PlainAttention, LinearAggregation), lambda m: True),
+    nn.Linear: lambda m: m.bias is not None,
+    nn.LayerNorm: lambda m: m.bias is not None and len(m.normalized_shape) == 1,
+    nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
+    nn.GELU: lambda m: m.approximate == "none",
+    nn.Conv2d: lambda m: (m.dilation, m.padding_mode) == ((1, 1), "zeros") and _square(m),
+    DepthwiseConv: lambda m: _convolves(m, 3, 1, 1, m.in_channels) and m.bias is not None,
+    ConvNorm: lambda m: m.conv.bias is None and (m.conv.kernel_size != (1, 1) or _convolves(m.conv, 1, 1, 0, 1)),
+    HybridScaleAttention: lambda m: _convolves(m.reduce, m.reduction, m.reduction, 0, 1) and m.reduce.bias is not None,
+    SelfGuidedAttention: lambda m: m.attend is ops.attend and type(m.aggregate) is LinearAggregation,
+}
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def _as_built(part: nn.Module) -> bool:
+    """Whether it is of a known kind and computes what its kind does, with parameters that kernels can read."""
+    usual = KNOWN.get(type(part))
+    return (
+        usual is not None
+        and "forward" not in vars(part)
+        and not any(getattr(part, f"_{hooks}") for hooks in HOOKS)
+        and all(p is None or _plain(p) for p in part._parameters.values())
+        and usual(part)
     )
+
+
+def _plain(x: Tensor) -> bool:
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+    )
+
+
+def _square(conv: nn.Conv2d) -> bool:
+    sides = (conv.kernel_size, conv.stride, conv.padding)
+    return all(isinstance(side, tuple) and side[0] == side[1] for side in sides)
+
+
+def _convolves(conv: nn.Conv2d, kernel: int, stride: int, padding: int, groups: int) -> bool:
+    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return found == ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), groups, "zeros")
+
+
+@functools.cache
+def _available() -> bool:
+    """Whether there are kernels: a network can be loaded where there are none, having been accelerated elsewhere."""
+    try:
+        native.library()
+    except native.UnavailableError:
+        return False
+    return True
 
 
 # -- blocks -----------------------------------------------------------------------------------------------------
@@ -130,17 +172,7 @@ class _FastMlp(Block):
         return x + self.drop_path(MlpFunction.apply(x, self.norm2.eps, *parameters))
 
 
-class FastHybridMlp(_FastMlp, HybridBlock):
-    usual = HybridBlock
-
-
-class FastGuidedMlp(_FastMlp, GuidedBlock):
-    usual = GuidedBlock
-
-
 class FastHybrid(_FastMlp, HybridBlock):
-    usual = HybridBlock
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not _served(x, self.norm1, self.attn):
             return super().forward(x)
@@ -153,10 +185,8 @@ class FastHybrid(_FastMlp, HybridBlock):
 
 
 class FastGuided(_FastMlp, GuidedBlock):
-    usual = GuidedBlock
-
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        if not _served(x, self.norm1, self.attn):
+        if isinstance(self.source, nn.Module) or not _served(x, self.norm1, self.attn):
             return super().forward(x, coarse, fine)
         attn: Any = self.attn
         significance = self.source(x, coarse, fine)
@@ -164,13 +194,11 @@ class FastGuided(_FastMlp, GuidedBlock):
         groups = ops.group_tokens(order, attn.aggregate.shares, attn.aggregate.rates)
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
         parameters += [*_pair(attn.kv), *(m.weight for m in attn.aggregate), *(m.bias for m in attn.aggregate)]
-        out = GuidedFunction.apply(x, (self.norm1.eps, attn.heads, groups), *parameters)
+        out = GuidedFunction.apply(x, (self.norm1.eps, attn.heads), groups, *parameters)
         return self.add(x, out), significance, groups
 
 
 class FastPlain(_FastMlp, PlainBlock):
-    usual = PlainBlock
-
     def forward(self, x: Tensor) -> Tensor:
         if not _served(x, self.norm1, self.attn):
             return super().forward(x)
@@ -247,8 +275,8 @@ class GuidedFunction(Function):
     """Norm and :class:`~sgformer.backbone.SelfGuidedAttention`, softmax and linear, of tokens that are grouped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], *parameters: Tensor) -> Tensor:
-        eps, heads, groups = ctx.options = options
+    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], groups: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        eps, heads = ctx.options = options
         normed, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
         C = x.shape[-1]
         weights, biases = parameters[10 : 10 + len(groups)], parameters[10 + len(groups) :]
@@ -257,15 +285,17 @@ class GuidedFunction(Function):
         attended = torch.empty_like(x)
         grid = (x.shape[1], x.shape[2])
         native.attend(wide[..., :C], kv, heads, grid, (1, kv.shape[2]), attended)
-        ctx.save_for_backward(x, *moments, wide, few, kv, attended, *parameters)
+        ctx.save_for_backward(x, *moments, wide, few, kv, attended, *groups, *parameters)
+        ctx.regions = len(groups)
         return _leave(attended, wide[..., C:], *parameters[4:8])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, mean, rstd, wide, few, kv, attended, *parameters = ctx.saved_tensors
-        eps, heads, groups = ctx.options
-        needed = ctx.needs_input_grad[2:]
+        x, mean, rstd, wide, few, kv, attended, *saved = ctx.saved_tensors
+        groups, parameters = saved[: ctx.regions], saved[ctx.regions :]
+        eps, heads = ctx.options
+        needed = ctx.needs_input_grad[3:]
         C = x.shape[-1]
         g_wide, g_kv = torch.empty_like(wide), torch.empty_like(kv)
         g_attended, leaving = _leave_backward(
@@ -282,7 +312,7 @@ class GuidedFunction(Function):
             g_few[:, 0], normed.flatten(1, 2), groups, weights, g_normed.flatten(1, 2)
         )
         g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
-        return g_x, None, *norm, *entering, *leaving, *projecting, *aggregating[0], *aggregating[1]
+        return g_x, None, None, *norm, *entering, *leaving, *projecting, *aggregating[0], *aggregating[1]
 
 
 class PlainFunction(Function):
@@ -343,7 +373,7 @@ class MlpFunction(Function):
         gradient, C, hidden = gradient.contiguous(), x.shape[-1], h.shape[-1]
         back1, back2 = native.pack(weight1, transposed=True), native.pack(weight2, transposed=True)
         none1, none2 = native.padded(None, C), native.padded(None, hidden)
-        sums = [torch.zeros_like(p) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
+        sums = [p.new_zeros(p.shape) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
         g_taps = taps.new_zeros(10, hidden)
         normed, g_normed = native.layer_norm(x, parameters[0], parameters[1], ctx.eps), torch.empty_like(x)
         spare, other = _memory(h), _memory(h)
@@ -393,7 +423,7 @@ def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequen
     g_x = native.linear(gradient, native.pack(weight, transposed=True), native.padded(None, n), n)
     if not any(needed):
         return g_x, [None, None]
-    g_weight, g_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
+    g_weight, g_bias = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
     native.linear_gradient(gradient, x, g_weight, g_bias)
     return g_x, [g_weight, g_bias]
 
@@ -478,8 +508,6 @@ def _kernel_rows(weight: Tensor) -> Tensor:
 
 
 class FastStem(Stem):
-    usual = Stem
-
     def forward(self, x: Tensor) -> Tensor:
         if not _served(x, self.conv1, self.conv2, self.conv3):
             return super().forward(x)
@@ -487,8 +515,6 @@ class FastStem(Stem):
 
 
 class FastDownsample(Downsample):
-    usual = Downsample
-
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.expand, self.reduce, self.mix)
         return _convolved(x, *layers) if _served(x, *layers) else super().forward(x)
@@ -537,15 +563,15 @@ class ChainFunction(Function):
         return g_x, None, *grads
 
 
-def _by_winograd(weight: Tensor, stride: int, groups: int) -> bool:
+def _by_winograd(weight: Tensor, stride: int, padding: int, groups: int) -> bool:
     width, C, k, _ = weight.shape
-    return k == 3 and stride == groups == 1 and width % native.lanes() == C % native.lanes() == 0
+    return k == 3 and stride == padding == groups == 1 and width % native.lanes() == C % native.lanes() == 0
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
     if weight.shape[2] == 1:
         return _linear(x, weight.flatten(1), None)
-    if _by_winograd(weight, stride, groups):
+    if _by_winograd(weight, stride, padding, groups):
         return native.winograd(x, native.winograd_panels(weight), len(weight))
     image = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding, groups=groups)
     return image.permute(0, 2, 3, 1).contiguous()
@@ -558,7 +584,7 @@ def _convolve_backward(
     if weight.shape[2] == 1:
         back, (g_weight, _) = _linear_backward(gradient, x, weight.flatten(1), [True])
         return back, g_weight.view_as(weight)  # type: ignore[union-attr]
-    if _by_winograd(weight, stride, groups):  # the same taps the other way round
+    if _by_winograd(weight, stride, padding, groups):  # the same taps the other way round
         turned = native.winograd_panels(weight.flip(2, 3).transpose(0, 1))
         return native.winograd(gradient, turned, weight.shape[1]) if wanted else None, native.winograd_gradient(
             gradient, x
@@ -568,3 +594,13 @@ def _convolve_backward(
         [0, 0], groups, [wanted, True, False],
     )  # fmt: skip
     return (made.permute(0, 2, 3, 1).contiguous() if wanted else None), g_weight
+
+
+#: What :func:`accelerate` makes of what.
+USUAL: dict[type[nn.Module], type[nn.Module]] = {
+    FastHybrid: HybridBlock,
+    FastGuided: GuidedBlock,
+    FastPlain: PlainBlock,
+    FastStem: Stem,
+    FastDownsample: Downsample,
+}

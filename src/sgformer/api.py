@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sgformer.training.report import Evaluation
 
 # Settings of a run that may change when it is resumed.
-RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "run")
+RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "native", "run")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

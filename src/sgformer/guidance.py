@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -93,7 +94,8 @@ def uniform(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
 @register_significance("random")
 def random(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
     grid = tuple(x.shape[1:-1])
-    return _random_order(math.prod(grid)).to(x.device, _precise(x)).view(1, *grid).expand(x.shape[:-1])
+    order = torch.tensor(_random_order(int(math.prod(grid))), dtype=_precise(x), device=x.device)
+    return order.view(1, *grid).expand(x.shape[:-1])
 
 
 @register_significance("feature-norm")
@@ -128,10 +130,10 @@ def _precise(x: Tensor) -> torch.dtype:
 
 
 @functools.lru_cache(maxsize=64)
-def _random_order(tokens: int) -> Tensor:
-    # Drawn on the CPU from a fixed seed: the same order on every device and in every run. By way of a list, as a tracer
-    # would record the drawing, but not its seed.
-    return torch.tensor(torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).tolist())
+def _random_order(tokens: int) -> list[int]:
+    # From a fixed seed: the same order on every device and in every run. By NumPy, as a tracer would record torch's
+    # drawing, but not its seed, and what is cached must be a tensor of no mode.
+    return np.random.RandomState(0).permutation(tokens).tolist()  # type: ignore[no-any-return]
 
 
 # -- aggregation ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sgformer.accelerated import usual
+from sgformer.accelerated import restore
 from sgformer.backbone import SGFormer
 from sgformer.fused import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
 from sgformer.layers import ConvNorm, Mlp
@@ -45,7 +45,7 @@ def optimize(
             windows tile the grid, afterwards. Only a batch of one and larger ones are compiled each for themselves, and
             stages of less than 20,480 numbers an image on the CPU, where torch takes another convolution.
         native: whether packed networks use kernels that the machine's C++ compiler makes for its own processor, in
-            three seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
+            four seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
 
     Raises:
@@ -67,7 +67,7 @@ def optimize(
         fast = portable.portable(model)
     else:
         fast = copy.deepcopy(model).eval().requires_grad_(False)
-        usual(fast)
+        restore(fast)
     first = next(fast.parameters())
     possible = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if pack and compile:

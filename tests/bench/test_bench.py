@@ -26,7 +26,7 @@ def test_table_json_and_plots(tmp_path, capsys):
     rows = told["results"]
     assert len(rows) == 2 * 2 * 2 * 2
     for row in rows:
-        possible = row["backend"] == "eager" or (row["model"] == "sgformer_n" and row["mode"] == "infer")
+        possible = row["backend"] == "eager" or row["model"] == "sgformer_n"
         assert (row["median_s"] is not None) == possible == (row["error"] is None)
         if possible:
             assert len(row["rounds_s"]) == 2 and row["min_s"] <= row["median_s"] <= row["max_s"]
@@ -35,7 +35,7 @@ def test_table_json_and_plots(tmp_path, capsys):
             assert row["times_baseline"] == 1
     assert {row["parameters"] for row in rows if row["model"] == "plain_n"} != {None}
     shown = capsys.readouterr().out
-    assert "training step, 64 px, batch 1" in shown and "sgformer.optimize prepares networks of sgformer" in shown
+    assert "training step, 64 px, batch 1" in shown and "sgformer.accelerate prepare networks of sgformer" in shown
     pictures = {p.name for p in (tmp_path / "out").glob("*.png")}
     assert pictures >= {"growth-infer-batch-1.png", "throughput-train-batch-1-64.png"}
 
@@ -95,8 +95,12 @@ def test_steps_compute_what_they_say():
     fast = build(Case("sgformer_n", 32, 2, backend="optimize"))()
     torch.testing.assert_close(fast, out, rtol=1e-3, atol=1e-4)
     assert build(Case("sgformer_n", 32, 2, mode="train", grad_checkpointing=True))().ndim == 0
-    with pytest.raises(Unsupported, match="for inference"):
+    losses = [build(Case("sgformer_n", 32, 2, mode="train", backend=b))() for b in ("eager", "optimize")]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Unsupported, match="networks of sgformer"):
         build(Case("resnet18", backend="optimize"))
+    with pytest.raises(Unsupported, match="in fp32 on the CPU"):
+        build(Case("sgformer_n", 32, 2, mode="train", backend="optimize", precision="bf16"))
 
 
 def test_onnxruntime_computes_the_same():

@@ -393,6 +393,33 @@ def test_gradients_of_aggregation(C):
         close(got, wanted)
 
 
+def test_gradients_have_the_same_bits_with_any_number_of_threads():
+    x, gradient, weight = torch.randn(2, 40, 30, 48), torch.randn(2, 40, 30, 48), torch.randn(48)
+    taps, kv = torch.randn(9, 48), torch.randn(2, 5, 4, 96)
+    groups = ops.group_tokens(ops.sort_tokens(torch.randn(2, 1200)), [0.5, 0.5], [4, 1])
+
+    def everything():
+        sums, q_out, kv_out, out = torch.zeros(48, 48), torch.empty_like(x), torch.empty_like(kv), torch.zeros_like(x)
+        native.linear_gradient(gradient, x, sums, None)
+        native.attend_backward(x, kv, gradient, q_out, kv_out, 2, (40, 30), (5, 4))
+        weights = native.aggregate_backward(
+            torch.ones(2, 750, 48), x.flatten(1, 2), groups, [torch.ones(1, 4), torch.ones(1, 1)], out.flatten(1, 2)
+        )
+        found = [sums, q_out, kv_out, out, *weights[0], *weights[1], native.winograd_gradient(gradient, x)]
+        found += [*native.group_norm_backward(gradient, x, weight, weight, 1e-5, True)]
+        return [*found, native.depthwise_backward(x, gradient, taps, torch.empty_like(x))]
+
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            seen.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
 # -- compiling --------------------------------------------------------------------------------------------------------
 
 

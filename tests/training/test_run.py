@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -248,3 +249,54 @@ def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [False, True]
+
+
+def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, caplog, monkeypatch):
+    from sgformer.ops import native
+
+    try:
+        native.library()
+    except native.UnavailableError as reason:
+        pytest.skip(f"no native kernels here: {reason}")
+    settings = {**QUICK, "max_steps": 3, "drop_path": 0.0, "significance": "random"}
+    weights = []
+    for asked, said in (("auto", "kernels native"), ("on", "kernels native"), ("off", "kernels torch")):
+        caplog.clear()
+        run = train_classifier(data=str(photos), run=str(tmp_path / asked), native=asked, **settings).path
+        assert [record.message for record in caplog.records if record.message.startswith("kernels")] == [said]
+        assert json.loads((run / "environment.json").read_text())["kernels"] == said.split()[1]
+        weights.append(sgformer.load_model(run / "last.safetensors").state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value)
+        torch.testing.assert_close(weights[2][name], value, rtol=1e-3, atol=1e-4)
+
+    # A run goes on with what it was begun with: its bits are promised.
+    shutil.copytree(tmp_path / "off", tmp_path / "old")
+    config = (tmp_path / "old" / "config.yaml").read_text()
+    (tmp_path / "old" / "config.yaml").write_text(re.sub("native: .*\n", "", config))
+    (tmp_path / "old" / "environment.json").write_text("{}")  # of a version that knew no kernels
+    for name, said in (("auto", "kernels native"), ("old", "kernels torch, as before")):
+        caplog.clear()
+        train_classifier(resume=str(tmp_path / name), max_steps=4)
+        assert said in [record.message for record in caplog.records]
+
+    def none():
+        raise native.UnavailableError("there is no C++ compiler")
+
+    monkeypatch.setattr(native, "library", none)
+    caplog.clear()
+    assert train_classifier(data=str(photos), run=str(tmp_path / "without"), **settings).path.exists()
+    assert "kernels torch, as native ones are not to be had (there is no C++ compiler)" in caplog.text
+    train_classifier(resume=str(tmp_path / "auto"), max_steps=5)
+    assert "the last bits will differ from before" in caplog.text
+    with pytest.raises(UserError, match="--native on: there is no C\\+\\+ compiler"):
+        train_classifier(data=str(photos), run=str(tmp_path / "refused"), native="on", **settings)
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "other", [{"model": "resnet10t"}, {"precision": "bf16"}, {"compile": True}, {"device": "cuda"}, {"native": "yes"}]
+)
+def test_native_kernels_are_not_for_everything(photos, tmp_path, other):
+    with pytest.raises(UserError, match="--native"):
+        train_classifier(data=str(photos), run=str(tmp_path / "run"), **{**QUICK, "native": "on", **other})

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sgformer
 from sgformer.errors import UserError, require
+from sgformer.ops.native import UnavailableError
 
 BACKENDS = ("eager", "optimize", "compile", "onnxruntime", "openvino")
 EXPORTED = ("onnxruntime", "openvino")
@@ -174,7 +175,14 @@ def _prepare(model: nn.Module, case: Case) -> nn.Module:
     if case.backend == "optimize":
         if not is_ours(case.model):
             raise Unsupported("sgformer.optimize and sgformer.accelerate prepare networks of sgformer")
-        return sgformer.accelerate(model) if case.mode == "train" else sgformer.optimize(model)
+        if case.mode == "infer":
+            return sgformer.optimize(model)
+        if case.device != "cpu" or case.precision != "fp32":
+            raise Unsupported("sgformer.accelerate is for training in fp32 on the CPU")
+        try:
+            return sgformer.accelerate(model)
+        except UnavailableError as error:
+            raise Unsupported(str(error)) from error
     if case.backend == "compile" and is_ours(case.model) and case.mode == "infer":
         return sgformer.optimize(model, compile=True)
     if case.backend == "compile":

@@ -35,7 +35,7 @@ def bench(
         image_size: pixels, height and width
         batch_size: images at a time
         mode: infer; train is forward, loss, backward
-        backend: eager; optimize: ours; compile: torch.compile, optimize(compile=True) of ours; onnxruntime; openvino
+        backend: eager; optimize: ours, accelerate in training; compile; onnxruntime; openvino (docs/performance.md)
         coarse: reach of the coarse heads, sgformer and plain only [as the size has it]
         grad_checkpointing: less memory, more time
         precision: arithmetic; bf16, fp16: mixed

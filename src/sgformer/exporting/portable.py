@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgformer import ops
+from sgformer.accelerated import restore
 from sgformer.backbone import HybridScaleAttention, MultiScaleAttention
 from sgformer.config import SGFormerConfig
 from sgformer.guidance import LinearAggregation, MeanAggregation
@@ -41,6 +42,7 @@ def portable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn.
         fixed: height and width are those of the example, and all indices constants.
     """
     result = copy.deepcopy(model).eval().requires_grad_(False)
+    restore(result)
     for module in list(result.modules()):
         for name, child in module.named_children():
             if type(child) is Mlp:

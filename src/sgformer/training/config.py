@@ -69,10 +69,8 @@ class RunConfig:
     )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "Machine", "arithmetic; bf16, fp16: mixed", main=True)
     compile: bool = option(False, "Machine", "torch.compile the network")
-    native: bool | None = option(
-        None,
-        "Machine",
-        "native kernels: sgformer on the CPU in fp32, not with --compile [if there is a C++ compiler]",
+    native: Literal["auto", "on", "off"] = option(
+        "auto", "Machine", "native kernels, of sgformer on the CPU in fp32; auto: if there is a C++ compiler"
     )
     grad_checkpointing: bool = option(False, "Machine", "less memory, more time")
     deterministic: bool = option(False, "Machine", "same bits at every run on a GPU, too; slower")
@@ -140,10 +138,11 @@ class RunConfig:
         if self.record_significance and (not self.model.startswith("sgformer_") or self.pairs not in (None, "guided")):
             raise UserError("--record-significance is for sgformer models with self-guided blocks")
         self.guidance  # noqa: B018 - bad values are named here
-        if self.native and not self.model.startswith("sgformer_"):
-            raise UserError(f"--native is for sgformer models; there are no kernels for {self.model}")
-        if self.native and (self.precision != "fp32" or self.compile):
-            raise UserError("--native goes with --precision fp32 and without --compile")
+        self._check("native", lambda v: v in ("auto", "on", "off"), "must be auto, on or off")
+        if self.native == "on" and not self.model.startswith("sgformer_"):
+            raise UserError(f"--native on is for sgformer models; there are no kernels for {self.model}")
+        if self.native == "on" and (self.precision != "fp32" or self.compile or self.device not in ("auto", "cpu")):
+            raise UserError("--native on goes with --device cpu, --precision fp32 and without --compile")
         if self.strategy == "fsdp":
             self._check_fsdp()
         if self.batch_size % self.accumulate:

@@ -115,7 +115,8 @@ def run_training(
     L.seed_everything(config.seed, verbose=False)
     job = prepare(config, batch, rank, world)
     model = job.task.model
-    kernels = use_native_kernels(config, model, trainer.strategy.root_device)
+    begun_with = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
+    kernels, why = use_native_kernels(config, model, trainer.strategy.root_device, begun_with)
 
     steps = len(job.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
@@ -177,7 +178,11 @@ def run_training(
         parameters = sum(p.numel() for p in model.parameters())
         if first:
             folder.write_environment(
-                seed=config.seed, device=str(trainer.strategy.root_device), processes=world, resumed_at_step=start
+                seed=config.seed,
+                device=str(trainer.strategy.root_device),
+                kernels=kernels,
+                processes=world,
+                resumed_at_step=start,
             )
             if resume:
                 folder.write("config.yaml", to_yaml(config.to_dict()))
@@ -187,7 +192,7 @@ def run_training(
                 f"data {job.about}",
                 f"{total_steps - start} updates to go, {steps} from one validation to the next, of {config.batch_size} "
                 f"images ({world} x {batch} x {config.accumulate}) at {job.size}",
-                f"kernels {kernels}",
+                f"kernels {kernels}{why}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
                 f"/ {config.base_batch}",
             ):
@@ -238,36 +243,38 @@ def run_training(
         handler.close()
 
 
-def use_native_kernels(config: RunConfig, model: torch.nn.Module, device: torch.device) -> str:
-    """Let the network train with native kernels where ``--native`` says so, or says nothing and they are to be had.
+def use_native_kernels(
+    config: RunConfig, model: torch.nn.Module, device: torch.device, begun_with: str | None = None
+) -> tuple[str, str]:
+    """Let the network train with native kernels where ``--native`` says so, or says auto and they are to be had.
+
+    Args:
+        begun_with: the kernels of the run that is resumed: with auto it goes on with those, for the same bits.
 
     Returns:
-        What it computes with, for the log.
+        "native" or "torch", and for the log why.
 
     Raises:
-        UserError: ``--native true``, and it cannot be.
+        UserError: ``--native on``, and it cannot be.
     """
-    if device.type != "cpu":
-        if config.native:
-            raise UserError(f"--native is for --device cpu (this run is on {device.type})")
-        return f"of torch, on {device.type}"
-    if (
-        config.native is False
-        or config.precision != "fp32"
-        or config.compile
-        or not config.model.startswith("sgformer")
-    ):
-        return "of torch"
+    if config.native == "on" and device.type != "cpu":
+        raise UserError(f"--native on is for --device cpu (this run is on {device.type})")
+    served = config.model.startswith("sgformer_") and config.precision == "fp32" and not config.compile
+    if config.native == "off" or not served or device.type != "cpu":
+        return "torch", ""
+    if config.native == "auto" and begun_with == "torch":
+        return "torch", ", as before"
     from sgformer.accelerated import accelerate
     from sgformer.ops.native import UnavailableError
 
     try:
         accelerate(model)
     except UnavailableError as reason:
-        if config.native:
-            raise UserError(f"--native: {reason}") from reason
-        return f"of torch, as native ones are not to be had: {reason}"
-    return "native"
+        if config.native == "on":
+            raise UserError(f"--native on: {reason}") from reason
+        changed = "; the last bits will differ from before" if begun_with else ""
+        return "torch", f", as native ones are not to be had ({reason}){changed}"
+    return "native", ""
 
 
 def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable[..., Any]) -> DataLoader:

@@ -133,6 +133,14 @@ class RunFolder:
         """`environment.json`: versions, commit, machine, command line, and the given facts."""
         self.write("environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
 
+    def environment(self) -> dict[str, Any]:
+        """What :meth:`write_environment` wrote last; empty where it cannot be read."""
+        try:
+            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def note(self, text: str) -> None:
         """One more line in `log.txt`, and there only; lost where it cannot be written."""
         if self.writes:

@@ -301,6 +301,8 @@ inline void multiply_across(const float* left, Index left_pitch, const float* ri
   Row<K> r[6] = {}, y;
 #define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
   for (Index k = 0; k < n; k++, right += pitch, left += left_pitch) {
+    for (int i = 0; i < K; i++) __builtin_prefetch(right + 16 * pitch + i * L);  // rows too far apart for the processor to guess
+    __builtin_prefetch(left + 16 * left_pitch);
     y.load_from(right);
 #define STEP(i) \
   if (i < M) r[i].add(left[i], y);
@@ -1011,20 +1013,21 @@ void sgformer_aggregate_backward(const float* x, const float* gradient, Index B,
 // Gradient of sgformer_winograd's weight, as 16 matrices (width, C) that are yet to be turned back by G^T U G.
 void sgformer_winograd_gradient(const float* x, const float* gradient, Index B, Index H, Index W, Index C, float* out,
                                 Index width) {
-  const Index across = (W + 1) / 2, tiles = (H + 1) / 2 * across, T = 48, most = 1024, parts = (tiles + most - 1) / most;
-  const Index size = 16 * width * C;
+  const Index across = (W + 1) / 2, tiles = (H + 1) / 2 * across, all = B * tiles, T = 48;
+  // So many parts whatever the number of threads, for the same bits; each has sums of its own.
+  const Index parts = std::min<Index>(32, (all + 1023) / 1024), size = 16 * width * C;
   const std::vector<float> nothing(std::max(C, width));
-  std::vector<float> sums(B * parts * size);
+  std::vector<float> sums(parts * size);
 #pragma omp parallel
   {
     std::vector<float> seen(16 * T * C), made(16 * T * width);
 #pragma omp for schedule(dynamic)
-    for (Index task = 0; task < B * parts; task++) {
-      const Index b = task / parts, begin = tiles * (task % parts) / parts, end = tiles * (task % parts + 1) / parts;
-      for (Index first = begin; first < end; first += T) {
+    for (Index task = 0; task < parts; task++) {
+      const Index end = all * (task + 1) / parts;
+      for (Index first = all * task / parts; first < end; first += T) {
         const Index count = std::min(T, end - first);
         for (Index t = 0; t < count; t++) {
-          const Index y = (first + t) / across * 2, z = (first + t) % across * 2;
+          const Index b = (first + t) / tiles, tile = (first + t) % tiles, y = tile / across * 2, z = tile % across * 2;
           patch(x + b * H * W * C, H, W, C, y - 1, z - 1, nothing.data(), &seen[t * C], T * C);
           auto at = [&](Index i, Index j) {
             return y + i < H && z + j < W ? gradient + ((b * H + y + i) * W + z + j) * width : nothing.data();
@@ -1054,7 +1057,7 @@ void sgformer_winograd_gradient(const float* x, const float* gradient, Index B, 
 #pragma omp for schedule(static)
     for (Index i = 0; i < size; i += L) {
       vec total = {};
-      for (Index task = 0; task < B * parts; task++) total += load(&sums[task * size + i]);
+      for (Index task = 0; task < parts; task++) total += load(&sums[task * size + i]);
       store(out + i, total);
     }
   }
@@ -1071,7 +1074,7 @@ void sgformer_attend_backward(const float* q, Index q_stride, const float* kv, I
 #pragma omp parallel
   {
     // Keys and values: as rows, and the other way round; queries and gradients of T rows; their attention, and its gradient.
-    std::vector<float> k(pitch * wide), kt(d * pitch), vt(d * pitch), x(T * wide), g(T * wide), p(T * pitch), s(T * pitch);
+    std::vector<float> k(pitch * wide), v(pitch * wide), kt(d * pitch), vt(d * pitch), x(T * wide), g(T * wide), p(T * pitch), s(T * pitch);
     std::vector<float> gk(pitch * wide), gv(pitch * wide), made(R * wide);
 #pragma omp for schedule(dynamic)
     for (Index task = 0; task < B * windows * heads; task++) {
@@ -1081,14 +1084,16 @@ void sgformer_attend_backward(const float* q, Index q_stride, const float* kv, I
       const Index padded = (M + L - 1) / L * L;
       auto key = [=](Index m) { return (b * Hk + y0 + m / nkx) * Wk + x0 + m % nkx; };
       auto token = [=](Index i) { return (b * H + qy0 + i / nqx) * W + qx0 + i % nqx; };
-      for (Index m = 0; m < padded; m++) {
-        const float* from = m < M ? kv + key(m) * kv_stride + head * d : nullptr;
-        for (Index c = 0; c < d; c++) {
-          k[m * wide + c] = from ? from[c] : 0;
-          kt[c * pitch + m] = from ? from[c] * scale : 0;
-          vt[c * pitch + m] = from ? from[heads * d + c] : 0;
-        }
+      for (Index m = 0; m < M; m++) {
+        const float* from = kv + key(m) * kv_stride + head * d;
+        std::memcpy(&k[m * wide], from, 4 * d);
+        std::memcpy(&v[m * wide], from + heads * d, 4 * d);
       }
+      for (Index c = 0; c < d; c++)
+        for (Index m = 0; m < padded; m++) {
+          kt[c * pitch + m] = m < M ? k[m * wide + c] * scale : 0;
+          vt[c * pitch + m] = m < M ? v[m * wide + c] : 0;
+        }
       std::fill(gk.begin(), gk.end(), 0.f);
       std::fill(gv.begin(), gv.end(), 0.f);
       for (Index first = 0; first < nq; first += T) {
