@@ -353,14 +353,16 @@ class MlpFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
-        _, moments, h = _enter(x := x.contiguous(), eps, *parameters[:4])
-        taps, bias, (weight2, bias2) = _plus_input(parameters[4]), parameters[5], parameters[6:]
-        packed, bias2 = native.pack(weight2), native.padded(bias2, len(weight2))
-        out = torch.empty_like(x)
+        scale, shift, weight1, bias1, weight, bias, weight2, bias2 = parameters
+        x, C, hidden, taps = x.contiguous(), x.shape[-1], len(weight1), _plus_input(weight)
+        normed, *moments = aten.native_layer_norm(x, [C], scale, shift, eps)
+        maps = [(native.pack(w), native.padded(b, len(w)), len(w)) for w, b in ((weight1, bias1), (weight2, bias2))]
+        h, out = x.new_empty(*x.shape[:-1], hidden), torch.empty_like(x)
         spare = _memory(h)
         for few in _parts(h):
+            native.linear(normed[few], *maps[0], h[few])
             a = native.depthwise_gelu(h[few], taps, bias, spare[: len(h[few])])
-            native.linear(a, packed, bias2, x.shape[-1], out[few])
+            native.linear(a, *maps[1], out[few])
         ctx.save_for_backward(x, *moments, h, *parameters)
         ctx.eps = eps
         return out
@@ -373,7 +375,7 @@ class MlpFunction(Function):
         gradient, C, hidden = gradient.contiguous(), x.shape[-1], h.shape[-1]
         back1, back2 = native.pack(weight1, transposed=True), native.pack(weight2, transposed=True)
         none1, none2 = native.padded(None, C), native.padded(None, hidden)
-        sums = [p.new_zeros(p.shape) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
+        sums = [p.new_empty(p.shape) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
         g_taps = taps.new_zeros(10, hidden)
         normed, g_normed = native.layer_norm(x, parameters[0], parameters[1], ctx.eps), torch.empty_like(x)
         spare, other = _memory(h), _memory(h)
@@ -381,8 +383,8 @@ class MlpFunction(Function):
             g_h, a = spare[: len(h[few])], other[: len(h[few])]
             native.linear(gradient[few], back2, none2, hidden, g_h)
             g_taps += native.depthwise_backward(h[few], g_h, taps, g_h, bias, a)
-            native.linear_gradient(gradient[few], a, *sums[2:])
-            native.linear_gradient(g_h, normed[few], *sums[:2])
+            native.linear_gradient(gradient[few], a, sums[2], sums[3], few.start > 0)
+            native.linear_gradient(g_h, normed[few], sums[0], sums[1], few.start > 0)
             native.linear(g_h, back1, none1, C, g_normed[few])
         g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
         return g_x, None, *norm, *sums[:2], *_depthwise_gradients(g_taps), *sums[2:]
@@ -395,7 +397,7 @@ def _memory(h: Tensor) -> Tensor:
 
 def _parts(h: Tensor) -> list[slice]:
     step = _at_a_time(h)
-    return [slice(i, i + step) for i in range(0, len(h), step)]
+    return [slice(i, i + step) for i in range(0, max(1, len(h)), step)]
 
 
 def _at_a_time(h: Tensor) -> int:
@@ -423,7 +425,7 @@ def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequen
     g_x = native.linear(gradient, native.pack(weight, transposed=True), native.padded(None, n), n)
     if not any(needed):
         return g_x, [None, None]
-    g_weight, g_bias = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
+    g_weight, g_bias = weight.new_empty(weight.shape), weight.new_empty(len(weight))
     native.linear_gradient(gradient, x, g_weight, g_bias)
     return g_x, [g_weight, g_bias]
 

@@ -308,11 +308,14 @@ def test_gradients_of_a_linear_map(rows, n, width):
     back = native.pack(weight, transposed=True)
     close(native.linear(gradient.view(1, rows, 1, width), back, native.padded(None, n), n).view(rows, n), g_x)
     sums = torch.ones(width, n), torch.ones(width)
-    native.linear_gradient(gradient, x, *sums)
-    close(sums[0], 1 + g_weight)  # added to what was there
+    native.linear_gradient(gradient, x, *sums, add=True)
+    close(sums[0], 1 + g_weight)
     close(sums[1], 1 + g_bias)
     native.linear_gradient(gradient, x, sums[0], None)
-    close(sums[0], 1 + 2 * g_weight)
+    close(sums[0], g_weight)
+    assert (sums[1] - 1 - g_bias).abs().max() < 1e-3
+    native.linear_gradient(gradient[:0], x[:0], *sums)
+    assert not sums[0].any() and not sums[1].any()
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgformer.errors import require
-from sgformer.viz.style import COLOURS, INK, figure
+from sgformer.viz.style import COLOURS, figure
 
 MARKERS = "osD^v"
 
@@ -22,19 +22,45 @@ def draw_throughput(points: Sequence[Mapping[str, Any]], title: str, out: str | 
     """
     with figure(out, 6.4, 4.2) as fig:
         axes = fig.subplots()
-        for i, p in enumerate(sorted(points, key=lambda p: p["gmacs"])):
-            colour = COLOURS[0] if p["label"].startswith("sgformer") else COLOURS[1]
-            axes.plot(p["gmacs"], p["images_per_s"], "o", color=colour, markersize=6)
-            left = i % 2 == 1  # networks of much the same size are told apart by writing to both sides
-            axes.annotate(
-                p["label"], (p["gmacs"], p["images_per_s"]), (-7 if left else 7, 0), textcoords="offset points",
-                va="center", ha="right" if left else "left", fontsize=8, color=INK,
-            )  # fmt: skip
+        for p in points:
+            axes.plot(p["gmacs"], p["images_per_s"], "o", color=_colour(p["label"]), markersize=6)
         axes.set_ylim(0, 1.12 * max(p["images_per_s"] for p in points))
         axes.set_xlim(0, 1.3 * max(p["gmacs"] for p in points))
         axes.set_title(title)
         axes.set_xlabel("GMACs an image")
         axes.set_ylabel("images/s")
+        _name(axes, [(p["label"], p["gmacs"], p["images_per_s"]) for p in points])
+
+
+def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write each point's label beside it: where it covers least of points and of other labels, and stays inside."""
+    axes.figure.draw_without_rendering()  # only now is it known where things are
+    dots = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken: list[Sequence[float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
+    for label, x, y in sorted(points, key=lambda point: point[1:]):
+        choices: list[tuple[float, int, Any, Sequence[float]]] = []
+        for dx, dy in ((8, 0), (-8, 0), (8, 9), (8, -9), (-8, 9), (-8, -9), (8, 18), (8, -18), (-8, 18), (-8, -18)):
+            note = axes.annotate(
+                label, (x, y), (dx, dy), textcoords="offset points", va="center", ha="left" if dx > 0 else "right",
+                fontsize=8, color=_colour(label),
+            )  # fmt: skip
+            note.set_in_layout(False)
+            box = note.get_window_extent().extents
+            outside = (box[2] - box[0]) * (box[3] - box[1]) - _shared(box, axes.bbox.extents)
+            choices.append((outside + sum(_shared(box, other) for other in taken), len(choices), note, tuple(box)))
+            note.set_visible(False)
+        _, _, note, box = min(choices, key=lambda choice: choice[:2])
+        note.set_visible(True)
+        taken.append(box)
+
+
+def _colour(label: str) -> str:
+    return COLOURS[0] if label.startswith("sgformer") else COLOURS[1]
+
+
+def _shared(a: Sequence[float], b: Sequence[float]) -> float:
+    """Area that two boxes (left, bottom, right, top) have in common."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:

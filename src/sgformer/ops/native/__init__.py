@@ -127,7 +127,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "aggregate_backward": [p, p, n, n, n, p, n, n, n, p, p, p, p, n, n],
         "attend_backward": [p, n, p, n, p, n, p, n, p, n, *[n] * 11],
         "pack": [p, n, n, n, p],
-        "linear_gradient": [p, n, p, n, p, p, n, n, n],
+        "linear_gradient": [p, n, p, n, p, p, n, n, n, i],
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
         "layer_norm": [p, p, n, n, p, p, f, i],
         "group_norm": [p, p, n, n, n, p, p, f, i],
@@ -325,13 +325,13 @@ def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bi
 # -- gradients --------------------------------------------------------------------------------------------------
 
 
-def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Adds the gradients of a linear map to ``weight`` (out, in) and ``bias`` (out,), from that of its result
-    (..., out) and from its input (..., in)."""
+def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool = False) -> None:
+    """Gradients of a linear map into ``weight`` (out, in) and ``bias`` (out,), from that of its result (..., out) and
+    from its input (..., in); with ``add``, they are added to what is there."""
     width, n = _checked(weight).shape
     library().sgformer_linear_gradient(
         _checked(gradient).data_ptr(), width, _checked(x).data_ptr(), n, weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), x.numel() // n, n, width,
+        None if bias is None else bias.data_ptr(), x.numel() // n, n, width, add,
     )  # fmt: skip
 
 

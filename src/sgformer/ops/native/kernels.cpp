@@ -782,16 +782,17 @@ void sgformer_pack(const float* weight, Index width, Index n, Index transposed, 
   }
 }
 
-// Gradients of a linear map, added to what is there: of its weight (width, n), and its bias unless null, from those of its
-// output (rows, width) and from its input x (rows, n), each with a row stride.
+// Gradients of a linear map: of its weight (width, n), and its bias unless null, from those of its output (rows, width) and
+// from its input x (rows, n), each with a row stride. `add`: to what is there.
 void sgformer_linear_gradient(const float* gradient, Index gradient_stride, const float* x, Index x_stride, float* weight,
-                              float* bias, Index rows, Index n, Index width) {
+                              float* bias, Index rows, Index n, Index width, int add) {
   const Index panels = (n + PANEL - 1) / PANEL, groups = (width + R - 1) / R, depth = 128, near = 8 * depth;
   const Index most = std::max<Index>(1, std::min<Index>(8, groups * panels / (4 * threads())));
   const Index blocks = (groups + most - 1) / most;
 #pragma omp parallel
-  for (Index start = 0; start < rows; start += near) {  // all that these rows give, while they are in the cache
+  for (Index start = 0; start < std::max<Index>(rows, 1); start += near) {  // all these rows give, while in the cache
     const Index end = std::min(rows, start + near);
+    const bool more = add || start > 0;
 #pragma omp for schedule(dynamic)
     for (Index task = 0; task < blocks * panels; task++) {
       const Index c = task % panels * PANEL, real = std::min(PANEL, n - c), wide = (real + L - 1) / L * L;
@@ -809,9 +810,11 @@ void sgformer_linear_gradient(const float* gradient, Index gradient_stride, cons
         for (Index r = k; bias && c == 0 && r < k + count; r++)
           for (Index o = first; o < last; o++) sums[o - first] += gradient[r * gradient_stride + o];
       }
-      for (Index o = first; o < last; o++)
-        for (Index i = 0; i < real; i++) weight[o * n + c + i] += made[(o - first) * wide + i];
-      for (Index o = first; bias && c == 0 && o < last; o++) bias[o] += sums[o - first];
+      for (Index o = first; o < last; o++) {
+        float *to = weight + o * n + c, *from = &made[(o - first) * wide];
+        for (Index i = 0; i < real; i++) to[i] = more ? to[i] + from[i] : from[i];
+        if (bias && c == 0) bias[o] = more ? bias[o] + sums[o - first] : sums[o - first];
+      }
     }
   }
 }
