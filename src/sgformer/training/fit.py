@@ -188,11 +188,11 @@ def run_training(
                 folder.write("config.yaml", to_yaml(config.to_dict()))
             for line in (
                 f"{'resuming' if resume else 'training'} {config.model}, {parameters / 1e6:.1f} M parameters, "
-                f"in {folder.path}",
+                f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
+                *([f"native kernels are not used: {why}"] if why else []),
                 f"data {job.about}",
                 f"{total_steps - start} updates to go, {steps} from one validation to the next, of {config.batch_size} "
                 f"images ({world} x {batch} x {config.accumulate}) at {job.size}",
-                f"kernels {kernels}{why}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
                 f"/ {config.base_batch}",
             ):
@@ -252,7 +252,7 @@ def use_native_kernels(
         begun_with: the kernels of the run that is resumed: with auto it goes on with those, for the same bits.
 
     Returns:
-        "native" or "torch", and for the log why.
+        "native" or "torch", and for the log why not the former where it was to be expected.
 
     Raises:
         UserError: ``--native on``, and it cannot be.
@@ -263,7 +263,7 @@ def use_native_kernels(
     if config.native == "off" or not served or device.type != "cpu":
         return "torch", ""
     if config.native == "auto" and begun_with == "torch":
-        return "torch", ", as before"
+        return "torch", "the run was begun without them"
     from sgformer.accelerated import accelerate
     from sgformer.ops.native import UnavailableError
 
@@ -272,8 +272,7 @@ def use_native_kernels(
     except UnavailableError as reason:
         if config.native == "on":
             raise UserError(f"--native on: {reason}") from reason
-        changed = "; the last bits will differ from before" if begun_with else ""
-        return "torch", f", as native ones are not to be had ({reason}){changed}"
+        return "torch", f"{reason}{'; the last bits will differ from before' if begun_with else ''}"
     return "native", ""
 
 
