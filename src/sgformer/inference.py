@@ -45,7 +45,7 @@ def optimize(
             windows tile the grid, afterwards. Only a batch of one and larger ones are compiled each for themselves, and
             stages of less than 20,480 numbers an image on the CPU, where torch takes another convolution.
         native: whether packed networks use kernels that the machine's C++ compiler makes for its own processor, in
-            four seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
+            a few seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
 
     Raises:

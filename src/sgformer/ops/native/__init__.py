@@ -1,7 +1,7 @@
 """Operations compiled on this machine, fused, and whole blocks of them: on the CPU in float32.
 
 kernels.cpp is compiled by the machine's own C++ compiler, for its own processor, the first time that someone asks
-(four seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here is known to autograd, and
+(a few seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here is known to autograd, and
 nothing is a torch operator: :func:`sgformer.optimize` puts these functions into a network for inference, and
 :func:`sgformer.accelerate` for training.
 
