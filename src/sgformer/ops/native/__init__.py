@@ -1,8 +1,8 @@
 """Operations compiled on this machine, fused, and whole blocks of them: on the CPU in float32.
 
 kernels.cpp is compiled by the machine's own C++ compiler, for its own processor, the first time that someone asks
-(a few seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here is known to autograd, and
-nothing is a torch operator: :func:`sgformer.optimize` puts these functions into a network for inference, and
+(a few seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here is known to autograd,
+and nothing is a torch operator: :func:`sgformer.optimize` puts these functions into a network for inference, and
 :func:`sgformer.accelerate` for training.
 
 Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d = C / h. All tensors are float32 and on the CPU.
