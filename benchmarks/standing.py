@@ -125,38 +125,26 @@ def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | 
                 times = ratio(speed(other, batch, backend), speed(OURS, batch, backend))
                 aim(f"{head}, {backend}: time at most {name}'s", times, 1.0)
 
-    def least(part: str, key: str, **wanted: Any) -> float | None:
-        """Of ours with and without native kernels."""
-        seen = [pick(part, key, model=OURS, mode="train", backend=b, **wanted) for b in ("eager", "optimize")]
+    def least(part: str, key: str, backends: tuple[str, ...], **wanted: Any) -> float | None:
+        """Of ours in training, on the best of these backends."""
+        seen = [pick(part, key, model=OURS, mode="train", backend=b, **wanted) for b in backends]
         return min((v for v in seen if v), default=None)
 
+    ways = {"best backend": ("eager", "optimize"), "eager": ("eager",)}
     plain, swin = (pick("training", "median_s", model=m) for m in (PLAIN, SWIN))
-    for text, step in (
-        ("best backend", least("training", "median_s")),
-        ("eager", pick("training", "median_s", model=OURS, backend="eager")),
-    ):
-        aim(f"training step, batch 8, {text}: 1.6x plain", ratio(plain, step), 1.6, larger=True)
-        aim(f"training step, batch 8, {text}: time at most Swin-T's", ratio(step, swin), 1.0)
+    for way, backends in ways.items():
+        step = least("training", "median_s", backends)
+        aim(f"training step, batch 8, {way}: 1.6x plain", ratio(plain, step), 1.6, larger=True)
+        aim(f"training step, batch 8, {way}: time at most Swin-T's", ratio(step, swin), 1.0)
     for reach, bound in (("window", 20), ("global", 26)):
         small, large = (pick("growth", "median_s", image_size=s, coarse=reach) for s in (224, 896))
         aim(f"time from 224 to 896 px, coarse {reach}: at most {bound}x", ratio(large, small), bound)
     plain = pick("memory", "peak_memory_bytes", model=PLAIN, mode="train")
     for text, saving, bound in (("", False, 1 / 4), (", checkpointing", True, 1 / 8)):
-        for way, peak in (
-            ("best backend", least("memory", "peak_memory_bytes", grad_checkpointing=saving)),
-            (
-                "eager",
-                pick(
-                    "memory", "peak_memory_bytes", model=OURS, mode="train", backend="eager", grad_checkpointing=saving
-                ),
-            ),
-        ):
-            aim(
-                f"training memory at 896 px{text}, {way}: at most {bound:g} of plain's",
-                ratio(peak, plain),
-                bound,
-                "of plain's",
-            )
+        for way, backends in ways.items():
+            peak = least("memory", "peak_memory_bytes", backends, grad_checkpointing=saving)
+            head = f"training memory at 896 px{text}, {way}"
+            aim(f"{head}: at most {bound:g} of plain's", ratio(peak, plain), bound, "of plain's")
     small, large = (pick("memory", "peak_memory_bytes", mode="infer", image_size=s) for s in (256, 1024))
     aim("inference memory from 256 to 1024 px: at most 16x, as the pixels", ratio(large, small), 16)
     aim("Mask R-CNN training at 800 x 1333: at most 24 GiB", found.get("detection", {}).get("peak_gib"), 24, "GiB")

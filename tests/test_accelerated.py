@@ -72,6 +72,12 @@ def test_gradients_are_those_of_torch(size, options):
     assert_same(a, b, torch.randn(2, 3, *size, requires_grad=True))
 
 
+def test_an_image_at_a_time(monkeypatch):
+    monkeypatch.setattr(native, "PART", 1)
+    a, b = pair()
+    assert_same(a, b, torch.randn(3, 3, 64, 64))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgformer_t", "sgformer_s"])
 def test_gradients_of_larger_ones(name):

@@ -64,7 +64,7 @@ def test_native_results_depend_on_the_image_alone(model, size, monkeypatch):
     images = torch.randn(5, 3, *size)
     together = fast(images)
     assert torch.equal(torch.cat([fast(image[None]) for image in images]), together)
-    monkeypatch.setattr("sgformer.fused.PART", 1)
+    monkeypatch.setattr("sgformer.ops.native.PART", 1)
     assert torch.equal(fast(images), together)
     threads = torch.get_num_threads()
     try:

@@ -39,7 +39,6 @@ from sgformer.layers import ConvNorm, DepthwiseConv, Downsample, Mlp, Stem
 from sgformer.ops import native
 
 aten = torch.ops.aten
-PART = 1 << 21  # floats: of MLPs wider than these 8 MiB, fewer images are taken at a time
 
 Grads = list[Tensor | None]
 Network = TypeVar("Network", bound=nn.Module)
@@ -354,7 +353,7 @@ class MlpFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
         scale, shift, weight1, bias1, weight, bias, weight2, bias2 = parameters
-        x, C, hidden, taps = x.contiguous(), x.shape[-1], len(weight1), _plus_input(weight)
+        x, C, hidden, taps = x.contiguous(), x.shape[-1], len(weight1), native.taps_plus_input(weight)
         normed, *moments = aten.native_layer_norm(x, [C], scale, shift, eps)
         maps = [(native.pack(w), native.padded(b, len(w)), len(w)) for w, b in ((weight1, bias1), (weight2, bias2))]
         h, out = x.new_empty(*x.shape[:-1], hidden), torch.empty_like(x)
@@ -371,13 +370,14 @@ class MlpFunction(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, mean, rstd, h, *parameters = ctx.saved_tensors
-        weight1, taps, bias, weight2 = parameters[2], _plus_input(parameters[4]), parameters[5], parameters[6]
+        scale, shift, weight1, _, weight, bias, weight2, _ = parameters
+        taps = native.taps_plus_input(weight)
         gradient, C, hidden = gradient.contiguous(), x.shape[-1], h.shape[-1]
         back1, back2 = native.pack(weight1, transposed=True), native.pack(weight2, transposed=True)
         none1, none2 = native.padded(None, C), native.padded(None, hidden)
         sums = [p.new_empty(p.shape) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
         g_taps = taps.new_zeros(10, hidden)
-        normed, g_normed = native.layer_norm(x, parameters[0], parameters[1], ctx.eps), torch.empty_like(x)
+        normed, g_normed = native.layer_norm(x, scale, shift, ctx.eps), torch.empty_like(x)
         spare, other = _memory(h), _memory(h)
         for few in _parts(h):
             g_h, a = spare[: len(h[few])], other[: len(h[few])]
@@ -401,14 +401,7 @@ def _parts(h: Tensor) -> list[slice]:
 
 
 def _at_a_time(h: Tensor) -> int:
-    return max(1, PART // math.prod(h.shape[1:]))
-
-
-def _plus_input(weight: Tensor) -> Tensor:
-    """Taps of x + depthwise(x)."""
-    taps = native.tap_major(weight).clone()
-    taps[4] += 1
-    return taps
+    return max(1, native.PART // math.prod(h.shape[1:]))
 
 
 def _depthwise_gradients(made: Tensor) -> tuple[Tensor, Tensor]:
@@ -588,9 +581,8 @@ def _convolve_backward(
         return back, g_weight.view_as(weight)  # type: ignore[union-attr]
     if _by_winograd(weight, stride, padding, groups):  # the same taps the other way round
         turned = native.winograd_panels(weight.flip(2, 3).transpose(0, 1))
-        return native.winograd(gradient, turned, weight.shape[1]) if wanted else None, native.winograd_gradient(
-            gradient, x
-        )
+        g_x = native.winograd(gradient, turned, weight.shape[1]) if wanted else None
+        return g_x, native.winograd_gradient(gradient, x)
     made, g_weight, _ = aten.convolution_backward(
         gradient.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [padding] * 2, [1, 1], False,
         [0, 0], groups, [wanted, True, False],

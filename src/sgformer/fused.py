@@ -19,8 +19,6 @@ from sgformer.guidance import LinearAggregation
 from sgformer.layers import ConvNorm, Mlp, Stem
 from sgformer.ops import TokenGroups, native
 
-PART = 1 << 21  # floats: of tensors larger than these 8 MiB, fewer images are taken at a time
-
 
 class FoldedMlp(nn.Module):
     """The MLP with ``x + depthwise(x)`` as one convolution."""
@@ -196,8 +194,7 @@ def _linear(linear: nn.Linear) -> tuple[Tensor, Tensor]:
 def _ending(block: Block) -> list[Tensor]:
     """The parameters of what every block ends with, in the kernels' order."""
     local, mlp = block.attn.local, block.mlp
-    taps = native.tap_major(mlp.conv.weight)
-    taps[4] += 1  # h + conv(h) in one
+    taps = native.taps_plus_input(mlp.conv.weight)
     parts = [native.tap_major(local.weight), local.bias.detach(), *_linear(block.attn.proj), *_pair(block.norm2)]
     return [*parts, *_linear(mlp.fc1), taps, mlp.conv.bias.detach(), *_linear(mlp.fc2)]
 
@@ -237,13 +234,13 @@ def _widest(module: Stem | Stage) -> float:
 
 
 def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = None, name: str = "") -> Tensor:
-    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``PART``.
+    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``native.PART``.
 
     Smaller tensors stay in the cache, and freed ones with the process: larger ones the system takes and gives anew.
     """
     inspected = () if seen is None else (seen, name)
     positions = x.shape[2] * x.shape[3] if first else x.shape[1] * x.shape[2]
-    step = max(1, int(PART // (floats * positions)))
+    step = max(1, int(native.PART // (floats * positions)))
     if step >= len(x) or inspected:
         return forward(x, *inspected)
     return torch.cat([forward(few) for few in x.split(step)])

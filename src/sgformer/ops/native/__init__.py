@@ -33,6 +33,7 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
 # x86 compilers mean by -mcpu something else than others do.
 PROCESSOR = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
 LONGEST = 120  # seconds for the compiler
+PART = 1 << 21  # floats: of tensors larger than these 8 MiB, callers take fewer images at a time
 
 
 class UnavailableError(RuntimeError):
@@ -153,6 +154,13 @@ def lanes() -> int:
 def tap_major(weight: Tensor) -> Tensor:
     """The kernel of a 3 x 3 depthwise convolution, (C, 1, 3, 3), as the functions here want it: (9, C)."""
     return weight.detach().flatten(1).t().contiguous()
+
+
+def taps_plus_input(weight: Tensor) -> Tensor:
+    """:func:`tap_major` of x + depthwise(x): 1 is added to the centre tap."""
+    taps = tap_major(weight).clone()
+    taps[4] += 1
+    return taps
 
 
 def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,25 @@ inline void fetch(const float* p) {
   __builtin_prefetch(p + 16);
 }
 
+// Row y of a 3 x 3 depthwise convolution of n <= CHUNK channels. `rows`: a ring of three, y and its neighbours, each W + 2
+// times CHUNK floats; taps are `step` apart from w on; `start`, unless null, is what sums begin with.
+inline void convolve_row(const float* rows, Index y, Index W, int n, const float* w, Index step, const float* start,
+                         float* made) {
+  const Index row = (W + 2) * CHUNK;
+  for (int c = 0; c < n; c += L, w += L) {
+    const float *above = rows + (y + 2) % 3 * row + c, *here = rows + y % 3 * row + c, *below = rows + (y + 1) % 3 * row + c;
+    const vec w0 = load(w), w1 = load(w + step), w2 = load(w + 2 * step), w3 = load(w + 3 * step), w4 = load(w + 4 * step),
+              w5 = load(w + 5 * step), w6 = load(w + 6 * step), w7 = load(w + 7 * step), w8 = load(w + 8 * step),
+              first = start ? load(start + c) : vec{};
+    for (Index x = 0; x < W * CHUNK; x += CHUNK) {
+      vec v = first + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
+      vec u = load(here + x) * w3 + load(here + x + CHUNK) * w4 + load(here + x + 2 * CHUNK) * w5;
+      v += load(below + x) * w6 + load(below + x + CHUNK) * w7 + load(below + x + 2 * CHUNK) * w8;
+      store(made + x + c, v + u);
+    }
+  }
+}
+
 // 3 x 3 depthwise convolution of one image and n <= CHUNK channels, zero padding. Three rows of the source are kept, so
 // the destination may be the source. finish(row of W x CHUNK results, where they go) stores them.
 template <class Finish>
@@ -195,19 +214,7 @@ void depthwise(const float* source, Index stride, float* out, Index out_stride, 
       keep(y + 1);
     else
       std::memset(rows + ((y + 1) % 3) * row, 0, row * 4);
-    for (int c = 0; c < n; c += L) {
-      const float *above = rows + ((y + 2) % 3) * row + c, *here = rows + (y % 3) * row + c,
-                  *below = rows + ((y + 1) % 3) * row + c;
-      const vec w0 = load(w + c), w1 = load(w + CHUNK + c), w2 = load(w + 2 * CHUNK + c), w3 = load(w + 3 * CHUNK + c),
-                w4 = load(w + 4 * CHUNK + c), w5 = load(w + 5 * CHUNK + c), w6 = load(w + 6 * CHUNK + c),
-                w7 = load(w + 7 * CHUNK + c), w8 = load(w + 8 * CHUNK + c), first = load(start + c);
-      for (Index x = 0; x < W * CHUNK; x += CHUNK) {
-        vec v = first + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
-        vec u = load(here + x) * w3 + load(here + x + CHUNK) * w4 + load(here + x + 2 * CHUNK) * w5;
-        v += load(below + x) * w6 + load(below + x + CHUNK) * w7 + load(below + x + 2 * CHUNK) * w8;
-        store(made + x + c, v + u);
-      }
-    }
+    convolve_row(rows, y, W, n, w, CHUNK, start, made);
     finish(made, out + y * W * out_stride);
   }
 }
@@ -374,6 +381,28 @@ extern "C" {
 
 Index sgformer_lanes() { return L; }
 Index sgformer_panel() { return PANEL; }
+
+// A weight (width, n) as sgformer_linear wants it, where it maps n to width; or, `transposed`, as it maps width to n.
+void sgformer_pack(const float* weight, Index width, Index n, Index transposed, float* packed) {
+  const Index across = transposed ? n : width, down = transposed ? width : n, panels = (across + PANEL - 1) / PANEL;
+  const Index padded = (across + L - 1) / L * L, part = 64, parts = (down + part - 1) / part;
+#pragma omp parallel for schedule(static)
+  for (Index task = 0; task < panels * parts; task++) {
+    const Index c = task / parts * PANEL, wide = std::min(PANEL, padded - c), real = std::min(PANEL, across - c);
+    const Index first = task % parts * part, last = std::min(first + part, down);
+    float* to = packed + c * down;
+    if (transposed) {
+      for (Index k = first; k < last; k++) {
+        std::memcpy(to + k * wide, weight + k * n + c, 4 * real);
+        std::memset(to + k * wide + real, 0, 4 * (wide - real));
+      }
+    } else {
+      for (Index k = first; k < last; k += L)
+        for (Index j = 0; j < wide; j++)
+          for (Index i = k; i < std::min(k + L, last); i++) to[i * wide + j] = j < real ? weight[(c + j) * n + i] : 0;
+    }
+  }
+}
 
 // out = x weight + bias, plus what `add` points to unless null; x (rows, n), add and out (rows, width), each with a row
 // stride. weight: panels of PANEL columns, (n, PANEL) each, the last one as wide as a multiple of L must be; bias padded
@@ -760,28 +789,6 @@ void sgformer_aggregate(const float* x, Index B, Index N, Index C, const Index* 
 
 // -- training -------------------------------------------------------------------------------------------------------
 
-// A weight (width, n) as sgformer_linear wants it, where it maps n to width; or, `transposed`, as it maps width to n.
-void sgformer_pack(const float* weight, Index width, Index n, Index transposed, float* packed) {
-  const Index across = transposed ? n : width, down = transposed ? width : n, panels = (across + PANEL - 1) / PANEL;
-  const Index padded = (across + L - 1) / L * L, part = 64, parts = (down + part - 1) / part;
-#pragma omp parallel for schedule(static)
-  for (Index task = 0; task < panels * parts; task++) {
-    const Index c = task / parts * PANEL, wide = std::min(PANEL, padded - c), real = std::min(PANEL, across - c);
-    const Index first = task % parts * part, last = std::min(first + part, down);
-    float* to = packed + c * down;
-    if (transposed) {
-      for (Index k = first; k < last; k++) {
-        std::memcpy(to + k * wide, weight + k * n + c, 4 * real);
-        std::memset(to + k * wide + real, 0, 4 * (wide - real));
-      }
-    } else {
-      for (Index k = first; k < last; k += L)
-        for (Index j = 0; j < wide; j++)
-          for (Index i = k; i < std::min(k + L, last); i++) to[i * wide + j] = j < real ? weight[(c + j) * n + i] : 0;
-    }
-  }
-}
-
 // Gradients of a linear map: of its weight (width, n), and its bias unless null, from those of its output (rows, width) and
 // from its input x (rows, n), each with a row stride. `add`: to what is there.
 void sgformer_linear_gradient(const float* gradient, Index gradient_stride, const float* x, Index x_stride, float* weight,
@@ -856,29 +863,12 @@ void sgformer_depthwise_backward(const float* h, Index stride, const float* grad
           copy(from + x * stride, to + x * CHUNK);
         }
       };
-      // line = the taps, or the same the other way round, over row y and its neighbours.
-      auto convolve = [&](const float* from, Index y, bool backwards) {
-        for (int c = 0; c < n; c += L) {
-          const float *above = from + (y + 2) % 3 * row + c, *here = from + y % 3 * row + c, *below = from + (y + 1) % 3 * row + c;
-          const float* v = w + c + (backwards ? 8 * CHUNK : 0);
-          const Index s = backwards ? -CHUNK : CHUNK;
-          const vec w0 = load(v), w1 = load(v + s), w2 = load(v + 2 * s), w3 = load(v + 3 * s), w4 = load(v + 4 * s),
-                    w5 = load(v + 5 * s), w6 = load(v + 6 * s), w7 = load(v + 7 * s), w8 = load(v + 8 * s),
-                    first = backwards ? vec{} : load(w + 9 * CHUNK + c);
-          for (Index x = 0; x < W * CHUNK; x += CHUNK) {
-            vec p = first + load(above + x) * w0 + load(above + x + CHUNK) * w1 + load(above + x + 2 * CHUNK) * w2;
-            vec q = load(here + x) * w3 + load(here + x + CHUNK) * w4 + load(here + x + 2 * CHUNK) * w5;
-            p += load(below + x) * w6 + load(below + x + CHUNK) * w7 + load(below + x + 2 * CHUNK) * w8;
-            store(line + x + c, p + q);
-          }
-        }
-      };
       keep(0);
       for (Index y = 0; y <= H; y++) {
         float* slope = slopes + y % 3 * row + CHUNK;
         if (y < H) {
           keep(y + 1);
-          if (a) convolve(seen, y, false);
+          if (a) convolve_row(seen, y, W, n, w, CHUNK, w + 9 * CHUNK, line);
           for (Index x = 0; x < W; x++) {
             const float* from = gradient + (image + y * W + x) * gradient_stride + chunk;
             fetch(from + W * gradient_stride);
@@ -914,7 +904,7 @@ void sgformer_depthwise_backward(const float* h, Index stride, const float* grad
           std::memset(slope, 0, 4 * W * CHUNK);
         }
         if (y == 0) continue;
-        convolve(slopes, y - 1, true);
+        convolve_row(slopes, y - 1, W, n, w + 8 * CHUNK, -CHUNK, nullptr, line);  // the same taps the other way round
         float* to = out + (image + (y - 1) * W) * out_stride + chunk;
         for (Index x = 0; x < W; x++) copy(line + x * CHUNK, to + x * out_stride);
       }
