@@ -3,6 +3,7 @@
 import asyncio
 import io
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,48 @@ def test_a_look_that_kills_its_process_is_told_and_the_queue_goes_on(misbehaving
         asyncio.run(misbehaving.look(b"no picture"))
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*nowhere"):
         misbehaving._worker.ask("fail")
+
+
+class OneAtATime:
+    """A pipe that notes when one thread closes it while another one is still at it."""
+
+    def __init__(self, pipe):
+        self.pipe, self.users, self.torn = pipe, 0, False
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.torn |= self.users > 0
+            self.users += 1
+            try:
+                return getattr(self.pipe, name)(*args)
+            finally:
+                time.sleep(0.3)  # a thread does not go on at once
+                self.users -= 1
+
+        return call
+
+
+@pytest.mark.slow
+def test_a_worker_closed_while_asked_tells_who_asks(weights):
+    """The pipe is left to the thread that waits on it: closed under its hands, its number may be another file's."""
+    worker = Worker(Misbehaving, [str(weights["classify"])], "cpu")
+    worker._pipe = pipe = OneAtATime(worker._pipe)
+    said = []
+
+    def ask():
+        try:
+            worker.ask("look", "classify", photo(1, ENDLESS))
+        except Exception as error:
+            said.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not pipe.users:
+        time.sleep(0.01)
+    worker.close()
+    asking.join(30)
+    assert [type(error) for error in said] == [Stopped] and not pipe.torn
+    worker.close()  # once more does no harm
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ class Stopped(Exception):
 
 
 class Worker:
-    """Calls methods of an object that lives in a process of its own, one after the other.
+    """Calls methods of an object that lives in a process of its own, one after the other; any thread may ask or close.
 
     Args:
         build: makes the object, there; a function or class that can be imported.
@@ -37,10 +38,14 @@ class Worker:
         self._context = multiprocessing.get_context("spawn")
         self._made_of = build, args
         self._closed = False
+        # One thread at a time uses the pipe, closing it included: the number of a closed one may be another file's.
+        self._asking = threading.Lock()
+        # One thread at a time starts or ends the process, so that none starts unseen while the worker closes.
+        self._changing = threading.Lock()
         self._start()
 
     def ask(self, method: str, *args: Any, seconds: float | None = None) -> Any:
-        """Call a method and wait for what it returns; for one thread at a time.
+        """Call a method and wait for what it returns.
 
         Args:
             method: its name.
@@ -52,31 +57,41 @@ class Worker:
             UserError: what the method raised.
             RuntimeError: the method failed; the message has its traceback.
         """
-        try:
-            self._pipe.send((method, args))
-            if not self._pipe.poll(seconds):
+        with self._asking:
+            try:
+                self._pipe.send((method, args))
+                if not self._pipe.poll(seconds):
+                    self._replace()
+                    raise Stopped(
+                        f"This took longer than {seconds:g} seconds and was stopped. Please try a smaller image."
+                    )
+                return _opened(self._pipe.recv())
+            except (EOFError, OSError):
                 self._replace()
-                raise Stopped(f"This took longer than {seconds:g} seconds and was stopped. Please try a smaller image.")
-            return _opened(self._pipe.recv())
-        except (EOFError, OSError):
-            self._replace()
-            raise Stopped(
-                "The network's process ended on this image, perhaps because memory was short. "
-                "Please try a smaller image."
-            ) from None
+                raise Stopped(
+                    "The network's process ended on this image, perhaps because memory was short. "
+                    "Please try a smaller image."
+                ) from None
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        self._closed = True
-        self._end()
+        with self._changing:
+            self._closed = True
+            self._kill()
+        with self._asking:  # whoever waits for an answer sees that death at once
+            self._end()
 
     def _start(self) -> None:
-        self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=_serve, args=(theirs, *self._made_of), name="sgformer-look", daemon=True
-        )
-        self._process.start()
-        theirs.close()  # so that its death is the end of the pipe
+        with self._changing:
+            if self._closed:
+                return
+            pipe, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_serve, args=(theirs, *self._made_of), name="sgformer-look", daemon=True
+            )
+            with theirs:  # closed here, so that its death is the end of the pipe
+                process.start()
+            self._pipe, self._process = pipe, process
         try:
             _opened(self._pipe.recv())
         except EOFError:
@@ -86,20 +101,23 @@ class Worker:
             self._end()
             raise
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         with contextlib.suppress(ValueError):  # it is gone already: the page ended while somebody waited
             self._process.kill()
             self._process.join()
             self._process.close()
+
+    def _end(self) -> None:
+        with self._changing:
+            self._kill()
         self._pipe.close()
 
     def _replace(self) -> None:
         self._end()
-        if not self._closed:
-            try:
-                self._start()
-            except Exception as error:  # not the fault of the image that is being looked at; the next look tries again
-                raise Stopped(f"The network's process could not be started again: {error}") from error
+        try:
+            self._start()
+        except Exception as error:  # not the fault of the image that is being looked at; the next look tries again
+            raise Stopped(f"The network's process could not be started again: {error}") from error
 
 
 def _opened(answer: tuple[Any, BaseException | None]) -> Any:
