@@ -2,6 +2,12 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +163,7 @@ def test_real_runs_go_on_where_they_were_stopped(tmp_path, capsys):
     assert int(rows[0][0]["parameters"]) > int(rows[0][1]["parameters"]) and float(rows[0][0]["macs"]) > 0
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told_in_a_line(tmp_path, capsys):
     path = write(tmp_path, data=str(tmp_path / "nowhere"), variants={"a": {}}, seeds=[0])
     assert main(["ablate", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
@@ -164,24 +171,30 @@ def test_a_failed_run_is_told_in_a_line(tmp_path, capsys):
     assert "nowhere: no such folder" in error and "a-0.log" in error and error.count("\n") == 1
 
 
-def test_a_signal_is_passed_on_so_that_a_run_can_save(tmp_path):
-    import os
-    import signal
-    import sys
-    import threading
-
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_is_passed_on_so_that_a_run_can_save(tmp_path, monkeypatch, early):
+    """At any time: a run in a session of its own would go on alone, if the ablation ended without it."""
     code = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)));"
         "print('ready', flush=True); time.sleep(30)"
     )
     before = signal.getsignal(signal.SIGTERM)
-    with (tmp_path / "log").open("w") as file:
+    start, log = subprocess.Popen, tmp_path / "log"
 
-        def stop():
-            while "ready" not in (tmp_path / "log").read_text():
-                pass
-            os.kill(os.getpid(), signal.SIGTERM)
+    def stop():
+        while "ready" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        threading.Thread(target=stop).start()
+    def started(*args, **options):
+        process = start(*args, **options)
+        stop()  # before whoever started it knows
+        return process
+
+    with log.open("w") as file:
+        if early:
+            monkeypatch.setattr(subprocess, "Popen", started)
+        else:
+            threading.Thread(target=stop).start()
         assert ab._run([sys.executable, "-c", code], file) == 143
-    assert "saved" in (tmp_path / "log").read_text() and signal.getsignal(signal.SIGTERM) is before
+    assert "saved" in log.read_text() and signal.getsignal(signal.SIGTERM) is before

@@ -238,18 +238,29 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
 
 def _run(command: list[str], output: Any) -> int:
     """The status of a process of its own. Signals to this one are passed on to it, so that training saves its state."""
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # came before there was a process to pass them on to
+
+    def pass_on(number: int, frame: Any) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
     handlers: dict[int, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda signum, frame: process.send_signal(signum))
+            handlers[number] = signal.signal(number, pass_on)
     except ValueError:  # not in the main thread: whoever started it handles signals
         pass
     try:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        for signum in early:
+            process.send_signal(signum)
         return process.wait()
     finally:
-        for number, handler in handlers.items():  # type: ignore[assignment]
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def _check_same(place: Path, config: RunConfig) -> None:
