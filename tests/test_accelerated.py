@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+from changed_networks import CHANGES
 from torch.utils.flop_counter import FlopCounterMode
 
 import sgformer
-from sgformer import accelerated, ops
+from sgformer import accelerated
 from sgformer.backbone import GuidedBlock, HybridBlock
-from sgformer.guidance import LearnedSignificance
 from sgformer.ops import native
 
 try:
@@ -169,6 +169,7 @@ def test_less_is_kept():
     assert of_ours < 0.6 * of_torch
 
 
+@pytest.mark.slow
 def test_where_kernels_do_not_serve_torch_does():
     a, b = pair()
     x = torch.randn(2, 3, 64, 64)
@@ -183,11 +184,6 @@ def test_where_kernels_do_not_serve_torch_does():
         assert torch.allclose(traced(x.flip(3)), a(x.flip(3)), atol=1e-5)
     got, expected = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x) for m in (b, a))
     assert torch.equal(got, expected)
-
-
-class Adapted(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + 1
 
 
 @pytest.mark.parametrize("path", ["attn.proj_in", "mlp.fc1", "norm2"])
@@ -212,35 +208,14 @@ def test_who_looks_into_a_block_is_called(path):
     assert count_b.get_total_flops() == count_a.get_total_flops() > 0
 
 
-CHANGES = {
-    "adapter": lambda m: setattr(m.stages[1].blocks[1].attn.proj_in, "__class__", Adapted),
-    "parametrised": lambda m: nn.utils.parametrizations.weight_norm(m.stages[0].blocks[0].mlp.fc1).weight.mul_(2),
-    "forward": lambda m: setattr(
-        m.stages[0].blocks[0].attn, "forward", lambda x: (x * 0, *x.new_zeros(2, *x.shape[:3]))
-    ),
-    "strides": lambda m: setattr(m.stages[1].downsample.reduce.conv, "stride", (1, 1)),
-    "dilation": lambda m: [setattr(m.stages[0].blocks[1].attn.local, k, (2, 2)) for k in ("dilation", "padding")],
-    "padding": lambda m: setattr(m.stem.conv2.conv, "padding_mode", "circular"),
-    "a bias": lambda m: m.stem.conv2.conv.register_parameter("bias", nn.Parameter(torch.ones(24))),
-    "groups": lambda m: setattr(m.stem.conv1.norm, "num_groups", 8),
-    "tanh": lambda m: setattr(m.stem.conv1, "act", nn.GELU(approximate="tanh")),
-    "source": lambda m: setattr(m.stages[0].blocks[1], "source", LearnedSignificance(24)),
-    "attend": lambda m: setattr(m.stages[0].blocks[1].attn, "attend", ops.attend_linearly),
-}
-
-
 @pytest.mark.parametrize("change", CHANGES)
 def test_parts_that_were_changed_afterwards_are_as_they_are(change):
     a, b = pair()
     x = torch.randn(1, 3, 64, 64)
     before = a(x).detach()
-    with torch.no_grad():
-        for model in (a, b):
-            torch.manual_seed(1)
-            CHANGES[change](model)
-    if change == "padding":  # of torch: computed when the convolution was made
-        for model in (a, b):
-            model.stem.conv2.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    for model in (a, b):
+        torch.manual_seed(1)
+        CHANGES[change](model)
     assert_same(a, b, x)
     assert not torch.equal(a(x), before)
 

@@ -19,9 +19,10 @@ ALLOWED = {
     "ops": set(),
     "layers": set(),
     "guidance": {"ops", "config"},
-    "fused": {"backbone", "guidance", "layers", "ops"},
-    "accelerated": {"backbone", "guidance", "layers", "ops"},
-    "inference": {"accelerated", "backbone", "exporting", "fused", "layers", "ops"},
+    "intact": {"backbone", "guidance", "layers", "ops"},
+    "fused": {"backbone", "guidance", "intact", "layers", "ops"},
+    "accelerated": {"backbone", "intact", "layers", "ops"},
+    "inference": {"accelerated", "backbone", "exporting", "fused", "intact", "layers", "ops"},
     "backbone": {"ops", "config", "layers", "guidance", "explanations"},  # the last one inside `explain` only
     "checkpoint": {"backbone", "config", "errors", "layers"},
     "timm_models": {"backbone", "checkpoint", "config", "layers"},
@@ -77,6 +78,7 @@ def test_every_room_named_here_exists():
     assert set(ALLOWED) <= rooms
 
 
+@pytest.mark.slow
 def test_importing_the_package_needs_no_extra():
     optional = [
         "lightning",

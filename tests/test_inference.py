@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from changed_networks import CHANGES
 
 import sgformer
 from sgformer.fused import FoldedMlp, NativeGuided, PackedLinear
@@ -157,6 +158,21 @@ def test_every_kind_of_network_can_be_prepared(options, way):
         assert (fast(image) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_were_changed_afterwards_are_as_they_are(change, way):
+    plain = sgformer.create_model("sgformer_n", significance="random", num_classes=5).eval()  # no rounding changes it
+    for parameter in plain.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    image = torch.randn(1, 3, 64, 64)
+    before = plain(image)
+    CHANGES[change](plain)
+    expected, fast = plain(image), sgformer.optimize(plain, **way)
+    assert not torch.allclose(expected, before, rtol=1e-3)
+    assert (fast(image) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 class Score(torch.nn.Module):
     """Significance by a user's own network, of parts that `optimize` replaces elsewhere."""
 
@@ -198,6 +214,7 @@ def test_optimize_refuses_what_it_does_not_know():
         sgformer.optimize(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_kind_of_block_is_compiled_once(model, monkeypatch):
     """With a backend that runs the graphs as they are: what is tested is how blocks are compiled, not the compiler."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -34,8 +33,8 @@ from sgformer.backbone import (
     PlainBlock,
     SelfGuidedAttention,
 )
-from sgformer.guidance import LinearAggregation
-from sgformer.layers import ConvNorm, DepthwiseConv, Downsample, Mlp, Stem
+from sgformer.intact import HOOKS, intact, plain, readable
+from sgformer.layers import ConvNorm, Downsample, Mlp, Stem
 from sgformer.ops import native
 
 aten = torch.ops.aten
@@ -81,69 +80,22 @@ def restore(model: nn.Module) -> None:
         module.__class__ = USUAL.get(type(module), type(module))
 
 
-def _served(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether native kernels can stand for ``modules`` and all within them, here and now, of an input x.
+def _served(x: Tensor, parts: Mapping[nn.Module, type[nn.Module]]) -> bool:
+    """Whether native kernels can stand for ``parts`` of an input x, here and now, if these are of the kinds given.
 
     Not where somebody looks on: hooks within expect to be called, and modes to see torch's operations.
     """
     return (
-        _plain(x)
+        plain(x)
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.peek_interpreter_stack()
         and not torch._C._len_torch_dispatch_stack()
         and not any(getattr(_modules, f"_global_{hooks}") for hooks in HOOKS)
-        and all(_as_built(part) for module in modules for part in module.modules())
+        and all(intact(part, kind) and readable(part) for part, kind in parts.items())
         and _available()
     )
-
-
-#: What the functions here know the inside of, and how it has to be set; the rest, say adapters, is called as it is.
-KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
-    **dict.fromkeys((nn.Identity, DropPath, Mlp, PlainAttention, LinearAggregation), lambda m: True),
-    nn.Linear: lambda m: m.bias is not None,
-    nn.LayerNorm: lambda m: m.bias is not None and len(m.normalized_shape) == 1,
-    nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
-    nn.GELU: lambda m: m.approximate == "none",
-    nn.Conv2d: lambda m: (m.dilation, m.padding_mode) == ((1, 1), "zeros") and _square(m),
-    DepthwiseConv: lambda m: _convolves(m, 3, 1, 1, m.in_channels) and m.bias is not None,
-    ConvNorm: lambda m: m.conv.bias is None and (m.conv.kernel_size != (1, 1) or _convolves(m.conv, 1, 1, 0, 1)),
-    HybridScaleAttention: lambda m: _convolves(m.reduce, m.reduction, m.reduction, 0, 1) and m.reduce.bias is not None,
-    SelfGuidedAttention: lambda m: m.attend is ops.attend and type(m.aggregate) is LinearAggregation,
-}
-HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-
-
-def _as_built(part: nn.Module) -> bool:
-    """Whether it is of a known kind and computes what its kind does, with parameters that kernels can read."""
-    usual = KNOWN.get(type(part))
-    return (
-        usual is not None
-        and "forward" not in vars(part)
-        and not any(getattr(part, f"_{hooks}") for hooks in HOOKS)
-        and all(p is None or _plain(p) for p in part._parameters.values())
-        and usual(part)
-    )
-
-
-def _plain(x: Tensor) -> bool:
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.layout == torch.strided
-    )
-
-
-def _square(conv: nn.Conv2d) -> bool:
-    sides = (conv.kernel_size, conv.stride, conv.padding)
-    return all(isinstance(side, tuple) and side[0] == side[1] for side in sides)
-
-
-def _convolves(conv: nn.Conv2d, kernel: int, stride: int, padding: int, groups: int) -> bool:
-    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return found == ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), groups, "zeros")
 
 
 @functools.cache
@@ -163,7 +115,7 @@ class _FastMlp(Block):
     """Adds what attention gave and the MLP, the latter natively."""
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        if not _served(x, self.norm2, self.mlp):
+        if not _served(x, {self.norm2: nn.LayerNorm, self.mlp: Mlp}):
             return super().add(x, out)
         x = x + self.drop_path(out)
         mlp = self.mlp
@@ -173,7 +125,7 @@ class _FastMlp(Block):
 
 class FastHybrid(_FastMlp, HybridBlock):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not _served(x, self.norm1, self.attn):
+        if not _served(x, {self.norm1: nn.LayerNorm, self.attn: HybridScaleAttention}):
             return super().forward(x)
         attn: Any = self.attn
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
@@ -185,7 +137,8 @@ class FastHybrid(_FastMlp, HybridBlock):
 
 class FastGuided(_FastMlp, GuidedBlock):
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        if isinstance(self.source, nn.Module) or not _served(x, self.norm1, self.attn):
+        parts: dict[nn.Module, type[nn.Module]] = {self.norm1: nn.LayerNorm, self.attn: SelfGuidedAttention}
+        if isinstance(self.source, nn.Module) or not _served(x, parts):
             return super().forward(x, coarse, fine)
         attn: Any = self.attn
         significance = self.source(x, coarse, fine)
@@ -199,7 +152,7 @@ class FastGuided(_FastMlp, GuidedBlock):
 
 class FastPlain(_FastMlp, PlainBlock):
     def forward(self, x: Tensor) -> Tensor:
-        if not _served(x, self.norm1, self.attn):
+        if not _served(x, {self.norm1: nn.LayerNorm, self.attn: PlainAttention}):
             return super().forward(x)
         attn: Any = self.attn
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
@@ -504,7 +457,7 @@ def _kernel_rows(weight: Tensor) -> Tensor:
 
 class FastStem(Stem):
     def forward(self, x: Tensor) -> Tensor:
-        if not _served(x, self.conv1, self.conv2, self.conv3):
+        if not _served(x, dict.fromkeys((self.conv1, self.conv2, self.conv3), ConvNorm)):
             return super().forward(x)
         return self.position(self.norm(_convolved(x.permute(0, 2, 3, 1), self.conv1, self.conv2, self.conv3)))
 
@@ -512,7 +465,7 @@ class FastStem(Stem):
 class FastDownsample(Downsample):
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.expand, self.reduce, self.mix)
-        return _convolved(x, *layers) if _served(x, *layers) else super().forward(x)
+        return _convolved(x, *layers) if _served(x, dict.fromkeys(layers, ConvNorm)) else super().forward(x)
 
 
 def _convolved(x: Tensor, *layers: ConvNorm) -> Tensor:

@@ -7,6 +7,7 @@ Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from sgformer import ops
-from sgformer.backbone import Block, GuidedBlock, HybridBlock, HybridScaleAttention, PlainBlock, Stage
+from sgformer.backbone import Block, GuidedBlock, HybridBlock, PlainBlock, Stage
 from sgformer.guidance import LinearAggregation
-from sgformer.layers import ConvNorm, Mlp, Stem
+from sgformer.intact import intact, readable
+from sgformer.layers import ConvNorm, Downsample, Mlp, Stem
 from sgformer.ops import TokenGroups, native
 
 
@@ -110,7 +112,7 @@ class NativeConvNorm(nn.Module):
         self.conv = NativeLinear(block.conv) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x.permute(0, 2, 3, 1))
+        x = self.conv(x.permute(0, 2, 3, 1).contiguous())
         x = native.group_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu, inplace=True)
         return x.permute(0, 3, 1, 2)
 
@@ -199,26 +201,25 @@ def _ending(block: Block) -> list[Tensor]:
     return [*parts, *_linear(mlp.fc1), taps, mlp.conv.bias.detach(), *_linear(mlp.fc2)]
 
 
+#: What stands for what.
+NATIVE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    HybridBlock: NativeHybrid,
+    GuidedBlock: NativeGuided,
+    PlainBlock: NativePlain,
+    ConvNorm: NativeConvNorm,
+}
+
+
 def make_native(model: nn.Module) -> None:
     """Put the native parts into a frozen network on the CPU in float32, wherever there is one for the part."""
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
-            module.norm = NativeNorm(module.norm)
+            if intact(module.norm, nn.LayerNorm) and readable(module.norm):
+                module.norm = NativeNorm(module.norm)
             module.forward = functools.partial(_in_parts, module.forward, _widest(module), isinstance(module, Stem))
         for name, child in module.named_children():
-            kind = _native_kind(child)
-            if kind is not None:
-                setattr(module, name, kind(child))
-
-
-def _native_kind(module: nn.Module) -> Any:
-    attn = getattr(module, "attn", None)
-    if isinstance(module, HybridBlock):
-        return NativeHybrid if type(attn) is HybridScaleAttention else None
-    if isinstance(module, GuidedBlock):
-        usual = attn.attend is ops.attend and type(attn.aggregate) is LinearAggregation
-        return NativeGuided if usual and not isinstance(module.source, nn.Module) else None
-    return {PlainBlock: NativePlain, ConvNorm: NativeConvNorm}.get(type(module))
+            if type(child) in NATIVE and intact(child, type(child)) and readable(child):
+                setattr(module, name, NATIVE[type(child)](child))
 
 
 def _widest(module: Stem | Stage) -> float:
@@ -226,8 +227,8 @@ def _widest(module: Stem | Stage) -> float:
     if isinstance(module, Stem):
         channels: int = module.conv1.conv.out_channels
         return channels / 4
-    hidden: int = module.blocks[0].mlp.fc1.out_features
-    if isinstance(module.downsample, nn.Identity):
+    hidden = max((part.fc1.out_features for part in module.blocks.modules() if isinstance(part, Mlp)), default=1)
+    if not isinstance(module.downsample, Downsample):
         return hidden
     expanded: int = module.downsample.expand.conv.out_channels
     return max(hidden / 4, expanded)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.layers import DropPath
 from torch import Tensor
 
 from sgformer.accelerated import restore
 from sgformer.backbone import SGFormer
 from sgformer.fused import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
+from sgformer.intact import intact, readable
 from sgformer.layers import ConvNorm, Mlp
 from sgformer.ops import native as kernels
 
@@ -31,9 +33,10 @@ def optimize(
 
     The copy is frozen and in evaluation mode, and ``x + depthwise(x)`` of every MLP is one convolution. Where weights
     are packed, stem and blocks run in native kernels, a block in one call; without them linear maps go to oneDNN in its
-    own layout, bias within the kernel, and GELUs overwrite their input. ``forward_features``, ``forward_intermediates``
-    and ``inspect`` work as before; training a packed copy, saving it and moving it to another device do not: do that
-    with the original, and prepare again.
+    own layout, bias within the kernel, and GELUs overwrite their input. What was hooked, replaced or set otherwise
+    since the network was built is called as it is. ``forward_features``, ``forward_intermediates`` and ``inspect`` work
+    as before; training a packed copy, saving it and moving it to another device do not: do that with the original, and
+    prepare again.
 
     Args:
         model: any SGFormer, in any mode and dtype, on the device where it will run.
@@ -83,17 +86,19 @@ def optimize(
         make_native(fast)
     for module in list(fast.modules()):
         for name, child in module.named_children():
-            if isinstance(child, Mlp):
+            if intact(child, Mlp):
                 setattr(module, name, FoldedMlp(child))
     if pack:
         for path, module in list(fast.named_modules()):
-            if isinstance(module, FoldedMlp | ConvNorm) and isinstance(module.act, nn.GELU):
+            if isinstance(module, FoldedMlp | ConvNorm) and intact(module.act, nn.GELU):
                 module.act = InplaceGELU()
             for name, child in module.named_children():
-                if type(child) is nn.Linear and "aggregate" not in f"{path}.{name}":  # those are read, not called
+                read = "aggregate" in f"{path}.{name}"  # and not called
+                if intact(child, nn.Linear) and readable(child) and not read:
                     setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
-        block.drop_path = nn.Identity()  # its rate, which differs from block to block, would be compiled in
+        if type(getattr(block, "drop_path", None)) is DropPath:
+            block.drop_path = nn.Identity()  # its rate, which differs from block to block, would be compiled in
         if dynamic:
             block.forward = _compiled_for_all_grids(block.forward)
         elif compile:

@@ -26,6 +26,7 @@ from sgformer.config import SGFormerConfig
 from sgformer.guidance import LinearAggregation, MeanAggregation
 from sgformer.heads.upernet import PyramidPooling
 from sgformer.inference import FoldedMlp
+from sgformer.intact import intact
 from sgformer.layers import Mlp, PositionTable
 
 #: Smallest token grid of a guided stage, in tokens, for images from 32 x 32 pixels: 8 x 8, 4 x 4, 2 x 2.
@@ -45,7 +46,7 @@ def portable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn.
     restore(result)
     for module in list(result.modules()):
         for name, child in module.named_children():
-            if type(child) is Mlp:
+            if intact(child, Mlp):
                 setattr(module, name, FoldedMlp(child))
             elif type(child) is PositionTable:
                 setattr(module, name, Position(child, fixed))
@@ -69,7 +70,7 @@ def refusal(config: SGFormerConfig) -> str | None:
     if config.aggregation not in ("linear", "mean"):
         return f"aggregation {config.aggregation!r} has no counterpart in the formats"
     if config.significance == "random":
-        return "random significance is drawn by torch"
+        return "random significance is drawn for a size, outside of the network"
     return None
 
 
