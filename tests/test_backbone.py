@@ -76,6 +76,7 @@ def test_any_size_gives_maps_of_the_promised_shape(H, W, channels, coarse, B):
         assert (tokens.region_map() >= 0).all() and (tokens.token_map() >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 128), (128, 32), (33, 47), (800, 1333), (224, 224)])
 @pytest.mark.parametrize("coarse", ["global", "window"])
 def test_every_parameter_has_a_finite_gradient(size, coarse):

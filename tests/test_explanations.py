@@ -69,6 +69,7 @@ def test_from_python_with_an_array(weights):
     assert seen.image.shape == (64, 96, 3) and seen.title.split()[0] in ("ant", "bee", "cat")
 
 
+@pytest.mark.slow
 def test_from_the_command_line(weights, photo, tmp_path, capsys):
     out = tmp_path / "sheets"
     assert main(["explain", str(weights), str(photo.parent), "--out", str(out), "--arrays"]) == 0
@@ -149,6 +150,7 @@ def test_a_segmentation_is_asked_as_it_is_validated(segmenter, photo, tmp_path):
         assert arrays["answer/labels"].shape == (48, 60) and arrays["density/1.1"].shape == (12, 15)
 
 
+@pytest.mark.slow
 def test_a_detection_is_asked_with_its_boxes(detector, photo, tmp_path):
     from sgformer.explanations import load_looker
 
@@ -193,6 +195,7 @@ def test_an_array_that_is_no_image_is_named(given):
         sgformer.create_model("sgformer_n", num_classes=2).explain(given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"significance": "random", "aggregation": "merge"}, {"pairs": "single"}])
 def test_sheets_of_other_guidance(options, tmp_path):
     model = sgformer.create_model("sgformer_n", num_classes=2, **options)

@@ -39,6 +39,7 @@ def test_logits_features_and_significance(model, stem, size):
         assert relative(seen.significance[name.removeprefix("significance")], golden[name]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_window_coarse_heads_agree_with_global_ones_at_224(model):
     golden = golden_numbers.numbers("sgformer_s_224x224")
     windowed = sgformer.create_model(model.config.replace(coarse="window"), dtype=torch.float64).eval()

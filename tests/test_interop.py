@@ -26,6 +26,7 @@ def told_apart(code):
     return "-".join(sorted(set(libraries(code)) - {"sgformer", "torch", "json", "PIL"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS, ids=told_apart)
 def test_snippet_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -108,6 +108,7 @@ def test_data_without_known_objects_is_refused(tmp_path):
         find_objects(tmp_path)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(scenes, tmp_path, capsys):
     model = sgformer.create_model("sgformer_n", num_classes=10, img_size=64)
     weights = sgformer.save_model(

@@ -69,6 +69,7 @@ def test_significance_has_to_be_given_and_to_fit():
         SelfGuidedAttention1d(16, 4)(torch.randn(1, 9, 16), torch.zeros(1, 8))
 
 
+@pytest.mark.slow
 def test_the_example_learns():
     from chirps import train
 

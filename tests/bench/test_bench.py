@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 QUICK = ["--rounds", "2", "--seconds", "0", "--memory", "false", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_table_json_and_plots(tmp_path, capsys):
     models = ["sgformer_n", "plain_n"]
     sizes, modes, backends = ["64", "96"], ["infer", "train"], ["eager", "optimize"]

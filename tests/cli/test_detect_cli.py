@@ -56,6 +56,7 @@ def test_a_run_leaves_what_it_should(run):
     assert "nan" not in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(data, run, tmp_path):
     args = ["train", "detect", "--data", str(data), "--run", str(tmp_path / "r"), "--epochs", "2", *QUICK]
     assert main([*args, "--max-steps", "2"]) == 0  # in the middle of the first epoch's three
@@ -114,6 +115,7 @@ def test_predict_draws_and_writes_coco(data, run, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["images"]) == 3
 
 
+@pytest.mark.slow
 def test_boxes_only_from_json_files(data, tmp_path):
     args = ["--data", str(data / "annotations" / "instances_train.json"), "--masks", "false", "--epochs", "1"]
     assert main(["train", "detect", *args, "--run", str(tmp_path / "r"), "--max-steps", "1", *QUICK]) == 0
@@ -122,6 +124,7 @@ def test_boxes_only_from_json_files(data, tmp_path):
     assert main(["eval", str(tmp_path / "r"), "--data", str(data), "--workers", "0"]) == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_image_stops_the_run_or_is_counted(data, tmp_path, capsys):
     root = tmp_path / "data"
     for split in ("train", "val"):
@@ -162,6 +165,7 @@ def test_what_does_not_do_is_one_line(data, run, capsys, arguments, words):
     assert words in error and error.count("\n") == 1 and error.startswith("sgformer: error: ")
 
 
+@pytest.mark.slow
 def test_classification_weights_and_a_frozen_stage_start_a_detector(data, tmp_path):
     import sgformer
 

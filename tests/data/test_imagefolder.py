@@ -159,6 +159,7 @@ def test_a_bad_image_stops_by_name_in_one_line(root, workers):
         list(DataLoader(dataset, batch_size=5, collate_fn=collate, num_workers=workers))
 
 
+@pytest.mark.slow
 def test_bad_images_are_skipped_counted_and_never_replaced(root):
     (root / "train/ant/b.png").write_bytes(b"junk")
     dataset = ImageFolderDataset(scan(root), noisy, bad_images="skip")

@@ -111,12 +111,14 @@ def test_what_formats_do_not_have_is_refused(changes, tmp_path):
         sgformer.export(tmp_path / "w.safetensors", tmp_path / "m.onnx", image_size=64)
 
 
+@pytest.mark.slow
 def test_segmentation(segmenter, tmp_path):
     result = sgformer.export(segmenter, tmp_path / "s.onnx", significance=True)
     assert result.largest < 1e-4 and result.outputs[0] == "logits" and len(result.outputs) == 4
     assert run(tmp_path / "s.onnx", torch.zeros(1, 3, 70, 33))["logits"].shape == (1, 3, 70, 33)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_whole_detector_finds_the_same_objects(tmp_path):
     """Untrained, its scores are nearly equal, and rounding may decide which of two boxes stays: most must agree."""

@@ -27,6 +27,8 @@ from sgformer.tasks.detect import Detector
 from sgformer.tasks.pyramid import pyramid_backbone
 from sgformer.tasks.segment import Segmenter
 
+pytestmark = pytest.mark.slow  # networks of every task are exported
+
 mask_tools = pytest.importorskip("pycocotools.mask")
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]

@@ -19,6 +19,8 @@ from sgformer.errors import StalledError, UserError
 from sgformer.tasks.classify import ClassificationTask
 from sgformer.training.weights import read_metadata
 
+pytestmark = pytest.mark.slow  # whole runs, again and again
+
 pytest.importorskip("lightning")
 FOUR = {**QUICK, "max_steps": 4, "checkpoint_every": 1}
 KEPT = ("last.ckpt", "previous.ckpt")

@@ -60,6 +60,7 @@ def test_shards(tmp_path):
     assert outcomes == {"json": {"accepted", "refused"}, "tar": {"accepted", "refused"}}
 
 
+@pytest.mark.slow
 def test_commands_and_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in islice(hostile.mutated_commands(1), 150):

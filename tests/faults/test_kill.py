@@ -7,6 +7,8 @@ import killing
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # whole runs, again and again
+
 pytest.importorskip("lightning")
 
 
@@ -53,7 +55,6 @@ def test_a_signal_writes_a_checkpoint_and_the_exit_code_says_so(reference, tmp_p
     assert killing.differences(reference.run, run) == []
 
 
-@pytest.mark.slow
 def test_a_signal_in_the_last_update_still_leaves_a_whole_run(reference, tmp_path):
     """Its validation is done, too: nothing of the run is left for a --resume that has no update to make."""
     course, run = reference.course, tmp_path / "run"

@@ -94,6 +94,7 @@ def attend_few(q, kv, heads):
 GRIDS = [(2, 9, 7, 64), (1, 1, 1, 20), (3, 5, 1, 33), (1, 14, 16, 100)]
 
 
+@pytest.mark.slow
 def test_each_kind_is_another_one(kind):
     assert native.lanes() == {"no AVX": 4, "AVX2": 8}.get(kind, native.lanes())
     assert native.lanes() in (4, 8, 16)
@@ -441,6 +442,7 @@ def once(kind):
         pytest.skip("the same for every kind")
 
 
+@pytest.mark.slow
 def test_compiled_once_and_found_again(once, tmp_path):
     assert fresh(LOAD, XDG_CACHE_HOME=str(tmp_path)).returncode == 0
     (file,) = (tmp_path / "sgformer").iterdir()
@@ -452,6 +454,7 @@ def test_compiled_once_and_found_again(once, tmp_path):
     assert list((tmp_path / "sgformer").iterdir()) == [file] and file.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["none", "fails"])
 def test_without_a_compiler_the_network_is_packed_all_the_same(once, tmp_path, why):
     if why == "fails":
@@ -475,6 +478,7 @@ except native.UnavailableError as error:
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_to_does_not_matter(once, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = fresh(LOAD, XDG_CACHE_HOME=str(tmp_path / "file"))

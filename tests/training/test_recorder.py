@@ -12,6 +12,8 @@ from sgformer.data.scenes import make_scenes
 from sgformer.errors import UserError
 from sgformer.training.recorder import rank_correlation
 
+pytestmark = pytest.mark.slow  # whole runs, again and again
+
 pytest.importorskip("lightning")
 
 
@@ -74,7 +76,6 @@ def test_recording_changes_nothing_and_survives_a_stop(tmp_path):
     assert losses[0][-1] == losses[1][-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_dense_tasks_record_too(task, tmp_path):
     common = {"model": "sgformer_n", "workers": 0, "record_significance": 1, "run": str(tmp_path / "run")}

@@ -12,6 +12,8 @@ from sgformer.checkpoint import read_safetensors
 from sgformer.errors import UserError
 from sgformer.training.callbacks import Interrupted
 
+pytestmark = pytest.mark.slow  # whole runs, again and again
+
 pytest.importorskip("lightning")
 
 
@@ -84,7 +86,6 @@ def test_workers_and_checkpoints_do_not_change_the_run(photos, straight, tmp_pat
     assert_same_run(straight, run)
 
 
-@pytest.mark.slow
 def test_resume_with_accumulation_and_workers(photos, tmp_path):
     settings = {**QUICK, "accumulate": 2, "workers": 2}
     whole = train_classifier(data=str(photos), run=str(tmp_path / "whole"), max_steps=6, **settings).path

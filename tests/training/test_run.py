@@ -110,6 +110,7 @@ def test_prediction_is_softmax_of_the_network(run, photos):
     assert [p for _, p in answer.labels] == pytest.approx([p for _, p in expected], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_a_run(run, photos, tmp_path):
     again = train_classifier(data=str(photos), run=str(tmp_path / "run"), **QUICK).path
     assert all(
@@ -137,6 +138,7 @@ def test_weights_of_another_model_are_refused(run, photos, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_any_model_of_timm(photos, tmp_path):
     settings = {**QUICK, "model": "resnet10t", "epochs": 1, "layer_decay": 0.8, "accumulate": 2}
     run = train_classifier(data=str(photos), run=str(tmp_path / "run"), **settings).path
@@ -145,6 +147,7 @@ def test_any_model_of_timm(photos, tmp_path):
     assert read_metadata(tuned.path)["timm_model"] == "resnet10t"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_mixed_precision(photos, tmp_path, precision):
     run = train_classifier(data=str(photos), run=str(tmp_path / "run"), precision=precision, max_steps=2, **QUICK).path
@@ -194,6 +197,7 @@ def test_an_unreadable_image_stops_the_run_by_name(damaged, tmp_path, workers):
     assert "train/ant/2.png" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_and_counted(damaged, tmp_path):
     run = train_classifier(data=str(damaged), run=str(tmp_path / "run"), bad_images="skip", **QUICK).path
     assert "| Skipped images | 2 |" in (run / "report.md").read_text()
@@ -203,6 +207,7 @@ def test_unreadable_images_are_skipped_and_counted(damaged, tmp_path):
         evaluate(run, damaged, workers=0)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
     from sgformer.tasks.classify import ClassificationTask
 
@@ -232,6 +237,7 @@ def test_the_weights_open_as_a_plain_model(run):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
     from sgformer.tasks.classify import ClassificationTask
 
@@ -251,6 +257,7 @@ def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
     assert seen == [False, True]
 
 
+@pytest.mark.slow
 def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, caplog, monkeypatch):
     from sgformer.ops import native
 

@@ -91,6 +91,7 @@ def test_it_learns_squares_it_has_not_seen(shapes, tmp_path):
     assert result["miou"] > 0.6  # calling everything ground gives 0.2
 
 
+@pytest.mark.slow
 def test_accumulated_parts_and_passes(shapes, tmp_path):
     options = {**QUICK, "head": "semantic-fpn", "accumulate": 2, "epochs": 4, "val_every": 2}
     run = train_segmenter(data=str(shapes), run=str(tmp_path / "run"), **options).path

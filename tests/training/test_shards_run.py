@@ -9,6 +9,8 @@ from photos import QUICK, make_photos, tensors
 from sgformer.api import evaluate, train_classifier
 from sgformer.data.sharding import make_shards
 
+pytestmark = pytest.mark.slow  # whole runs, again and again
+
 pytest.importorskip("lightning")
 
 

@@ -52,6 +52,7 @@ def test_only_confident_ones():
     assert objects(scores=None).above(0.5).scores is None
 
 
+@pytest.mark.slow
 def test_files_are_written(tmp_path):
     image = np.zeros((60, 80, 3), np.uint8)
     draw_detections(image, objects(), NAMES, tmp_path / "a.png")

@@ -53,6 +53,7 @@ def test_overlay_colours_classes_but_neither_ground_nor_unlabelled():
     assert mixed[20 * zoom, 20 * zoom].min() > 0.8  # a light line between them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 30])
 @pytest.mark.parametrize("size", [(30, 30), (20, 200), (300, 40)])
 def test_pictures_get_made(tmp_path, classes, size):
