@@ -150,6 +150,24 @@ def test_checkpointing_and_stochastic_depth():
         assert_close(again[1][name], kept[1][name], 1e-6)
 
 
+@pytest.mark.parametrize("images, rate", [(1, 0.5), (3, 0.3), (2, 0.99)])
+def test_images_that_stochastic_depth_drops_need_no_computing(images, rate):
+    """Nothing differs but the time: not even where it drops all of a batch, and gradients are zeros, not None."""
+    a, b = pair(drop_path_rate=rate)
+    for seed in range(3):
+        found = []
+        for model in (a, b):
+            torch.manual_seed(seed)
+            x = torch.randn(images, 3, 64, 48, requires_grad=True)
+            found.append((gradients(model, x), torch.rand(1)))
+        ((out_a, grads_a, x_a), drawn_a), ((out_b, grads_b, x_b), drawn_b) = found
+        assert drawn_a == drawn_b  # as many random numbers
+        assert_close(out_b, out_a, 2e-5)
+        assert_close(x_b, x_a, 2e-5)
+        for name, gradient in grads_a.items():
+            assert_close(grads_b[name], gradient, 2e-5)
+
+
 def test_less_is_kept():
     a, b = pair("sgformer_t")
 

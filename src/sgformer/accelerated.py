@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -111,34 +112,47 @@ def _available() -> bool:
 # -- blocks -----------------------------------------------------------------------------------------------------
 
 
-class _FastMlp(Block):
-    """Adds what attention gave and the MLP, the latter natively."""
+class _FastBlock(Block):
+    """Both halves natively, each with its norm and what it is added to; either of them in torch where it must be."""
+
+    def _serves(self, x: Tensor, norm: nn.Module, part: nn.Module, kind: type[nn.Module]) -> bool:
+        drop = DropPath if type(self.drop_path) is DropPath else nn.Identity
+        return _served(x, {norm: nn.LayerNorm, part: kind, self.drop_path: drop})
+
+    def _scale(self, x: Tensor) -> Tensor | None:
+        """What stochastic depth has for every image, (B, 1, 1, 1), drawn as it draws; None where that is 1."""
+        drop = self.drop_path
+        dropping = isinstance(drop, DropPath) and drop.training and drop.drop_prob
+        return drop(x.new_ones(len(x), 1, 1, 1)) if dropping else None
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        if not _served(x, {self.norm2: nn.LayerNorm, self.mlp: Mlp}):
-            return super().add(x, out)
-        x = x + self.drop_path(out)
+        return self._then(x + self.drop_path(out))
+
+    def _then(self, x: Tensor) -> Tensor:
+        """The second half."""
+        if not self._serves(x, self.norm2, self.mlp, Mlp):
+            return x + self.drop_path(self.mlp(self.norm2(x)))
         mlp = self.mlp
         parameters = [*_pair(self.norm2), *_pair(mlp.fc1), *_pair(mlp.conv), *_pair(mlp.fc2)]
-        return x + self.drop_path(MlpFunction.apply(x, self.norm2.eps, *parameters))
+        return MlpFunction.apply(x, self._scale(x), self.norm2.eps, *parameters)
 
 
-class FastHybrid(_FastMlp, HybridBlock):
+class FastHybrid(_FastBlock, HybridBlock):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not _served(x, {self.norm1: nn.LayerNorm, self.attn: HybridScaleAttention}):
+        if not self._serves(x, self.norm1, self.attn, HybridScaleAttention):
             return super().forward(x)
         attn: Any = self.attn
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
         parameters += [*_pair(attn.reduce), *_pair(attn.reduce_norm), *_pair(attn.kv_coarse)]
         options = (self.norm1.eps, attn.reduce_norm.eps, attn.heads, attn.reduction, attn.window, attn.coarse)
-        out, coarse, fine = HybridFunction.apply(x, options, *parameters)
-        return self.add(x, out), coarse, fine
+        x, coarse, fine = HybridFunction.apply(x, self._scale(x), options, *parameters)
+        return self._then(x), coarse, fine
 
 
-class FastGuided(_FastMlp, GuidedBlock):
+class FastGuided(_FastBlock, GuidedBlock):
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        parts: dict[nn.Module, type[nn.Module]] = {self.norm1: nn.LayerNorm, self.attn: SelfGuidedAttention}
-        if isinstance(self.source, nn.Module) or not _served(x, parts):
+        usual = not isinstance(self.source, nn.Module)  # one of parameters would also gate the tokens
+        if not usual or not self._serves(x, self.norm1, self.attn, SelfGuidedAttention):
             return super().forward(x, coarse, fine)
         attn: Any = self.attn
         significance = self.source(x, coarse, fine)
@@ -146,17 +160,17 @@ class FastGuided(_FastMlp, GuidedBlock):
         groups = ops.group_tokens(order, attn.aggregate.shares, attn.aggregate.rates)
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
         parameters += [*_pair(attn.kv), *(m.weight for m in attn.aggregate), *(m.bias for m in attn.aggregate)]
-        out = GuidedFunction.apply(x, (self.norm1.eps, attn.heads), groups, *parameters)
-        return self.add(x, out), significance, groups
+        x = GuidedFunction.apply(x, self._scale(x), (self.norm1.eps, attn.heads), groups, *parameters)
+        return self._then(x), significance, groups
 
 
-class FastPlain(_FastMlp, PlainBlock):
+class FastPlain(_FastBlock, PlainBlock):
     def forward(self, x: Tensor) -> Tensor:
-        if not _served(x, {self.norm1: nn.LayerNorm, self.attn: PlainAttention}):
+        if not self._serves(x, self.norm1, self.attn, PlainAttention):
             return super().forward(x)
         attn: Any = self.attn
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
-        return self.add(x, PlainFunction.apply(x, (self.norm1.eps, attn.heads), *parameters))
+        return self._then(PlainFunction.apply(x, self._scale(x), (self.norm1.eps, attn.heads), *parameters))
 
 
 def _pair(module: Any) -> tuple[Tensor, Tensor]:
@@ -167,25 +181,25 @@ def _pair(module: Any) -> tuple[Tensor, Tensor]:
 
 
 class HybridFunction(Function):
-    """Norm and :class:`~sgformer.backbone.HybridScaleAttention`: output, coarse and fine significance."""
+    """x and what norm and :class:`~sgformer.backbone.HybridScaleAttention` add; coarse and fine significance."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], *parameters: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, options: tuple[Any, ...], *parameters: Tensor) -> Any:
         eps, reduce_eps, heads, r, _, _ = ctx.options = options
-        normed, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
+        normed, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
         C = x.shape[-1]
-        reduce, shift, scale, bias, *kv_linear = parameters[8:]
+        reduce, shift, gain, offset, weight, bias = parameters[8:]
         reduced = _linear(_patches(normed, r), _kernel_rows(reduce), shift)
-        kv = _linear(F.gelu(native.layer_norm(reduced, scale, bias, reduce_eps)), *kv_linear)
+        kv = _linear(F.gelu(native.layer_norm(reduced, gain, offset, reduce_eps)), weight, bias)
         attended = torch.empty_like(x)
         coarse_windows, fine_windows = HybridFunction.windows(x, kv, options)
         coarse = native.attend(wide[..., : C // 2], kv, heads, *coarse_windows, attended[..., : C // 2], r)
         fine = native.attend(
             wide[..., C // 2 : C], wide[..., C : 2 * C], heads, *fine_windows, attended[..., C // 2 :], 1
         )
-        ctx.save_for_backward(x, *moments, wide, reduced, kv, attended, *parameters)
+        ctx.save_for_backward(x, scale, wide, reduced, kv, attended, *parameters)
         ctx.mark_non_differentiable(coarse, fine)
-        return _leave(attended, wide[..., 2 * C :], *parameters[4:8]), coarse, fine
+        return _leave(x, scale, attended, wide[..., 2 * C :], *parameters[4:8]), coarse, fine
 
     @staticmethod
     def windows(x: Tensor, kv: Tensor, options: tuple[Any, ...]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -199,13 +213,14 @@ class HybridFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-        x, mean, rstd, wide, reduced, kv, attended, *parameters = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        x, scale, wide, reduced, kv, attended, *parameters = ctx.saved_tensors
         eps, reduce_eps, heads, r, _, _ = ctx.options
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         C = x.shape[-1]
         g_wide, g_kv = torch.empty_like(wide), torch.empty_like(kv)
         local, g_local = wide[..., 2 * C :], g_wide[..., 2 * C :]
-        g_attended, leaving = _leave_backward(gradient, attended, local, g_local, parameters[4:8], needed[4:8])
+        g_attended, leaving = _leave_backward(gradient, scale, attended, local, g_local, parameters[4:8], needed[4:8])
         coarse_windows, fine_windows = HybridFunction.windows(x, kv, ctx.options)
         half = C // 2
         native.attend_backward(
@@ -219,17 +234,26 @@ class HybridFunction(Function):
         g_normed, entering = _linear_backward(g_wide, normed, parameters[2], needed[2:4])
         g_patches, reducing = _reduce_backward(g_kv, normed, reduced, r, reduce_eps, parameters[8:], needed[8:])
         g_normed += _unpatched(g_patches, r, (x.shape[1], x.shape[2]))
-        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
-        return g_x, None, *norm, *entering, *leaving, *reducing
+        g_x, *norm = native.layer_norm_backward(g_normed, x, parameters[0], parameters[1], eps, gradient)
+        return g_x, None, None, *norm, *entering, *leaving, *reducing
 
 
 class GuidedFunction(Function):
-    """Norm and :class:`~sgformer.backbone.SelfGuidedAttention`, softmax and linear, of tokens that are grouped."""
+    """x and what norm and :class:`~sgformer.backbone.SelfGuidedAttention` add: softmax, linear maps, tokens grouped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], groups: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        options: tuple[Any, ...],
+        groups: Sequence[Tensor],
+        *parameters: Tensor,
+    ) -> Tensor:
         eps, heads = ctx.options = options
-        normed, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
+        every, kept = x, _kept(scale)
+        x, scale, *groups = _of(kept, x.contiguous(), scale, *groups)
+        normed, wide = _enter(x, eps, *parameters[:4])
         C = x.shape[-1]
         weights, biases = parameters[10 : 10 + len(groups)], parameters[10 + len(groups) :]
         few = native.aggregate(normed.flatten(1, 2), groups, weights, biases)[:, None]  # (B, 1, M, C)
@@ -237,21 +261,22 @@ class GuidedFunction(Function):
         attended = torch.empty_like(x)
         grid = (x.shape[1], x.shape[2])
         native.attend(wide[..., :C], kv, heads, grid, (1, kv.shape[2]), attended)
-        ctx.save_for_backward(x, *moments, wide, few, kv, attended, *groups, *parameters)
+        ctx.save_for_backward(kept, x, scale, wide, few, kv, attended, *groups, *parameters)
         ctx.regions = len(groups)
-        return _leave(attended, wide[..., C:], *parameters[4:8])
+        return _among(every, kept, _leave(x, scale, attended, wide[..., C:], *parameters[4:8]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, mean, rstd, wide, few, kv, attended, *saved = ctx.saved_tensors
+        kept, x, scale, wide, few, kv, attended, *saved = ctx.saved_tensors
+        every, (gradient,) = gradient, _of(kept, gradient.contiguous())
         groups, parameters = saved[: ctx.regions], saved[ctx.regions :]
         eps, heads = ctx.options
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         C = x.shape[-1]
         g_wide, g_kv = torch.empty_like(wide), torch.empty_like(kv)
         g_attended, leaving = _leave_backward(
-            gradient, attended, wide[..., C:], g_wide[..., C:], parameters[4:8], needed[4:8]
+            gradient, scale, attended, wide[..., C:], g_wide[..., C:], parameters[4:8], needed[4:8]
         )
         native.attend_backward(
             wide[..., :C], kv, g_attended, g_wide[..., :C], g_kv, heads, (x.shape[1], x.shape[2]), (1, kv.shape[2])
@@ -263,84 +288,119 @@ class GuidedFunction(Function):
         aggregating = native.aggregate_backward(
             g_few[:, 0], normed.flatten(1, 2), groups, weights, g_normed.flatten(1, 2)
         )
-        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
-        return g_x, None, None, *norm, *entering, *leaving, *projecting, *aggregating[0], *aggregating[1]
+        g_x, *norm = native.layer_norm_backward(g_normed, x, parameters[0], parameters[1], eps, gradient)
+        return (
+            _among(every, kept, g_x),
+            None,
+            None,
+            None,
+            *norm,
+            *entering,
+            *leaving,
+            *projecting,
+            *aggregating[0],
+            *aggregating[1],
+        )
 
 
 class PlainFunction(Function):
-    """Norm and :class:`~sgformer.backbone.PlainAttention`."""
+    """x and what norm and :class:`~sgformer.backbone.PlainAttention` add."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, options: tuple[Any, ...], *parameters: Tensor) -> Tensor:
         eps, heads = ctx.options = options
-        _, moments, wide = _enter(x := x.contiguous(), eps, *parameters[:4])
+        every, kept = x, _kept(scale)
+        x, scale = _of(kept, x.contiguous(), scale)
+        _, wide = _enter(x, eps, *parameters[:4])
         C = x.shape[-1]
         attended = torch.empty_like(x)
         grid = (x.shape[1], x.shape[2])
         native.attend(wide[..., :C], wide[..., C : 3 * C], heads, grid, grid, attended)
-        ctx.save_for_backward(x, *moments, wide, attended, *parameters)
-        return _leave(attended, wide[..., 3 * C :], *parameters[4:8])
+        ctx.save_for_backward(kept, x, scale, wide, attended, *parameters)
+        return _among(every, kept, _leave(x, scale, attended, wide[..., 3 * C :], *parameters[4:8]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, mean, rstd, wide, attended, *parameters = ctx.saved_tensors
+        kept, x, scale, wide, attended, *parameters = ctx.saved_tensors
+        every, (gradient,) = gradient, _of(kept, gradient.contiguous())
         eps, heads = ctx.options
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         C, grid = x.shape[-1], (x.shape[1], x.shape[2])
         g_wide = torch.empty_like(wide)
         local, g_local = wide[..., 3 * C :], g_wide[..., 3 * C :]
-        g_attended, leaving = _leave_backward(gradient, attended, local, g_local, parameters[4:8], needed[4:8])
+        g_attended, leaving = _leave_backward(gradient, scale, attended, local, g_local, parameters[4:8], needed[4:8])
         native.attend_backward(
             wide[..., :C], wide[..., C : 3 * C], g_attended, g_wide[..., :C], g_wide[..., C : 3 * C], heads, grid, grid
         )
         normed = native.layer_norm(x, parameters[0], parameters[1], eps)
         g_normed, entering = _linear_backward(g_wide, normed, parameters[2], needed[2:4])
-        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
-        return g_x, None, *norm, *entering, *leaving
+        g_x, *norm = native.layer_norm_backward(g_normed, x, parameters[0], parameters[1], eps, gradient)
+        return _among(every, kept, g_x), None, None, *norm, *entering, *leaving
 
 
 class MlpFunction(Function):
-    """Norm and :class:`~sgformer.layers.Mlp`."""
+    """x and what norm and :class:`~sgformer.layers.Mlp` add."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
-        scale, shift, weight1, bias1, weight, bias, weight2, bias2 = parameters
-        x, C, hidden, taps = x.contiguous(), x.shape[-1], len(weight1), native.taps_plus_input(weight)
-        normed, *moments = aten.native_layer_norm(x, [C], scale, shift, eps)
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, eps: float, *parameters: Tensor) -> Tensor:
+        gain, shift, weight1, bias1, weight, bias, weight2, bias2 = parameters
+        every, kept = x, _kept(scale)
+        x, scale = _of(kept, x.contiguous(), scale)
+        hidden, taps = len(weight1), native.taps_plus_input(weight)
+        normed = native.layer_norm(x, gain, shift, eps)
         maps = [(native.pack(w), native.padded(b, len(w)), len(w)) for w, b in ((weight1, bias1), (weight2, bias2))]
         h, out = x.new_empty(*x.shape[:-1], hidden), torch.empty_like(x)
         spare = _memory(h)
         for few in _parts(h):
             native.linear(normed[few], *maps[0], h[few])
             a = native.depthwise_gelu(h[few], taps, bias, spare[: len(h[few])])
-            native.linear(a, *maps[1], out[few])
-        ctx.save_for_backward(x, *moments, h, *parameters)
+            native.linear(a, *maps[1], out[few], x[few] if scale is None else None)
+        ctx.save_for_backward(kept, x, scale, h, *parameters)
         ctx.eps = eps
-        return out
+        return _among(every, kept, out if scale is None else torch.addcmul(x, out, scale, out=out))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, mean, rstd, h, *parameters = ctx.saved_tensors
-        scale, shift, weight1, _, weight, bias, weight2, _ = parameters
+        kept, x, scale, h, *parameters = ctx.saved_tensors
+        every, (gradient,) = gradient, _of(kept, gradient.contiguous())
+        gain, shift, weight1, _, weight, bias, weight2, _ = parameters
         taps = native.taps_plus_input(weight)
-        gradient, C, hidden = gradient.contiguous(), x.shape[-1], h.shape[-1]
+        C, hidden = x.shape[-1], h.shape[-1]
+        g_out = gradient if scale is None else gradient * scale
         back1, back2 = native.pack(weight1, transposed=True), native.pack(weight2, transposed=True)
         none1, none2 = native.padded(None, C), native.padded(None, hidden)
         sums = [p.new_empty(p.shape) for p in (*parameters[2:4], *parameters[6:8])]  # fc1, fc2
         g_taps = taps.new_zeros(10, hidden)
-        normed, g_normed = native.layer_norm(x, scale, shift, ctx.eps), torch.empty_like(x)
+        normed, g_normed = native.layer_norm(x, gain, shift, ctx.eps), torch.empty_like(x)
         spare, other = _memory(h), _memory(h)
         for few in _parts(h):
             g_h, a = spare[: len(h[few])], other[: len(h[few])]
-            native.linear(gradient[few], back2, none2, hidden, g_h)
+            native.linear(g_out[few], back2, none2, hidden, g_h)
             g_taps += native.depthwise_backward(h[few], g_h, taps, g_h, bias, a)
-            native.linear_gradient(gradient[few], a, sums[2], sums[3], few.start > 0)
+            native.linear_gradient(g_out[few], a, sums[2], sums[3], few.start > 0)
             native.linear_gradient(g_h, normed[few], sums[0], sums[1], few.start > 0)
             native.linear(g_h, back1, none1, C, g_normed[few])
-        g_x, *norm = _norm_backward(g_normed, x, mean, rstd, parameters)
-        return g_x, None, *norm, *sums[:2], *_depthwise_gradients(g_taps), *sums[2:]
+        g_x, *norm = native.layer_norm_backward(g_normed, x, gain, shift, ctx.eps, gradient)
+        return _among(every, kept, g_x), None, None, *norm, *sums[:2], *_depthwise_gradients(g_taps), *sums[2:]
+
+
+def _kept(scale: Tensor | None) -> Tensor | None:
+    """The images whose branch stochastic depth keeps, (K,) int64; None where it keeps all. Others need no computing."""
+    if scale is None or scale.all():
+        return None
+    return scale.flatten().nonzero()[:, 0]
+
+
+def _of(kept: Tensor | None, *tensors: Any) -> Sequence[Any]:
+    """Those images of every tensor."""
+    return tensors if kept is None else [None if t is None else t.index_select(0, kept) for t in tensors]
+
+
+def _among(every: Tensor, kept: Tensor | None, few: Tensor) -> Tensor:
+    """``few`` in the place of those images of ``every``."""
+    return few if kept is None else every.index_copy(0, kept, few)
 
 
 def _memory(h: Tensor) -> Tensor:
@@ -362,8 +422,9 @@ def _depthwise_gradients(made: Tensor) -> tuple[Tensor, Tensor]:
     return made[:9].t().reshape(-1, 1, 3, 3), made[9]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return native.linear(x.contiguous(), native.pack(weight), native.padded(bias, len(weight)), len(weight))
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    width = len(weight)
+    return native.linear(x.contiguous(), native.pack(weight), native.padded(bias, width), width, add=add)
 
 
 def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Grads]:
@@ -376,19 +437,10 @@ def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequen
     return g_x, [g_weight, g_bias]
 
 
-def _enter(
-    x: Tensor, eps: float, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Norm and linear map: the normalised, their mean and inverse standard deviation, the result."""
-    normed, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], scale, shift, eps)
-    return normed, (mean, rstd), _linear(normed, weight, bias)
-
-
-def _norm_backward(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the input, the scale and the shift of a LayerNorm; ``norm`` begins with the latter two."""
-    return list(
-        aten.native_layer_norm_backward(gradient, x, [x.shape[-1]], mean, rstd, norm[0], norm[1], [True, True, True])
-    )
+def _enter(x: Tensor, eps: float, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm and linear map: the normalised, the result."""
+    normed = native.layer_norm(x, scale, shift, eps)
+    return normed, _linear(normed, weight, bias)
 
 
 def _reduce_backward(
@@ -402,10 +454,9 @@ def _reduce_backward(
 ) -> tuple[Tensor, Grads]:
     """From the gradient of coarse heads' keys and values to that of the patches they are made of."""
     reduce, _, scale, bias, weight, _ = parameters
-    C = reduced.shape[-1]
-    made, mean, rstd = aten.native_layer_norm(reduced, [C], scale, bias, eps)
+    made = native.layer_norm(reduced, scale, bias, eps)
     gradient, linear = _linear_backward(gradient, F.gelu(made), weight, needed[4:])
-    gradient, *norm = _norm_backward(aten.gelu_backward(gradient, made), reduced, mean, rstd, (scale, bias))
+    gradient, *norm = native.layer_norm_backward(aten.gelu_backward(gradient, made), reduced, scale, bias, eps)
     g_patches, (g_reduce, shift) = _linear_backward(
         gradient, _patches(normed, r).contiguous(), _kernel_rows(reduce), needed[:2]
     )
@@ -414,21 +465,35 @@ def _reduce_backward(
     return g_patches, [g_reduce, shift, *norm, *linear]
 
 
-def _leave(attended: Tensor, local: Tensor, taps: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Adds the local term to ``attended``, in place, and projects the sum."""
+def _leave(
+    x: Tensor,
+    scale: Tensor | None,
+    attended: Tensor,
+    local: Tensor,
+    taps: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Adds the local term to ``attended``, in place, projects the sum, and adds that to x."""
     native.depthwise_add(local, native.tap_major(taps), shift, attended)
-    return _linear(attended, weight, bias)
+    if scale is None:
+        return _linear(attended, weight, bias, x)
+    out = _linear(attended, weight, bias)
+    return torch.addcmul(x, out, scale, out=out)
 
 
 def _leave_backward(
     gradient: Tensor,
+    scale: Tensor | None,
     attended: Tensor,
     local: Tensor,
     g_local: Tensor,
     parameters: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Tensor, Grads]:
-    g_attended, linear = _linear_backward(gradient.contiguous(), attended, parameters[2], needed[2:])
+    gradient = gradient if scale is None else gradient * scale
+    g_attended, linear = _linear_backward(gradient, attended, parameters[2], needed[2:])
     made = native.depthwise_backward(local, g_attended, native.tap_major(parameters[0]), g_local)
     return g_attended, [*_depthwise_gradients(made), *linear]
 
@@ -536,11 +601,15 @@ def _convolve_backward(
         turned = native.winograd_panels(weight.flip(2, 3).transpose(0, 1))
         g_x = native.winograd(gradient, turned, weight.shape[1]) if wanted else None
         return g_x, native.winograd_gradient(gradient, x)
-    made, g_weight, _ = aten.convolution_backward(
-        gradient.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [padding] * 2, [1, 1], False,
-        [0, 0], groups, [wanted, True, False],
-    )  # fmt: skip
-    return (made.permute(0, 2, 3, 1).contiguous() if wanted else None), g_weight
+    by_torch = groups > 1 or weight.shape[1] % native.lanes() != 0
+    made: Any = (None, None)
+    if wanted or by_torch:
+        made = aten.convolution_backward(
+            gradient.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [padding] * 2, [1, 1],
+            False, [0, 0], groups, [wanted, by_torch, False],
+        )  # fmt: skip
+    back = made[0].permute(0, 2, 3, 1).contiguous() if wanted else None
+    return back, made[1] if by_torch else native.conv_gradient(gradient, x, weight.shape[2], stride, padding)
 
 
 #: What :func:`accelerate` makes of what.

@@ -31,12 +31,12 @@ HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_h
 
 def intact(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a part is of this very kind, and it and all within it compute what their kinds do."""
-    return type(part) is kind and all(_usual(module) for module in part.modules())
+    return type(part) is kind and _usual(part)
 
 
-def readable(part: nn.Module) -> bool:
+def readable(part: Any) -> bool:
     """Whether kernels can read all parameters of a part."""
-    return all(plain(p) for p in part.parameters())
+    return all(p is None or plain(p) for p in part._parameters.values()) and all(map(readable, part._modules.values()))
 
 
 def plain(x: Tensor) -> bool:
@@ -49,13 +49,14 @@ def plain(x: Tensor) -> bool:
     )
 
 
-def _usual(module: nn.Module) -> bool:
+def _usual(module: Any) -> bool:
     as_built = KNOWN.get(type(module))
     return (
         as_built is not None
         and "forward" not in vars(module)
         and not any(getattr(module, f"_{hooks}") for hooks in HOOKS)
         and as_built(module)
+        and all(map(_usual, module._modules.values()))
     )
 
 

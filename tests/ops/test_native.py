@@ -1,6 +1,7 @@
 """The compiled kernels against torch's own operations in float64, for every kind of vector that this machine has."""
 
 import copy
+import functools
 import os
 import platform
 import subprocess
@@ -115,6 +116,14 @@ def test_linear(rows, n, width):
     same = add.clone()
     linear(x, weight, bias, width, add=same, out=same)
     close(same, expected + add)
+
+
+def test_what_is_added_to_products_rounds_once():
+    """A stream of residuals is large next to what a layer adds to it: summed in between, it would round every step."""
+    x, weight, add = torch.randn(1, 50, 1, 1024), torch.randn(64, 1024) / 1e5, 1 + torch.rand(1, 50, 1, 64)
+    got = native.linear(x, *native.panels(weight, None), 64, add=add)
+    expected = x.double() @ weight.double().t() + add
+    assert (got - expected).abs().max() <= 2**-23 + 1e-8
 
 
 @pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 1), (3, 2, 1), (8, 8, 0), (2, 2, 0)])
@@ -356,6 +365,32 @@ def test_gradient_of_winograd(grid):
     close(native.winograd(gradient, turned, grid[-1]), g_x)
 
 
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (3, 1, 1), (5, 2, 2), (1, 1, 0), (2, 2, 0), (3, 3, 1)])
+@pytest.mark.parametrize("grid", [(2, 9, 7, 64), (1, 3, 2, 16), (1, 8, 6, 80)])
+def test_gradient_of_convolution(kernel, stride, padding, grid):
+    weight = torch.randn(21, grid[-1], kernel, kernel)
+    x = torch.randn(grid)
+    conv = functools.partial(F.conv2d, stride=stride, padding=padding)
+    gradient = torch.randn_like(tokens(conv(x.permute(0, 3, 1, 2), weight)))
+    _, expected = exact(lambda x, w: tokens(conv(x.permute(0, 3, 1, 2), w)), gradient, x, weight)
+    close(native.conv_gradient(gradient.contiguous(), x, kernel, stride, padding), expected)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (2, 30, 40, 48)])
+@pytest.mark.parametrize("adds", [False, True])
+def test_gradients_of_layer_norm(grid, adds):
+    C = grid[-1]
+    x, weight, bias, gradient = torch.randn(grid) * 3 + 5, torch.randn(C), torch.randn(C), torch.randn(grid)
+    more = torch.randn(grid) if adds else None
+    expected = exact(lambda x, w, b: F.layer_norm(x, (C,), w, b, 1e-6), gradient, x, weight, bias)
+    same = gradient.clone()
+    g_x, g_weight, g_bias = native.layer_norm_backward(same, x, weight, bias, 1e-6, more)
+    assert g_x is same
+    close(g_x, expected[0] + more if adds else expected[0], 2e-5)
+    close(g_weight, expected[1], 2e-5)
+    close(g_bias, expected[2], 2e-5)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gradients_of_group_norm(grid, gelu):
@@ -411,6 +446,8 @@ def test_gradients_have_the_same_bits_with_any_number_of_threads():
         )
         found = [sums, q_out, kv_out, out, *weights[0], *weights[1], native.winograd_gradient(gradient, x)]
         found += [*native.group_norm_backward(gradient, x, weight, weight, 1e-5, True)]
+        found += [*native.layer_norm_backward(gradient.clone(), x, weight, weight, 1e-5, x)]
+        found += [native.conv_gradient(gradient[:, :20, :15].contiguous(), x, 3, 2, 1)]
         return [*found, native.depthwise_backward(x, gradient, taps, torch.empty_like(x))]
 
     before, seen = torch.get_num_threads(), []

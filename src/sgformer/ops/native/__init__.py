@@ -129,8 +129,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "attend_backward": [p, n, p, n, p, n, p, n, p, n, *[n] * 11],
         "pack": [p, n, n, n, p],
         "linear_gradient": [p, n, p, n, p, p, n, n, n, i],
+        "conv_gradient": [p, p, *[n] * 9, p, n],
         "depthwise_add": [p, n, p, n, n, n, n, p, p],
         "layer_norm": [p, p, n, n, p, p, f, i],
+        "layer_norm_backward": [p, p, p, p, n, n, p, f, p, p],
         "group_norm": [p, p, n, n, n, p, p, f, i],
         "hybrid_block": [p, p, n, n, n, p, p, p, p, p, f, f],
         "guided_block": [p, p, n, p, p, p, p, p, f],
@@ -189,16 +191,19 @@ def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return panels(weight.detach().permute(0, 2, 3, 1).flatten(1), bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, width: int, out: Tensor | None = None, add: Tensor | None = None
+) -> Tensor:
     """Linear map of (B, H, W, n), contiguous, to (B, H, W, width). ``weight`` and ``bias`` come from :func:`panels`.
 
-    ``out``: memory for the result, contiguous.
+    ``out``: memory for the result, contiguous; ``add``: what is added to it, of its shape.
     """
     B, H, W, n = _checked(x).shape
     out = _fresh(x, B, H, W, width) if out is None else _checked(out)
     library().sgformer_linear(
-        x.data_ptr(), n, weight.data_ptr(), bias.data_ptr(), None, 0, out.data_ptr(), width, B * H * W, n, width
-    )
+        x.data_ptr(), n, weight.data_ptr(), bias.data_ptr(), None if add is None else _checked(add).data_ptr(), width,
+        out.data_ptr(), width, B * H * W, n, width,
+    )  # fmt: skip
     return out
 
 
@@ -343,6 +348,19 @@ def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
     )  # fmt: skip
 
 
+def conv_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """Of the weight (width, C, k, k) of :func:`conv`, from that of its result and from its input.
+
+    C must be a multiple of :func:`lanes`.
+    """
+    (B, H, W, C), (_, rows, cols, width) = _checked(x).shape, _checked(gradient).shape
+    made = _fresh(x, kernel, kernel, width, C)
+    library().sgformer_conv_gradient(
+        x.data_ptr(), gradient.data_ptr(), B, H, W, C, kernel, stride, padding, rows, cols, made.data_ptr(), width
+    )
+    return made.permute(2, 3, 0, 1).contiguous()
+
+
 def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """Of the weight (width, C, 3, 3) of :func:`winograd`, from that of its result and from its input."""
     (B, H, W, C), width = _checked(x).shape, _checked(gradient).shape[-1]
@@ -350,6 +368,21 @@ def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     library().sgformer_winograd_gradient(x.data_ptr(), gradient.data_ptr(), B, H, W, C, made.data_ptr(), width)
     g = torch.tensor(_G, dtype=torch.float32, device="cpu")
     return torch.einsum("ri,rcox,cj->oxij", g, made, g)
+
+
+def layer_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, in the place of ``gradient``, the weight and the bias of :func:`layer_norm`.
+
+    ``add`` is added to the first.
+    """
+    C, g_weight, g_bias = _checked(x).shape[-1], torch.empty_like(weight), torch.empty_like(bias)
+    library().sgformer_layer_norm_backward(
+        x.data_ptr(), _checked(gradient).data_ptr(), None if add is None else _checked(add).data_ptr(),
+        gradient.data_ptr(), x.numel() // C, C, weight.data_ptr(), eps, g_weight.data_ptr(), g_bias.data_ptr(),
+    )  # fmt: skip
+    return gradient, g_weight, g_bias
 
 
 def group_norm_backward(

@@ -250,27 +250,25 @@ struct Row {
 
 constexpr int R = 6;  // rows that `multiply` takes at a time
 
-// out (M, L * K) = left (M, n) times right (n, L * K), plus `start` (L * K) unless null, plus out where `add`.
+// out (M, L * K) = left (M, n) times right (n, L * K), plus `start` (L * K) unless null, plus out where `add`. These come
+// last: what is large next to the products would round every step if it came first.
 template <int M, int K>
 inline void multiply(const float* left, Index left_pitch, const float* right, Index pitch, Index n, const float* start,
                      bool add, float* out, Index out_pitch) {
   Row<K> r[6] = {}, y;
 #define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
-#define BEGIN(i)                                      \
-  if (i < M && start) r[i].add(1, Row<K>::of(start)); \
-  if (i < M && add) r[i].add(1, Row<K>::of(out + i * out_pitch));
-  EACH(BEGIN)
   for (Index k = 0; k < n; k++, right += pitch) {
     y.load_from(right);
 #define STEP(i) \
   if (i < M) r[i].add(left[i * left_pitch + k], y);
     EACH(STEP)
   }
-#define END(i) \
+#define END(i)                                                      \
+  if (i < M && start) r[i].add(1, Row<K>::of(start));               \
+  if (i < M && add) r[i].add(1, Row<K>::of(out + i * out_pitch));   \
   if (i < M) r[i].store_to(out + i * out_pitch);
   EACH(END)
 #undef EACH
-#undef BEGIN
 #undef STEP
 #undef END
 }
@@ -301,48 +299,56 @@ inline void multiply(int rows, int width, const float* left, Index left_pitch, c
 
 constexpr Index PANEL = V * L;  // columns that `multiply` takes at a time
 
-// out (M, L * K) += the transpose of left (n, M) times right (n, L * K).
-template <int M, int K>
+// out (M, L * K) += the transpose of left (n, M) times right (n, L * K); sums (M), unless null, += the rows of left.
+template <int M, int K, bool summed>
 inline void multiply_across(const float* left, Index left_pitch, const float* right, Index pitch, Index n, float* out,
-                            Index out_pitch) {
+                            Index out_pitch, float* sums) {
+  constexpr int half = M > 4 ? 4 : 2, rest = M > half ? M - half : 0;  // two vectors that overlap
+  typename Floats<half>::type first = {}, last = {}, v = {};
   Row<K> r[6] = {}, y;
 #define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
   for (Index k = 0; k < n; k++, right += pitch, left += left_pitch) {
-    for (int i = 0; i < K; i++) __builtin_prefetch(right + 16 * pitch + i * L);  // rows too far apart for the processor to guess
-    __builtin_prefetch(left + 16 * left_pitch);
+    for (int i = 0; i < K; i++) __builtin_prefetch(right + 8 * pitch + i * L);  // rows too far apart for the processor to guess
+    __builtin_prefetch(left + 8 * left_pitch);
     y.load_from(right);
 #define STEP(i) \
   if (i < M) r[i].add(left[i], y);
     EACH(STEP)
+    if (summed) {
+      std::memcpy(&v, left, 4 * std::min(M, half)), first += v;
+      std::memcpy(&v, left + rest, 4 * std::min(M, half)), last += v;
+    }
   }
 #define END(i) \
   if (i < M) r[i].add(1, Row<K>::of(out + i * out_pitch)), r[i].store_to(out + i * out_pitch);
   EACH(END)
+  for (int i = 0; summed && i < M; i++) sums[i] += i < half ? first[i] : last[i - rest];
 #undef EACH
 #undef STEP
 #undef END
 }
 
-template <int K>
+template <int K, bool summed>
 inline void multiply_across(int rows, const float* left, Index left_pitch, const float* right, Index pitch, Index n,
-                            float* out, Index out_pitch) {
+                            float* out, Index out_pitch, float* sums) {
   switch (rows) {
-    case 1: return multiply_across<1, K>(left, left_pitch, right, pitch, n, out, out_pitch);
-    case 2: return multiply_across<2, K>(left, left_pitch, right, pitch, n, out, out_pitch);
-    case 3: return multiply_across<3, K>(left, left_pitch, right, pitch, n, out, out_pitch);
-    case 4: return multiply_across<4, K>(left, left_pitch, right, pitch, n, out, out_pitch);
-    case 5: return multiply_across<5, K>(left, left_pitch, right, pitch, n, out, out_pitch);
-    case 6: return multiply_across<6, K>(left, left_pitch, right, pitch, n, out, out_pitch);
+    case 1: return multiply_across<1, K, summed>(left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 2: return multiply_across<2, K, summed>(left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 3: return multiply_across<3, K, summed>(left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 4: return multiply_across<4, K, summed>(left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 5: return multiply_across<5, K, summed>(left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 6: return multiply_across<6, K, summed>(left, left_pitch, right, pitch, n, out, out_pitch, sums);
   }
 }
 
+template <bool summed = false>
 inline void multiply_across(int rows, int width, const float* left, Index left_pitch, const float* right, Index pitch,
-                            Index n, float* out, Index out_pitch) {
+                            Index n, float* out, Index out_pitch, float* sums = nullptr) {
   switch (width / L) {
-    case 1: return multiply_across<1>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
-    case 2: return multiply_across<2>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
-    case 3: return multiply_across<3>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
-    case 4: return multiply_across<4>(rows, left, left_pitch, right, pitch, n, out, out_pitch);
+    case 1: return multiply_across<1, summed>(rows, left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 2: return multiply_across<2, summed>(rows, left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 3: return multiply_across<3, summed>(rows, left, left_pitch, right, pitch, n, out, out_pitch, sums);
+    case 4: return multiply_across<4, summed>(rows, left, left_pitch, right, pitch, n, out, out_pitch, sums);
   }
 }
 
@@ -795,7 +801,8 @@ void sgformer_linear_gradient(const float* gradient, Index gradient_stride, cons
                               float* bias, Index rows, Index n, Index width, int add) {
   const Index panels = (n + PANEL - 1) / PANEL, groups = (width + R - 1) / R, depth = 128, near = 8 * depth;
   const Index most = std::max<Index>(1, std::min<Index>(8, groups * panels / (4 * threads())));
-  const Index blocks = (groups + most - 1) / most;
+  Index blocks = (groups + most - 1) / most;
+  while (blocks * panels % threads() && blocks < groups) blocks++;
 #pragma omp parallel
   for (Index start = 0; start < std::max<Index>(rows, 1); start += near) {  // all these rows give, while in the cache
     const Index end = std::min(rows, start + near);
@@ -810,12 +817,16 @@ void sgformer_linear_gradient(const float* gradient, Index gradient_stride, cons
         const Index count = std::min(depth, end - k);
         const float* right = x + k * x_stride + c;
         for (Index r = 0; wide != real && r < count; r++) std::memcpy(&padded[r * wide], right + r * x_stride, 4 * real);
-        for (Index o = first; o < last; o += R)
-          multiply_across(std::min<Index>(R, last - o), wide, gradient + k * gradient_stride + o, gradient_stride,
-                          wide == real ? right : padded.data(), wide == real ? x_stride : wide, count,
-                          &made[(o - first) * wide], wide);
-        for (Index r = k; bias && c == 0 && r < k + count; r++)
-          for (Index o = first; o < last; o++) sums[o - first] += gradient[r * gradient_stride + o];
+        const float *left = gradient + k * gradient_stride, *near_by = wide == real ? right : padded.data();
+        const Index pitch = wide == real ? x_stride : wide;
+        for (Index o = first; o < last; o += R) {
+          const int tall = std::min<Index>(R, last - o);
+          float* to = &made[(o - first) * wide];
+          if (bias && c == 0)
+            multiply_across<true>(tall, wide, left + o, gradient_stride, near_by, pitch, count, to, wide, &sums[o - first]);
+          else
+            multiply_across(tall, wide, left + o, gradient_stride, near_by, pitch, count, to, wide);
+        }
       }
       for (Index o = first; o < last; o++) {
         float *to = weight + o * n + c, *from = &made[(o - first) * wide];
@@ -910,6 +921,48 @@ void sgformer_depthwise_backward(const float* h, Index stride, const float* grad
       }
       for (int k = 0; k < 10; k++) std::memcpy(made + (task / chunks * 10 + k) * C + chunk, total + k * CHUNK, 4 * n);
     }
+  }
+}
+
+// Gradients of sgformer_layer_norm without GELU: of x, and of weight and bias (C), from that of its result; `add`, unless
+// null, is added to that of x. All (rows, C); out may be gradient or add.
+void sgformer_layer_norm_backward(const float* x, const float* gradient, const float* add, float* out, Index rows, Index C,
+                                  const float* weight, float eps, float* g_weight, float* g_bias) {
+  const Index parts = std::min<Index>(64, (rows + 63) / 64), wide = (C + L - 1) / L * L;  // of any number of threads
+  std::vector<float> sums(parts * 2 * wide);
+#pragma omp parallel for schedule(dynamic)
+  for (Index task = 0; task < parts; task++) {
+    float *scaled = &sums[task * 2 * wide], *plain = scaled + wide;
+    for (Index r = rows * task / parts; r < rows * (task + 1) / parts; r++) {
+      const float *from = x + r * C, *slopes = gradient + r * C, *more = add ? add + r * C : nullptr;
+      float *to = out + r * C, mean, scale;
+      moments(from, C, eps, mean, scale);
+      vec a = {}, b = {};
+      auto sums_of = [&](Index c, vec y, vec g, vec w) {
+        y = (y - mean) * scale;
+        store(scaled + c, load(scaled + c) + g * y);
+        store(plain + c, load(plain + c) + g);
+        g *= w;
+        a += g, b += g * y;
+      };
+      const Index whole = C / L * L;
+      const int n = C - whole;
+      for (Index c = 0; c < whole; c += L) sums_of(c, load(from + c), load(slopes + c), load(weight + c));
+      if (n) sums_of(whole, load(from + whole, n), load(slopes + whole, n), load(weight + whole, n));
+      const float one = sum(a) / C, two = sum(b) / C;
+      auto made = [=](vec y, vec g, vec w, vec more) { return (g * w - one - (y - mean) * scale * two) * scale + more; };
+      for (Index c = 0; c < whole; c += L)
+        store(to + c, made(load(from + c), load(slopes + c), load(weight + c), more ? load(more + c) : vec{}));
+      if (n)
+        store(to + whole, made(load(from + whole, n), load(slopes + whole, n), load(weight + whole, n),
+                               more ? load(more + whole, n) : vec{}), n);
+    }
+  }
+  for (Index c = 0; c < C; c++) {
+    float total[2] = {};
+    for (Index task = 0; task < parts; task++)
+      for (int i = 0; i < 2; i++) total[i] += sums[(2 * task + i) * wide + c];
+    g_weight[c] = total[0], g_bias[c] = total[1];
   }
 }
 
@@ -1047,6 +1100,37 @@ void sgformer_winograd_gradient(const float* x, const float* gradient, Index B, 
                               &seen[i * T * C + c], C, count, &sums[task * size + (i * width + o) * C + c], C);
       }
     }
+#pragma omp for schedule(static)
+    for (Index i = 0; i < size; i += L) {
+      vec total = {};
+      for (Index task = 0; task < parts; task++) total += load(&sums[task * size + i]);
+      store(out + i, total);
+    }
+  }
+}
+
+// Gradient of a k x k convolution's weight, as k * k matrices (width, C), from its input x (B, H, W, C) and from that of its
+// result (B, Ho, Wo, width). C is a multiple of L.
+void sgformer_conv_gradient(const float* x, const float* gradient, Index B, Index H, Index W, Index C, Index k, Index step,
+                            Index pad, Index Ho, Index Wo, float* out, Index width) {
+  const Index rows = B * Ho, parts = std::min<Index>(32, (rows + 15) / 16), size = k * k * width * C;
+  std::vector<float> sums(parts * size);  // as of sgformer_winograd_gradient
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < parts; task++)
+      for (Index row = rows * task / parts; row < rows * (task + 1) / parts; row++)
+        for (Index tap = 0; tap < k * k; tap++) {
+          const Index y = row % Ho * step - pad + tap / k, shift = tap % k - pad;  // where the tap is; columns are p * step + shift
+          const Index first = std::max<Index>(0, (step - 1 - shift) / step), last = std::min(Wo, (W - 1 - shift + step) / step);
+          if (y < 0 || y >= H || first >= last) continue;
+          const float* from = x + ((row / Ho * H + y) * W + first * step + shift) * C;
+          float* to = &sums[(task * k * k + tap) * width * C];
+          for (Index c = 0; c < C; c += PANEL)
+            for (Index o = 0; o < width; o += R)
+              multiply_across(std::min<Index>(R, width - o), std::min(PANEL, C - c), gradient + (row * Wo + first) * width + o,
+                              width, from + c, step * C, last - first, to + o * C + c, C);
+        }
 #pragma omp for schedule(static)
     for (Index i = 0; i < size; i += L) {
       vec total = {};
