@@ -608,8 +608,8 @@ def _convolve_backward(
             gradient.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [padding] * 2, [1, 1],
             False, [0, 0], groups, [wanted, by_torch, False],
         )  # fmt: skip
-    back = made[0].permute(0, 2, 3, 1).contiguous() if wanted else None
-    return back, made[1] if by_torch else native.conv_gradient(gradient, x, weight.shape[2], stride, padding)
+    g_x = made[0].permute(0, 2, 3, 1).contiguous() if wanted else None
+    return g_x, made[1] if by_torch else native.conv_gradient(gradient, x, weight.shape[2], stride, padding)
 
 
 #: What :func:`accelerate` makes of what.

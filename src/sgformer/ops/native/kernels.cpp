@@ -403,9 +403,11 @@ void sgformer_pack(const float* weight, Index width, Index n, Index transposed, 
         std::memset(to + k * wide + real, 0, 4 * (wide - real));
       }
     } else {
-      for (Index k = first; k < last; k += L)
-        for (Index j = 0; j < wide; j++)
-          for (Index i = k; i < std::min(k + L, last); i++) to[i * wide + j] = j < real ? weight[(c + j) * n + i] : 0;
+      for (Index j = 0; j < wide; j++) {
+        if (j + 4 < real)  // the rows are too far apart for the processor to guess
+          for (Index i = first; i < last; i += 16) __builtin_prefetch(weight + (c + j + 4) * n + i);
+        for (Index i = first; i < last; i++) to[i * wide + j] = j < real ? weight[(c + j) * n + i] : 0;
+      }
     }
   }
 }
