@@ -47,7 +47,7 @@ test: install  ## the whole suite
 test-fast: install  ## the quick part of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
-bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (17 minutes on 2 quiet cores)
+bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (23 minutes on 2 quiet cores)
 	$(BIN)/python benchmarks/standing.py --out bench
 
 docs: install  ## the documentation as a site, in site/; open site/index.html (search needs a server: python3 -m http.server -d site)

@@ -32,13 +32,13 @@ def inference(folder: Path) -> list[dict[str, Any]]:
     ways = [(m, b, n) for n in (1, 8) for b in ("eager", *EXPORTED) for m in (PLAIN, OURS, SWIN, PVT)]
     ways += [(OURS, "optimize", 1), (OURS, "optimize", 8)]
     ways += [(m, "compile", 8) for m in (OURS, SWIN, PVT)]  # minutes each, so at one size
-    return timed([Case(m, batch_size=n, backend=b) for m, b, n in ways], folder, rounds=5)
+    return timed([Case(m, batch_size=n, backend=b) for m, b, n in ways], folder, rounds=15)
 
 
 def training(folder: Path) -> list[dict[str, Any]]:
     cases = [Case(m, batch_size=8, mode="train") for m in (PLAIN, OURS, SWIN, PVT, SMALL)]
     cases += [Case(m, batch_size=8, mode="train", backend="optimize") for m in (OURS, SMALL)]
-    return timed(cases, folder, rounds=7)
+    return timed(cases, folder, rounds=11)
 
 
 def growth(folder: Path) -> list[dict[str, Any]]:

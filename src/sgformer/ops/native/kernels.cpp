@@ -263,9 +263,9 @@ inline void multiply(const float* left, Index left_pitch, const float* right, In
   if (i < M) r[i].add(left[i * left_pitch + k], y);
     EACH(STEP)
   }
-#define END(i)                                                      \
-  if (i < M && start) r[i].add(1, Row<K>::of(start));               \
-  if (i < M && add) r[i].add(1, Row<K>::of(out + i * out_pitch));   \
+#define END(i)                                                    \
+  if (i < M && start) r[i].add(1, Row<K>::of(start));             \
+  if (i < M && add) r[i].add(1, Row<K>::of(out + i * out_pitch)); \
   if (i < M) r[i].store_to(out + i * out_pitch);
   EACH(END)
 #undef EACH
@@ -299,7 +299,7 @@ inline void multiply(int rows, int width, const float* left, Index left_pitch, c
 
 constexpr Index PANEL = V * L;  // columns that `multiply` takes at a time
 
-// out (M, L * K) += the transpose of left (n, M) times right (n, L * K); sums (M), unless null, += the rows of left.
+// out (M, L * K) += the transpose of left (n, M) times right (n, L * K); where `summed`, sums (M) += the rows of left.
 template <int M, int K, bool summed>
 inline void multiply_across(const float* left, Index left_pitch, const float* right, Index pitch, Index n, float* out,
                             Index out_pitch, float* sums) {
@@ -804,7 +804,7 @@ void sgformer_linear_gradient(const float* gradient, Index gradient_stride, cons
   const Index panels = (n + PANEL - 1) / PANEL, groups = (width + R - 1) / R, depth = 128, near = 8 * depth;
   const Index most = std::max<Index>(1, std::min<Index>(8, groups * panels / (4 * threads())));
   Index blocks = (groups + most - 1) / most;
-  while (blocks * panels % threads() && blocks < groups) blocks++;
+  while (blocks * panels % threads() && blocks < groups) blocks++;  // as many tasks for every thread
 #pragma omp parallel
   for (Index start = 0; start < std::max<Index>(rows, 1); start += near) {  // all these rows give, while in the cache
     const Index end = std::min(rows, start + near);
