@@ -34,7 +34,7 @@ from sgformer.backbone import (
     PlainBlock,
     SelfGuidedAttention,
 )
-from sgformer.intact import HOOKS, intact, plain, readable
+from sgformer.intact import HOOKS, plain, readable
 from sgformer.layers import ConvNorm, Downsample, Mlp, Stem
 from sgformer.ops import native
 
@@ -94,7 +94,7 @@ def _served(x: Tensor, parts: Mapping[nn.Module, type[nn.Module]]) -> bool:
         and not torch._C._functorch.peek_interpreter_stack()
         and not torch._C._len_torch_dispatch_stack()
         and not any(getattr(_modules, f"_global_{hooks}") for hooks in HOOKS)
-        and all(intact(part, kind) and readable(part) for part, kind in parts.items())
+        and all(readable(part, kind) for part, kind in parts.items())
         and _available()
     )
 
@@ -125,13 +125,9 @@ class _FastBlock(Block):
         dropping = isinstance(drop, DropPath) and drop.training and drop.drop_prob
         return drop(x.new_ones(len(x), 1, 1, 1)) if dropping else None
 
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        return self._then(x + self.drop_path(out))
-
-    def _then(self, x: Tensor) -> Tensor:
-        """The second half."""
+    def feed_forward(self, x: Tensor) -> Tensor:
         if not self._serves(x, self.norm2, self.mlp, Mlp):
-            return x + self.drop_path(self.mlp(self.norm2(x)))
+            return super().feed_forward(x)
         mlp = self.mlp
         parameters = [*_pair(self.norm2), *_pair(mlp.fc1), *_pair(mlp.conv), *_pair(mlp.fc2)]
         return MlpFunction.apply(x, self._scale(x), self.norm2.eps, *parameters)
@@ -146,7 +142,7 @@ class FastHybrid(_FastBlock, HybridBlock):
         parameters += [*_pair(attn.reduce), *_pair(attn.reduce_norm), *_pair(attn.kv_coarse)]
         options = (self.norm1.eps, attn.reduce_norm.eps, attn.heads, attn.reduction, attn.window, attn.coarse)
         x, coarse, fine = HybridFunction.apply(x, self._scale(x), options, *parameters)
-        return self._then(x), coarse, fine
+        return self.feed_forward(x), coarse, fine
 
 
 class FastGuided(_FastBlock, GuidedBlock):
@@ -161,7 +157,7 @@ class FastGuided(_FastBlock, GuidedBlock):
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
         parameters += [*_pair(attn.kv), *(m.weight for m in attn.aggregate), *(m.bias for m in attn.aggregate)]
         x = GuidedFunction.apply(x, self._scale(x), (self.norm1.eps, attn.heads), groups, *parameters)
-        return self._then(x), significance, groups
+        return self.feed_forward(x), significance, groups
 
 
 class FastPlain(_FastBlock, PlainBlock):
@@ -170,7 +166,7 @@ class FastPlain(_FastBlock, PlainBlock):
             return super().forward(x)
         attn: Any = self.attn
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
-        return self._then(PlainFunction.apply(x, self._scale(x), (self.norm1.eps, attn.heads), *parameters))
+        return self.feed_forward(PlainFunction.apply(x, self._scale(x), (self.norm1.eps, attn.heads), *parameters))
 
 
 def _pair(module: Any) -> tuple[Tensor, Tensor]:
@@ -289,18 +285,8 @@ class GuidedFunction(Function):
             g_few[:, 0], normed.flatten(1, 2), groups, weights, g_normed.flatten(1, 2)
         )
         g_x, *norm = native.layer_norm_backward(g_normed, x, parameters[0], parameters[1], eps, gradient)
-        return (
-            _among(every, kept, g_x),
-            None,
-            None,
-            None,
-            *norm,
-            *entering,
-            *leaving,
-            *projecting,
-            *aggregating[0],
-            *aggregating[1],
-        )
+        made = [*norm, *entering, *leaving, *projecting, *aggregating[0], *aggregating[1]]
+        return _among(every, kept, g_x), None, None, None, *made
 
 
 class PlainFunction(Function):

@@ -213,7 +213,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        x = x + self.drop_path(out)
+        return self.feed_forward(x + self.drop_path(out))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sgformer import ops
 from sgformer.backbone import Block, GuidedBlock, HybridBlock, PlainBlock, Stage
 from sgformer.guidance import LinearAggregation
-from sgformer.intact import intact, readable
+from sgformer.intact import readable
 from sgformer.layers import ConvNorm, Downsample, Mlp, Stem
 from sgformer.ops import TokenGroups, native
 
@@ -214,11 +214,11 @@ def make_native(model: nn.Module) -> None:
     """Put the native parts into a frozen network on the CPU in float32, wherever there is one for the part."""
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
-            if intact(module.norm, nn.LayerNorm) and readable(module.norm):
+            if readable(module.norm, nn.LayerNorm):
                 module.norm = NativeNorm(module.norm)
             module.forward = functools.partial(_in_parts, module.forward, _widest(module), isinstance(module, Stem))
         for name, child in module.named_children():
-            if type(child) in NATIVE and intact(child, type(child)) and readable(child):
+            if type(child) in NATIVE and readable(child, type(child)):
                 setattr(module, name, NATIVE[type(child)](child))
 
 

@@ -94,7 +94,7 @@ def optimize(
                 module.act = InplaceGELU()
             for name, child in module.named_children():
                 read = "aggregate" in f"{path}.{name}"  # and not called
-                if intact(child, nn.Linear) and readable(child) and not read:
+                if readable(child, nn.Linear) and not read:
                     setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
         if type(getattr(block, "drop_path", None)) is DropPath:

@@ -34,9 +34,14 @@ def intact(part: nn.Module, kind: type[nn.Module]) -> bool:
     return type(part) is kind and _usual(part)
 
 
-def readable(part: Any) -> bool:
-    """Whether kernels can read all parameters of a part."""
-    return all(p is None or plain(p) for p in part._parameters.values()) and all(map(readable, part._modules.values()))
+def readable(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part is intact, and kernels can read all its parameters."""
+    return intact(part, kind) and _plainly(part)
+
+
+def _plainly(module: Any) -> bool:
+    own = all(p is None or plain(p) for p in module._parameters.values())
+    return own and all(map(_plainly, module._modules.values()))
 
 
 def plain(x: Tensor) -> bool:

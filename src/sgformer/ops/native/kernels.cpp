@@ -1058,6 +1058,16 @@ void sgformer_aggregate_backward(const float* x, const float* gradient, Index B,
   }
 }
 
+// out = the sum of `parts` arrays of `size` floats, a multiple of L, that lie one after the other; for all threads together.
+static void add_up(const float* sums, Index parts, Index size, float* out) {
+#pragma omp for schedule(static)
+  for (Index i = 0; i < size; i += L) {
+    vec total = {};
+    for (Index task = 0; task < parts; task++) total += load(sums + task * size + i);
+    store(out + i, total);
+  }
+}
+
 // Gradient of sgformer_winograd's weight, as 16 matrices (width, C) that are yet to be turned back by G^T U G.
 void sgformer_winograd_gradient(const float* x, const float* gradient, Index B, Index H, Index W, Index C, float* out,
                                 Index width) {
@@ -1102,12 +1112,7 @@ void sgformer_winograd_gradient(const float* x, const float* gradient, Index B, 
                               &seen[i * T * C + c], C, count, &sums[task * size + (i * width + o) * C + c], C);
       }
     }
-#pragma omp for schedule(static)
-    for (Index i = 0; i < size; i += L) {
-      vec total = {};
-      for (Index task = 0; task < parts; task++) total += load(&sums[task * size + i]);
-      store(out + i, total);
-    }
+    add_up(sums.data(), parts, size, out);
   }
 }
 
@@ -1133,12 +1138,7 @@ void sgformer_conv_gradient(const float* x, const float* gradient, Index B, Inde
               multiply_across(std::min<Index>(R, width - o), std::min(PANEL, C - c), gradient + (row * Wo + first) * width + o,
                               width, from + c, step * C, last - first, to + o * C + c, C);
         }
-#pragma omp for schedule(static)
-    for (Index i = 0; i < size; i += L) {
-      vec total = {};
-      for (Index task = 0; task < parts; task++) total += load(&sums[task * size + i]);
-      store(out + i, total);
-    }
+    add_up(sums.data(), parts, size, out);
   }
 }
 
