@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 
-import sgformer.timm_models  # noqa: F401 - registers the sizes with timm
+import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
 from sgformer.data.imagefolder import ImageFolderDataset, scan
 from sgformer.data.sharding import make_shards
 from sgformer.data.shards import open_split

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from sgformer.tasks.detect import Detector
-from sgformer.tasks.pyramid import pyramid_backbone
+from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.detect.module import Detector
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 
 import sgformer
-from sgformer.fused import NativeLinear, PackedLinear
-from sgformer.ops import native
+from sgformer.backends import native
+from sgformer.backends.native_modules import NativeLinear, PackedLinear
 
 
 def shapes(model: sgformer.SGFormer, size: int) -> list[tuple[int, int, int]]:

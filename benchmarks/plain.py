@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sgformer
-from sgformer.checkpoint import to_released
-from sgformer.config import SGFormerConfig, StageConfig
-from sgformer.layers import init_module
+from sgformer.models.checkpoint import to_released
+from sgformer.models.config import SGFormerConfig, StageConfig
+from sgformer.models.layers import init_module
 from sgformer.ops.regroup import group_positions, region_lengths, sort_tokens
 
 
@@ -319,7 +319,7 @@ def from_ours(model: sgformer.SGFormer) -> Plain:
 
 def create(size: str = "s", **config: object) -> Plain:
     """A plain network of a published size with fresh weights: what ``sgformer bench --models plain_s`` runs."""
-    return Plain(sgformer.config.VARIANTS[f"sgformer_{size}"].replace(**config))
+    return Plain(sgformer.models.config.VARIANTS[f"sgformer_{size}"].replace(**config))
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import sgformer
-from sgformer.backbone import GuidedBlock
-from sgformer.explanations import ranked_by
-from sgformer.training.weights import find_weights, read_metadata
+from sgformer.explaining.explain import ranked_by
+from sgformer.models.backbone import GuidedBlock
+from sgformer.models.load import find_weights, read_metadata
 
 RANKINGS = ("coarse", "fine", "uniform", "random", "inverted", "feature-norm")
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,10 +69,10 @@ def classifier(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], f
 
 def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], float]]:
     """The network, and what measures it: mIoU in percent."""
-    from sgformer.api_segment import inference
     from sgformer.data.ade20k import LabelledFolderDataset, scan
     from sgformer.data.dense_transforms import eval_transform
-    from sgformer.tasks.segment import Segmenter, class_probabilities
+    from sgformer.tasks.segment.api import inference
+    from sgformer.tasks.segment.module import Segmenter, class_probabilities
 
     model, metadata = Segmenter.load(weights)
     how = inference(metadata)

@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import sgformer.timm_models  # noqa: F401 - registers the sizes with timm
-from sgformer.tasks.detect import Detector
-from sgformer.tasks.pyramid import pyramid_backbone
-from sgformer.tasks.segment import Segmenter
+import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
+from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.detect.module import Detector
+from sgformer.tasks.segment.module import Segmenter
 
 
 @dataclass(frozen=True)

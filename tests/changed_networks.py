@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from sgformer import ops
-from sgformer.guidance import LearnedSignificance
+from sgformer.models.significance import LearnedSignificance
 
 
 class Adapted(nn.Linear):

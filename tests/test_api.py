@@ -26,9 +26,9 @@ def api() -> list[str]:
     from sgformer.cli import COMMANDS
     from sgformer.cli.parser import REQUIRED, config_options, function_options
     from sgformer.cli.train import FILES
+    from sgformer.tasks.detect.config import DetectConfig
+    from sgformer.tasks.segment.config import SegmentConfig
     from sgformer.training.config import ClassifyConfig
-    from sgformer.training.detect_config import DetectConfig
-    from sgformer.training.segment_config import SegmentConfig
 
     lines = []
     for name in sgformer.__all__:

@@ -41,8 +41,8 @@ def test_deterministic_training_gives_the_same_bits(tmp_path):
     pytest.importorskip("lightning")
     from photos import QUICK, make_photos
 
-    from sgformer.api import train_classifier
-    from sgformer.checkpoint import read_safetensors
+    from sgformer.models.checkpoint import read_safetensors
+    from sgformer.tasks.classify.api import train_classifier
 
     data, ends = make_photos(tmp_path / "photos"), []
     try:

@@ -7,19 +7,19 @@ import importlib
 from typing import Any
 
 from sgformer._version import __version__
-from sgformer.config import VARIANTS, SGFormerConfig, StageConfig
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.models.config import VARIANTS, SGFormerConfig, StageConfig
 
 try:
     import timm
 
-    from sgformer.backbone import Inspection, SGFormer
-    from sgformer.checkpoint import load_model, load_released, save_model
-    from sgformer.guidance import register_significance
-    from sgformer.inference import optimize
-    from sgformer.timm_models import from_fields  # its module registers the sizes with timm
+    from sgformer.backends.optimize import optimize
+    from sgformer.models.backbone import Inspection, SGFormer
+    from sgformer.models.checkpoint import load_model, load_released, save_model
+    from sgformer.models.registry import from_fields  # its module registers the sizes with timm
+    from sgformer.models.significance import register_significance
 except ModuleNotFoundError as error:  # to predict with an exported file, none of this is needed
-    if error.name not in ("torch", "torchvision", "timm", "safetensors", "sgformer.backbone"):
+    if error.name not in ("torch", "torchvision", "timm", "safetensors", "sgformer.models.backbone"):
         raise
 
 __all__ = [
@@ -46,13 +46,13 @@ __all__ = [
 
 # Training and what comes with it: imported when first asked for, so that `import sgformer` stays light.
 _LATER = {
-    "train_classifier": "sgformer.api",
-    "evaluate": "sgformer.api",
-    "predict": "sgformer.api",
-    "explain": "sgformer.explanations",
-    "export": "sgformer.exporting",
-    "accelerate": "sgformer.accelerated",
-    "SelfGuidedAttention1d": "sgformer.sequence",
+    "train_classifier": "sgformer.tasks.classify.api",
+    "evaluate": "sgformer.tasks.classify.api",
+    "predict": "sgformer.tasks.classify.api",
+    "explain": "sgformer.explaining.explain",
+    "export": "sgformer.exporting.export",
+    "accelerate": "sgformer.backends.native_autograd",
+    "SelfGuidedAttention1d": "sgformer.models.sequence",
 }
 
 

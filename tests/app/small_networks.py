@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import sgformer
-from sgformer.app.desk import Desk
 from sgformer.app.networks import Networks, read_upload
+from sgformer.app.session import Session
 
 
 def save_weights(task: str, path: Path, seed: int = 0) -> Path:
@@ -21,15 +21,15 @@ def save_weights(task: str, path: Path, seed: int = 0) -> Path:
     about = {"task": task, "model": "sgformer_n", "classes": ["ant", "bee", "cat"], "image_size": [64, 64]}
     if task == "classify":
         return sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=3, img_size=64), path, about)
-    from sgformer.tasks.pyramid import pyramid_backbone
+    from sgformer.models.pyramid import pyramid_backbone
 
     if task == "segment":
-        from sgformer.tasks.segment import Segmenter
+        from sgformer.tasks.segment.module import Segmenter
 
         more = {"classes": ["background", "bee", "cat"], "short_side": 48, "reduce_zero_label": False}
         Segmenter(pyramid_backbone("sgformer_n"), "semantic-fpn", 3, 16).save(path, about | more)
     else:
-        from sgformer.tasks.detect import Detector
+        from sgformer.tasks.detect.module import Detector
 
         more = {"category_ids": [1, 2, 3], "image_size": [64, 96]}
         Detector(pyramid_backbone("sgformer_n"), 3, masks=True, width=16).save(path, about | more)
@@ -66,8 +66,8 @@ class Here:
         pass
 
 
-def desk_here(*weights, **options) -> Desk:
-    return Desk(Here(Networks([str(path) for path in weights], "cpu")), **options)
+def desk_here(*weights, **options) -> Session:
+    return Session(Here(Networks([str(path) for path in weights], "cpu")), **options)
 
 
 #: Images of these sides are too much for `Misbehaving`.
@@ -82,9 +82,9 @@ class Misbehaving(Networks):
         self.shape = None
         next(iter(self.loaded.values()))[0].model.stages[2].register_forward_hook(self._misbehave)
 
-    def look(self, name, picture):
+    def explain(self, name, picture):
         self.shape = read_upload(picture).size
-        return super().look(name, picture)
+        return super().explain(name, picture)
 
     def _misbehave(self, *_):
         while self.shape == ENDLESS:

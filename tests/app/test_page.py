@@ -83,7 +83,7 @@ def shown_shares(page) -> list[tuple[str, str]]:
 
 
 def ask(server: str, data: bytes, network: str = "one") -> tuple[int, dict]:
-    request = urllib.request.Request(f"{server}/look?network={network}", data=data, method="POST")
+    request = urllib.request.Request(f"{server}/explain?network={network}", data=data, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
@@ -129,8 +129,8 @@ def test_upload_read_slide_hover(page, server, tmp_path):
     page.wait_for_selector("canvas.sg-layer:visible")
     told = page.locator(".sg-told").first.inner_text()
     count = int(re.search(r"(\d+) places that became one", told)[1])
-    look = layer.get_attribute("src").split("/")[2]
-    with urllib.request.urlopen(f"{server}/looks/{look}/tokens/2.0") as answer:
+    result = layer.get_attribute("src").split("/")[2]
+    with urllib.request.urlopen(f"{server}/results/{result}/tokens/2.0") as answer:
         grid = json.load(answer)
     middle = grid["tokens"][grid["height"] // 2 * grid["width"] + grid["width"] // 2]
     assert count == grid["tokens"].count(middle) > 1

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from photos import make_photos
 
-from sgformer import plugins
 from sgformer.cli import COMMANDS, main
+from sgformer.core import plugins
 
 pytest.importorskip("lightning")
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def test_convert_keeps_the_network(tmp_path, capsys):
     import torch
 
     import sgformer
-    from sgformer.checkpoint import to_released
+    from sgformer.models.checkpoint import to_released
 
     model = sgformer.create_model("sgformer_s", num_classes=3)
     torch.save({"state_dict": to_released(model)}, tmp_path / "released.pth")

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 pytest.importorskip("lightning")
-from sgformer.api_segment import evaluate_segmentation, inference, predict_segmentation, prepare_segmenter
 from sgformer.cli import main
+from sgformer.core.errors import UserError
 from sgformer.data.ade20k import collate, read_label_map
-from sgformer.errors import UserError
-from sgformer.tasks.pyramid import pyramid_backbone
-from sgformer.tasks.segment import MULTI_SCALE, Segmenter
+from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.segment.api import evaluate_segmentation, inference, predict_segmentation, prepare_segmenter
+from sgformer.tasks.segment.config import SegmentConfig
+from sgformer.tasks.segment.module import MULTI_SCALE, Segmenter
 from sgformer.training.config import make_config, read_yaml
-from sgformer.training.segment_config import SegmentConfig
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/segment_*.yaml"))
 CLASSES = ("sky", "sea", "sand")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from sgformer.core.errors import UserError
 from sgformer.data.ade20k import (
     LabelledFolderDataset,
     StepSampler,
@@ -23,7 +24,6 @@ from sgformer.data.ade20k import (
     scan,
 )
 from sgformer.data.dense_transforms import eval_transform, train_transform
-from sgformer.errors import UserError
 
 LABELS = np.array([[0, 1, 2, 3], [3, 2, 1, 255], [0, 0, 3, 3]], dtype=np.uint8)
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sgformer.cli.data import data_check
+from sgformer.core.errors import UserError
 from sgformer.data.check import check_imagefolder
-from sgformer.errors import UserError
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sgformer.core.errors import UserError
 from sgformer.data import coco
 from sgformer.data.coco import CocoDataset, collate, decode_mask, find_coco, ground_truth, read_coco
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
-from sgformer.errors import UserError
 
 mask_tools = pytest.importorskip("pycocotools.mask")
 

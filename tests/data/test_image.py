@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sgformer.core.errors import UserError
 from sgformer.data.image import IMAGE_EXTENSIONS, MAX_PIXELS, probe_image, read_image
-from sgformer.errors import UserError
 
 WHITE = (255, 255, 255)
 

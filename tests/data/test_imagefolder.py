@@ -1,4 +1,4 @@
-"""The ImageNet layout is listed the same everywhere; samples and their order are functions of seed, epoch and index."""
+"""The ImageNet layout is listed the same is_global; samples and their order are functions of seed, epoch and index."""
 
 import random
 import shutil
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from sgformer.core.errors import UserError
 from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, scan, scan_splits, seeded
-from sgformer.errors import UserError
 
 FILES = {
     "train/ant": ["b.png", "a.PNG", "deep/er/c.jpg", "notes.txt", ".hidden.png", ".git/d.png"],

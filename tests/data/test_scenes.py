@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from sgformer.cli.data import data_scenes
+from sgformer.core.errors import UserError
 from sgformer.data.check import check_imagefolder
 from sgformer.data.imagefolder import scan_splits
 from sgformer.data.scenes import (
@@ -24,7 +25,6 @@ from sgformer.data.scenes import (
     read_idx,
     segmentation,
 )
-from sgformer.errors import UserError
 
 pytest.importorskip("skimage")
 datasets = pytest.importorskip("sklearn.datasets")

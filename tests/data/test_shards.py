@@ -21,11 +21,11 @@ from photos import make_photos
 from torch.utils.data import DataLoader
 
 from sgformer.cli import main
+from sgformer.core.errors import StalledError, UserError
 from sgformer.data.check import check_imagefolder
 from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, scan, scan_splits
 from sgformer.data.sharding import index_shards, make_shards
 from sgformer.data.shards import INDEX, Index, open_split, open_splits
-from sgformer.errors import StalledError, UserError
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_every_page_is_built_and_fetches_nothing_from_elsewhere(site):
     names = {p.relative_to(site).as_posix() for p in pages}
     for page in (ROOT / "docs").rglob("*.md"):
         assert page.relative_to(ROOT / "docs").with_suffix(".html").as_posix() in names
-    assert {"index.html", "source/src/sgformer/backbone.py.html", "source/src/sgformer/viz.html"} <= names
+    assert {"index.html", "source/src/sgformer/models/backbone.py.html", "source/src/sgformer/viz.html"} <= names
     for page in pages:
         for url in Fetched(page.read_text()).urls:
             assert not re.match(r"(https?:)?//", url), f"{page.name}: {url}"
@@ -83,7 +83,7 @@ def hooks():
     [
         ("index.md", "docs/tour.md", "tour.md"),
         ("index.md", "docs/results.md#speed", "results.md#speed"),
-        ("tour.md", "../src/sgformer/layers.py", "source/src/sgformer/layers.py.md"),
+        ("tour.md", "../src/sgformer/models/layers.py", "source/src/sgformer/models/layers.py.md"),
         ("tutorials/train.md", "../data.md#scenes", "../data.md#scenes"),
         ("tutorials/train.md", "../../examples/chirps.py", "../source/examples/chirps.py.md"),
         ("tour.md", "https://example.org/a.md", "https://example.org/a.md"),

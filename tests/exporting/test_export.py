@@ -7,17 +7,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from test_portable import SMALL, small
+from small_export import SMALL, small
 
 import sgformer
-from sgformer import exporting
+from sgformer.backends import traceable
 from sgformer.cli import main
-from sgformer.errors import UserError
-from sgformer.exporting import compare, difference
+from sgformer.core.errors import UserError
+from sgformer.exporting import export as exporting
+from sgformer.exporting.export import compare, difference
 from sgformer.exporting.formats import FORMATS
 from sgformer.exporting.graphs import ClassifierGraph
-from sgformer.tasks.pyramid import pyramid_backbone
-from sgformer.tasks.segment import Segmenter
+from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.segment.module import Segmenter
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -123,7 +124,7 @@ def test_segmentation(segmenter, tmp_path):
 def test_a_whole_detector_finds_the_same_objects(tmp_path):
     """Untrained, its scores are nearly equal, and rounding may decide which of two boxes stays: most must agree."""
     from sgformer.exporting.graphs import DetectorGraph
-    from sgformer.tasks.detect import Detector
+    from sgformer.tasks.detect.module import Detector
 
     torch.manual_seed(0)
     detector = Detector(pyramid_backbone(small().float()), 2, width=8).eval()
@@ -168,7 +169,7 @@ def test_torch_export(weights, tmp_path):
 
 
 def test_a_mismatch_is_an_error_and_leaves_no_file(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting.portable.Position, "forward", lambda self, x: x)
+    monkeypatch.setattr(traceable.Position, "forward", lambda self, x: x)
     with pytest.raises(UserError, match=r"logits differs from PyTorch by .* at 1x3x"):
         sgformer.export(weights, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -227,7 +228,7 @@ def test_bad_input_is_one_line(arguments, message, weights, tmp_path, monkeypatc
 def test_other_networks_of_timm_have_no_significance(tmp_path):
     import timm
 
-    from sgformer.training.weights import save_weights
+    from sgformer.models.load import save_weights
 
     save_weights(timm.create_model("resnet10t", num_classes=3), tmp_path / "r.safetensors", {"task": "classify"})
     with pytest.raises(UserError, match="of SG-Former"):

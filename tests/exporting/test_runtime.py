@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_portable import small
+from small_export import small
 
 import sgformer
-from sgformer import exporting
+from sgformer.exporting import export as exporting
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,10 +34,10 @@ def source(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imported(module: str, everywhere: bool) -> set[str]:
+def imported(module: str, is_global: bool) -> set[str]:
     """Modules of this package that one imports: when it is imported itself, or in its functions, too."""
     tree = ast.parse(source(module).read_text())
-    nodes = list(ast.walk(tree)) if everywhere else tree.body
+    nodes = list(ast.walk(tree)) if is_global else tree.body
     found = set()
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "sgformer":
@@ -48,12 +48,12 @@ def imported(module: str, everywhere: bool) -> set[str]:
 
 def test_the_list_of_modules_is_what_prediction_imports():
     """All that the files name at their head is there, and nothing is there that nobody names."""
-    needed, todo = set(), ["sgformer.__main__", "sgformer.exported", "sgformer.cli.predict"]
+    needed, todo = set(), ["sgformer.__main__", "sgformer.exporting.onnx_predict", "sgformer.cli.predict"]
     while todo:
         module = todo.pop()
         needed.add(module)
         # The command's file imports what weights need, and viz what is drawn, only when it comes to that.
-        now = imported(module, everywhere=module in ("sgformer.answers", "sgformer.cli.tell"))
+        now = imported(module, is_global=module in ("sgformer.results", "sgformer.cli.report"))
         todo += [m for m in now if m not in needed]
     assert {m for m in needed if source(m).name != "__init__.py"} | {"sgformer._version"} == MODULES
 

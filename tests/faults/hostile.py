@@ -30,17 +30,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import coco_scene
 
 import sgformer
-from sgformer.checkpoint import load_released, to_released
 from sgformer.cli import main
+from sgformer.core.errors import UserError
 from sgformer.data.ade20k import read_label_map
 from sgformer.data.coco import CocoDataset, ground_truth, read_coco
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.sharding import index_shards, make_shards
 from sgformer.data.shards import INDEX, Index
-from sgformer.errors import UserError
+from sgformer.models.checkpoint import load_released, to_released
+from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.training.config import ClassifyConfig, make_config, read_yaml
-from sgformer.training.detect_config import DetectConfig
-from sgformer.training.segment_config import SegmentConfig
 
 Inputs = Iterator[tuple[str, bytes]]
 

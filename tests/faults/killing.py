@@ -29,8 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from photos import make_photos
 
-from sgformer.checkpoint import read_safetensors
 from sgformer.cli import main
+from sgformer.models.checkpoint import read_safetensors
 
 #: What a process may be killed in the middle of: (module, attribute).
 PHASES = {
@@ -68,19 +68,19 @@ class Course:
             "classify": {
                 "task": "classify",
                 "Task": "ClassificationTask",
-                "report": "sgformer.training.report",
+                "report": "sgformer.tasks.classify.metrics",
                 "Report": "Evaluation",
             },
             "detect": {
                 "task": "detect",
                 "Task": "DetectionTask",
-                "report": "sgformer.training.detect_report",
+                "report": "sgformer.tasks.detect.metrics",
                 "Report": "DetectionEvaluation",
             },
             "segment": {
                 "task": "segment",
                 "Task": "SegmentationTask",
-                "report": "sgformer.training.segment_report",
+                "report": "sgformer.tasks.segment.metrics",
                 "Report": "SegmentationEvaluation",
             },
         }[self.task]
@@ -186,7 +186,9 @@ def _train(course: Course, arguments: list[str], out: str, doing: Any, target: A
 def _context() -> Any:
     """Processes come from one that has imported everything and does nothing else: a start takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing", "lightning", "sgformer.api", "sgformer.training.fit", "torchmetrics"])
+    context.set_forkserver_preload(
+        ["killing", "lightning", "sgformer.tasks.classify.api", "sgformer.training.fit", "torchmetrics"]
+    )
     return context
 
 

@@ -12,12 +12,12 @@ import torch
 from photos import QUICK, make_photos
 
 import sgformer
-from sgformer.api import train_classifier
-from sgformer.checkpoint import read_safetensors
 from sgformer.cli import main
-from sgformer.errors import StalledError, UserError
-from sgformer.tasks.classify import ClassificationTask
-from sgformer.training.weights import read_metadata
+from sgformer.core.errors import StalledError, UserError
+from sgformer.models.checkpoint import read_safetensors
+from sgformer.models.load import read_metadata
+from sgformer.tasks.classify.api import train_classifier
+from sgformer.tasks.classify.module import ClassificationTask
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
 

@@ -9,10 +9,10 @@ import hostile
 import pytest
 import torch
 
-from sgformer.checkpoint import load_released
 from sgformer.cli import main
+from sgformer.core.errors import UserError
 from sgformer.data.image import read_image
-from sgformer.errors import UserError
+from sgformer.models.checkpoint import load_released
 from sgformer.training.state_file import StateIO, read_step
 
 pytest.importorskip("pycocotools")

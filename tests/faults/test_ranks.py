@@ -12,9 +12,9 @@ import pytest
 import torch
 from photos import QUICK, make_photos
 
-from sgformer.api import train_classifier
-from sgformer.checkpoint import read_safetensors
-from sgformer.training.report import Evaluation
+from sgformer.models.checkpoint import read_safetensors
+from sgformer.tasks.classify.api import train_classifier
+from sgformer.tasks.classify.metrics import Evaluation
 from sgformer.training.run_folder import RunFolder
 
 pytest.importorskip("lightning")

@@ -9,8 +9,8 @@ from torch import nn
 from sgformer.training.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
-from sgformer.tasks.classify import ClassificationTask  # noqa: E402
-from sgformer.training.weights import build_model  # noqa: E402
+from sgformer.models.load import build_model  # noqa: E402
+from sgformer.tasks.classify.module import ClassificationTask  # noqa: E402
 
 
 def stub(classes=7):
@@ -128,7 +128,7 @@ def test_schedule_warms_up_and_ends_low():
 
 
 def test_unknown_models_suggest_the_nearest():
-    from sgformer.errors import UserError
+    from sgformer.core.errors import UserError
 
     with pytest.raises(UserError, match="did you mean resnet50"):
         build_model("resnet5O", 10)

@@ -5,14 +5,14 @@ from coco_scene import content, thing, write_coco
 
 pytest.importorskip("pycocotools")
 
+from sgformer.core.errors import UserError
 from sgformer.data.coco import CocoDataset, collate, ground_truth, read_coco
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
-from sgformer.errors import UserError
-from sgformer.tasks.detect import DetectionTask, Detector, coco_results, new_detector
-from sgformer.tasks.pyramid import pyramid_backbone
-from sgformer.training.detect_config import DetectConfig
-from sgformer.training.detect_report import CocoMetric
+from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.metrics import CocoMetric
+from sgformer.tasks.detect.module import DetectionTask, Detector, coco_results, new_detector
 from sgformer.training.trainer import build_trainer, quiet
 
 QUICK = {"model": "sgformer_n", "image_size": 64, "batch_size": 2, "head_width": 16, "rois": 16, "drop_path": 0.0}

@@ -11,9 +11,11 @@ import torchmetrics
 from torch import nn
 
 import sgformer
-from sgformer.errors import UserError
-from sgformer.tasks.pyramid import pyramid_backbone
-from sgformer.tasks.segment import (
+from sgformer.core.errors import UserError
+from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.segment.config import SegmentConfig
+from sgformer.tasks.segment.metrics import SegmentationEvaluation
+from sgformer.tasks.segment.module import (
     MULTI_SCALE,
     Inference,
     SegmentationTask,
@@ -23,8 +25,6 @@ from sgformer.tasks.segment import (
     new_segmenter,
     slide,
 )
-from sgformer.training.segment_config import SegmentConfig
-from sgformer.training.segment_report import SegmentationEvaluation
 
 HEADS = ("semantic-fpn", "upernet")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.training.config import ClassifyConfig, RunConfig, make_config, read_yaml, to_yaml
-from sgformer.training.detect_config import DetectConfig
-from sgformer.training.segment_config import SegmentConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

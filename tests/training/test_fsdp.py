@@ -11,9 +11,9 @@ import pytest
 import torch
 from photos import make_photos, tensors
 
-from sgformer.api import evaluate, train_classifier
-from sgformer.checkpoint import read_safetensors
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.models.checkpoint import read_safetensors
+from sgformer.tasks.classify.api import evaluate, train_classifier
 from sgformer.training.config import ELEMENTWISE, ClassifyConfig
 
 pytest.importorskip("lightning")
@@ -27,11 +27,11 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(photos, tmp_path_factory):
-    """The runs of `sharing_out.py`."""
+    """The runs of `sharded_run.py`."""
     out = tmp_path_factory.mktemp("out")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(HERE / "sharing_out.py"), str(photos), str(out)]
+    command = [*launch, str(HERE / "sharded_run.py"), str(photos), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return out
@@ -40,7 +40,7 @@ def out(photos, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(photos, tmp_path_factory):
     sys.path.insert(0, str(HERE))
-    from sharing_out import PLAIN
+    from sharded_run import PLAIN
 
     run = tmp_path_factory.mktemp("alone") / "run"
     return train_classifier(data=str(photos), run=str(run), max_steps=2, **PLAIN).path

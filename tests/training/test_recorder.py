@@ -7,9 +7,9 @@ import pytest
 from photos import QUICK, make_photos
 from PIL import Image
 
-from sgformer.api import train_classifier
+from sgformer.core.errors import UserError
 from sgformer.data.scenes import make_scenes
-from sgformer.errors import UserError
+from sgformer.tasks.classify.api import train_classifier
 from sgformer.training.recorder import rank_correlation
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
@@ -54,7 +54,7 @@ def test_the_numbers_of_every_record(run):
     rows = rows_of(run)
     assert [int(row["epoch"]) for row in rows] == [1, 2] and rows[0]["rank_correlation"] == ""
     for row in rows:
-        assert 0 <= float(row["salient_inside"]) <= 1 and 0 < float(row["object_area"]) < 1
+        assert 0 <= float(row["salient_energy"]) <= 1 and 0 < float(row["object_area"]) < 1
     for row in rows[1:]:
         assert -1 <= float(row["rank_correlation"]) <= 1
     assert {"rank_correlation_stage1", "salient_inside_stage3"} <= set(rows[0])
@@ -68,7 +68,7 @@ def test_recording_changes_nothing_and_survives_a_stop(tmp_path):
     assert len(rows_of(half.path)) == 1
     whole = train_classifier(resume=half.path, max_steps=1000)
     assert [int(row["epoch"]) for row in rows_of(whole.path)] == [1, 2]
-    assert rows_of(whole.path)[0]["salient_inside"] == ""  # nobody knows where the objects of photos are
+    assert rows_of(whole.path)[0]["salient_energy"] == ""  # nobody knows where the objects of photos are
     losses = []
     for folder in (plain, whole):
         with (folder.path / "metrics.csv").open() as file:
@@ -80,7 +80,7 @@ def test_recording_changes_nothing_and_survives_a_stop(tmp_path):
 def test_dense_tasks_record_too(task, tmp_path):
     common = {"model": "sgformer_n", "workers": 0, "record_significance": 1, "run": str(tmp_path / "run")}
     if task == "segment":
-        from sgformer.api_segment import train_segmenter
+        from sgformer.tasks.segment.api import train_segmenter
 
         data = make_scenes(tmp_path / "data", 4, 3, image_size=48, layout="ade20k")
         train_segmenter(
@@ -94,7 +94,7 @@ def test_dense_tasks_record_too(task, tmp_path):
             **common,
         )
     else:
-        from sgformer.api_detect import train_detector
+        from sgformer.tasks.detect.api import train_detector
 
         data = make_scenes(tmp_path / "data", 4, 3, image_size=48, layout="coco")
         train_detector(data=str(data), image_size=48, epochs=2, batch_size=2, head_width=16, rois=16, **common)

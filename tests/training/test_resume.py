@@ -7,9 +7,9 @@ import pytest
 import torch
 from photos import QUICK, make_photos
 
-from sgformer.api import train_classifier
-from sgformer.checkpoint import read_safetensors
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.models.checkpoint import read_safetensors
+from sgformer.tasks.classify.api import train_classifier
 from sgformer.training.callbacks import Interrupted
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
@@ -57,7 +57,7 @@ def test_resumed_equals_uninterrupted(photos, straight, tmp_path, stop):
 
 
 def test_stopped_by_a_signal(photos, straight, tmp_path, monkeypatch):
-    from sgformer.tasks.classify import ClassificationTask
+    from sgformer.tasks.classify.module import ClassificationTask
 
     step = ClassificationTask.training_step
 

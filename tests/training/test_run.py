@@ -11,12 +11,12 @@ import torch
 from photos import CLASSES, QUICK, make_photos
 
 import sgformer
-from sgformer.api import Prediction, evaluate, predict, train_classifier
-from sgformer.checkpoint import read_safetensors
-from sgformer.errors import UserError
-from sgformer.inference import optimize
-from sgformer.training.report import Evaluation
-from sgformer.training.weights import load_weights, read_metadata
+from sgformer.backends.optimize import optimize
+from sgformer.core.errors import UserError
+from sgformer.models.checkpoint import read_safetensors
+from sgformer.models.load import load_weights, read_metadata
+from sgformer.tasks.classify.api import Prediction, evaluate, predict, train_classifier
+from sgformer.tasks.classify.metrics import Evaluation
 
 pytest.importorskip("lightning")
 
@@ -88,8 +88,10 @@ def test_evaluation_counts_every_image_once(run, photos, batch_size):
 def test_many_images_are_predicted_by_a_prepared_network(run, photos, monkeypatch):
     few = predict(run, photos / "val", device="cpu")
     prepared = []
-    monkeypatch.setattr("sgformer.api.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1])
-    monkeypatch.setattr("sgformer.api.WORTH_PREPARING", 9)
+    monkeypatch.setattr(
+        "sgformer.tasks.classify.api.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1]
+    )
+    monkeypatch.setattr("sgformer.tasks.classify.api.WORTH_PREPARING", 9)
     many = predict(run, photos / "val", device="cpu")
     assert len(prepared) == 1 and len(few) == len(many) == 9
     for a, b in zip(few, many, strict=True):
@@ -209,7 +211,7 @@ def test_unreadable_images_are_skipped_and_counted(damaged, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
-    from sgformer.tasks.classify import ClassificationTask
+    from sgformer.tasks.classify.module import ClassificationTask
 
     step = ClassificationTask.training_step
 
@@ -239,7 +241,7 @@ def test_the_weights_open_as_a_plain_model(run):
 
 @pytest.mark.slow
 def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
-    from sgformer.tasks.classify import ClassificationTask
+    from sgformer.tasks.classify.module import ClassificationTask
 
     seen, step = [], ClassificationTask.training_step
 
@@ -259,7 +261,7 @@ def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, caplog, monkeypatch):
-    from sgformer.ops import native
+    from sgformer.backends import native
 
     try:
         native.library()

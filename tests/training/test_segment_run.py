@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("lightning")
-from sgformer.api_segment import evaluate_segmentation, train_segmenter
-from sgformer.errors import UserError
-from sgformer.tasks.segment import Segmenter
+from sgformer.core.errors import UserError
+from sgformer.tasks.segment.api import evaluate_segmentation, train_segmenter
+from sgformer.tasks.segment.module import Segmenter
 
 QUICK = {
     "model": "sgformer_n",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from photos import QUICK, make_photos, tensors
 
-from sgformer.api import evaluate, train_classifier
 from sgformer.data.sharding import make_shards
+from sgformer.tasks.classify.api import evaluate, train_classifier
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
 

@@ -1,2 +1,2 @@
-"""The page of `sgformer app`: `networks` look, in the process of a `worker`; `desk` lets people in one after the other;
-`server` guards and answers HTTP; `page` is what one sees."""
+"""The page of `sgformer app`: `networks` explain images in a `worker` process, `session` queues visitors for it, `page`
+and `server` show the results."""

@@ -27,9 +27,9 @@ export default {
       if (file.size > this.limit) return this.$emit("refused", `The file is larger than ${Math.round(this.limit / 2 ** 20)} MB.`);
       this.$emit("sent");
       try {
-        const answer = await fetch(`/look?network=${encodeURIComponent(this.network)}`, { method: "POST", body: file });
+        const answer = await fetch(`/explain?network=${encodeURIComponent(this.network)}`, { method: "POST", body: file });
         const said = await answer.json();
-        answer.ok ? this.$emit("looked", said.look) : this.$emit("refused", said.error);
+        answer.ok ? this.$emit("answered", said.result) : this.$emit("refused", said.error);
       } catch {
         this.$emit("refused", "The server did not answer.");
       }

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from sgformer.data.image import read_image
-from sgformer.explanations import Looker, load_looker, ranked_by
+from sgformer.explaining.explain import Explainer, load_explainer, ranked_by
 from sgformer.viz.significance import Explanation, draw_explanation
 
 #: What is taken in. Decoders without helper programs of their own; pixels as the header says, before decoding.
@@ -63,7 +63,7 @@ class Network:
 
 
 class Networks:
-    """One or two checkpoints, ready to look.
+    """One or two checkpoints, ready to explain images.
 
     Args:
         weights: run folders or weights files.
@@ -74,14 +74,14 @@ class Networks:
     """
 
     def __init__(self, weights: Sequence[str], device: str = "auto"):
-        self.loaded: dict[str, tuple[Looker, str | None]] = {}
+        self.loaded: dict[str, tuple[Explainer, str | None]] = {}
         for path in weights:
-            name, looker = self._name(Path(path)), load_looker(path, device)
-            self.loaded[name] = looker, None
-            config = looker.network.config
+            name, explainer = self._name(Path(path)), load_explainer(path, device)
+            self.loaded[name] = explainer, None
+            config = explainer.network.config
             for ranking in RANKINGS if config.pairs == "guided" else ():
                 if ranking != config.significance:
-                    self.loaded[f"{name}, ranked by {ranking}"] = looker, ranking
+                    self.loaded[f"{name}, ranked by {ranking}"] = explainer, ranking
 
     def about(self) -> list[Network]:
         """What there is, each checkpoint before its other rankings."""
@@ -89,17 +89,17 @@ class Networks:
             Network(
                 name=name,
                 ranking=ranking,
-                task=str(looker.metadata.get("task", "classify")),
-                model=str(looker.metadata.get("model", "sgformer")),
-                classes=tuple(looker.names),
-                parameters=sum(p.numel() for p in looker.model.parameters()),
-                answers=bool(getattr(looker.model, "num_classes", 0)),
-                score=getattr(looker, "score", 0.0),
+                task=str(explainer.metadata.get("task", "classify")),
+                model=str(explainer.metadata.get("model", "sgformer")),
+                classes=tuple(explainer.names),
+                parameters=sum(p.numel() for p in explainer.model.parameters()),
+                answers=bool(getattr(explainer.model, "num_classes", 0)),
+                score=getattr(explainer, "score", 0.0),
             )
-            for name, (looker, ranking) in self.loaded.items()
+            for name, (explainer, ranking) in self.loaded.items()
         ]
 
-    def look(self, name: str, picture: Image.Image | bytes) -> tuple[Image.Image, Explanation]:
+    def explain(self, name: str, picture: Image.Image | bytes) -> tuple[Image.Image, Explanation]:
         """One forward pass.
 
         Args:
@@ -112,10 +112,10 @@ class Networks:
         Raises:
             UserError: the bytes do not do.
         """
-        looker, ranking = self.loaded[name]
+        explainer, ranking = self.loaded[name]
         image = read_upload(picture) if isinstance(picture, bytes) else picture
-        with ranked_by(looker.network, ranking):
-            return image, looker.see(looker.read(image))
+        with ranked_by(explainer.network, ranking):
+            return image, explainer.see(explainer.read(image))
 
     def sheet(self, seen: Explanation) -> bytes:
         """The sheet of `sgformer explain`, as a PNG."""

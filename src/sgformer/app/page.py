@@ -10,8 +10,8 @@ from nicegui import ui
 from nicegui.element import Element
 from PIL import Image
 
-from sgformer.app.desk import MAX_BYTES, Busy, Desk, Look
 from sgformer.app.networks import FORMATS
+from sgformer.app.session import MAX_BYTES, Busy, Result, Session
 from sgformer.app.worker import Stopped
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -22,14 +22,14 @@ NOTHING = "nothing"
 class Viewer(Element, component="viewer.js"):
     """The image with a map over it; what is under the pointer is the browser's business."""
 
-    def show(self, look: Look, kind: str, block: str, opacity: float) -> None:
-        self.props["look"], self.props["kind"], self.props["block"] = look.id, kind, block
+    def show(self, result: Result, kind: str, block: str, opacity: float) -> None:
+        self.props["result"], self.props["kind"], self.props["block"] = result.id, kind, block
         self.props["opacity"] = opacity
         self.update()
 
 
 class Drop(Element, component="drop.js"):
-    """Sends an image that is dropped, pasted or chosen to `POST /look`."""
+    """Sends an image that is dropped, pasted or chosen to `POST /explain`."""
 
 
 class Panel:
@@ -46,7 +46,7 @@ class Panel:
     def __init__(
         self, networks: list[str], chosen: str, kind: str, asked: Callable[[], Any], changed: Callable[[], Any]
     ):
-        self.look: Look | None = None
+        self.result: Result | None = None
         with ui.element("section").classes("sg-panel") as self.frame:
             with ui.element("div").classes("sg-choices"):
                 self.network = ui.select(networks, value=chosen, label="network", on_change=asked).props(PLAIN)
@@ -57,27 +57,27 @@ class Panel:
                     self.scale = ui.element("div").classes("sg-scale")
                 self.said = ui.element("div").classes("sg-said")
 
-    def take(self, look: Look) -> None:
-        """Another look: its answer, and the maps that it has."""
-        self.look = look
-        kinds = look.kinds()
+    def take(self, result: Result) -> None:
+        """Another result: its answer, and the maps that it has."""
+        self.result = result
+        kinds = result.kinds()
         self.kind.set_options(kinds, value=self.kind.value if self.kind.value in kinds else "significance")
         self.said.clear()
         with self.said:
-            _answer(look)
+            _answer(result)
 
     def show(self, place: float, opacity: float) -> str:
         """Show the map at a place between the first block, 0, and the last, 1; what the block is called."""
-        assert self.look is not None
-        blocks = list(self.look.seen.significance)
+        assert self.result is not None
+        blocks = list(self.result.seen.significance)
         block = blocks[round(place * (len(blocks) - 1))]
-        if self.kind.value in ("regions", "spent") and self.look.guided(block) is None:
+        if self.kind.value in ("regions", "spent") and self.result.guided(block) is None:
             self.kind.value = "significance"
-        self.viewer.show(self.look, self.kind.value, block, opacity)
+        self.viewer.show(self.result, self.kind.value, block, opacity)
         self.scale.clear()
         with self.scale:
-            _scale(self.look, self.kind.value, block)
-        height, width = self.look.seen.significance[block].shape
+            _scale(self.result, self.kind.value, block)
+        height, width = self.result.seen.significance[block].shape
         stage, number = block.split(".")
         return f"stage {stage}, block {int(number) + 1} · {height} x {width} places"
 
@@ -85,14 +85,14 @@ class Panel:
 PLAIN = "outlined dense options-dense"
 
 
-def _answer(look: Look) -> None:
+def _answer(result: Result) -> None:
     """What the network said, in words and bars; for dense tasks also as a picture."""
-    if look.seen.overlay is not None:
-        ui.image(f"/looks/{look.id}/answer.png").props("no-spinner no-transition").classes("sg-overlay")
-    said = look.answer()
+    if result.seen.overlay is not None:
+        ui.image(f"/results/{result.id}/answer.png").props("no-spinner no-transition").classes("sg-overlay")
+    said = result.answer()
     if not said:
-        sure = f"Nothing of which it is at least {100 * look.network.score:.0f} % sure."
-        ui.label(sure if look.network.task == "detect" else "This network names no classes.").classes("sg-quiet")
+        sure = f"Nothing of which it is at least {100 * result.network.score:.0f} % sure."
+        ui.label(sure if result.network.task == "detect" else "This network names no classes.").classes("sg-quiet")
     for entry in said[:12]:
         colour = entry.get("colour", "var(--sg-accent)")
         with ui.element("div").classes("sg-row"):
@@ -102,30 +102,32 @@ def _answer(look: Look) -> None:
             ui.label(_percent(entry["share"])).classes("sg-share")
     if len(said) > 12:
         ui.label(f"and {len(said) - 12} more").classes("sg-quiet")
-    what = {"classify": "probability", "segment": "share of the image", "detect": "confidence"}[look.network.task]
+    what = {"classify": "probability", "segment": "share of the image", "detect": "confidence"}[result.network.task]
     with ui.element("div").classes("sg-foot"):
         ui.label(what).classes("sg-quiet")
-        name = f"{look.network.name.replace(', ', '-').replace(' ', '-').replace('/', '-')}.png"
-        ui.button("Sheet", icon="download", on_click=lambda: ui.download(f"/looks/{look.id}/sheet.png", name)).props(
-            "flat dense no-caps"
-        ).classes("sg-sheet").tooltip("Every stage on one page, as `sgformer explain` draws it")
+        name = f"{result.network.name.replace(', ', '-').replace(' ', '-').replace('/', '-')}.png"
+        ui.button(
+            "Sheet", icon="download", on_click=lambda: ui.download(f"/results/{result.id}/sheet.png", name)
+        ).props("flat dense no-caps").classes("sg-sheet").tooltip(
+            "Every stage on one page, as `sgformer explain` draws it"
+        )
 
 
 def _percent(share: float) -> str:
     return "< 1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
-def _scale(look: Look, kind: str, block: str) -> None:
+def _scale(result: Result, kind: str, block: str) -> None:
     """What the colours of a map mean."""
     if kind == "regions":
-        tokens = look.tokens(block)
+        tokens = result.tokens(block)
         assert tokens is not None
-        rates = look.seen.rates[str(look.guided(block))]
+        rates = result.seen.rates[str(result.guided(block))]
         for name, colour, rate in zip(tokens["names"], tokens["colours"], rates, strict=True):
             ui.element("i").classes("sg-dot").style(f"background: rgb{tuple(colour)}")
             ui.label(f"{name} {rate} : 1")
         return
-    ends = {"spent": ("few tokens", "many"), "significance": ("dull", "salient")}.get(kind, ("looked at least", "most"))
+    ends = {"spent": ("few tokens", "many"), "significance": ("low", "high")}.get(kind, ("least attention", "most"))
     ui.label(ends[0])
     ui.element("div").classes("sg-bar" + (" sg-magma" if kind == "spent" else ""))
     ui.label(ends[1])
@@ -134,10 +136,10 @@ def _scale(look: Look, kind: str, block: str) -> None:
 class Page:
     """The page of one visitor."""
 
-    def __init__(self, desk: Desk):
-        self.desk = desk
+    def __init__(self, session: Session):
+        self.session = session
         self.picture: Image.Image | None = None
-        names = list(desk.networks)
+        names = list(session.networks)
         ui.add_css(STYLE)
         ui.colors(primary="#1d7f7a")
         self._header()
@@ -146,16 +148,16 @@ class Page:
                 self.drop = Drop()
                 self.drop.props["limit"] = MAX_BYTES
                 self.drop.props["formats"] = ", ".join(FORMATS[:-1]).replace("WEBP", "WebP")
-                self.drop.props["network"] = desk.checkpoints[0]
+                self.drop.props["network"] = session.checkpoints[0]
                 self.drop.on("sent", lambda: self._busy(True))
-                self.drop.on("looked", lambda event: self._looked(str(event.args)))
+                self.drop.on("answered", lambda event: self._answered(str(event.args)))
                 self.drop.on("refused", lambda event: self._refused(str(event.args)))
                 self.error = ui.label().classes("sg-error").props('role="alert"')
                 self.error.set_visibility(False)
-                if desk.examples:
+                if session.examples:
                     ui.label("or take one of these").classes("sg-quiet")
                 with ui.element("div").classes("sg-examples"):
-                    for number, picture in enumerate(desk.examples):
+                    for number, picture in enumerate(session.examples):
                         with (
                             ui.element("button")
                             .classes("sg-example")
@@ -166,13 +168,13 @@ class Page:
             with ui.element("div").classes("sg-work"):
                 self._controls()
                 with ui.element("div").classes("sg-panels") as self.panels:
-                    self.left = Panel(names, desk.checkpoints[0], "significance", self._chosen, self.show)
-                    other = desk.checkpoints[1] if len(desk.checkpoints) > 1 else desk.checkpoints[0]
+                    self.left = Panel(names, session.checkpoints[0], "significance", self._chosen, self.show)
+                    other = session.checkpoints[1] if len(session.checkpoints) > 1 else session.checkpoints[0]
                     self.right = Panel(names, other, "significance", self._chosen_right, self.show)
                 self.right.frame.set_visibility(False)
 
     def _header(self) -> None:
-        network = self.desk.networks[self.desk.checkpoints[0]]
+        network = self.session.networks[self.session.checkpoints[0]]
         about = [network.model, f"{network.parameters / 1e6:.3g} M parameters", TASKS.get(network.task, "")]
         about += [f"{len(network.classes)} classes"] if network.classes else []
         with ui.element("header").classes("sg-header"):
@@ -200,24 +202,24 @@ class Page:
         """Show a picture that is here already."""
         self._busy(True)
         try:
-            self._take(await self.desk.look(picture, self.left.network.value))
+            self._take(await self.session.explain(picture, self.left.network.value))
         except (Busy, Stopped) as error:
             self._refused(str(error))
         else:
             await self._ask_right()
 
-    async def _looked(self, id: str) -> None:
+    async def _answered(self, id: str) -> None:
         try:
-            self._take(self.desk.find(id))
+            self._take(self.session.find(id))
         except KeyError:
             self._refused("So many images came in that this one was dropped again. Please try once more.")
         else:
             await self._ask_right()
 
-    def _take(self, look: Look) -> None:
-        self.picture = look.picture
-        self.left.take(look)
-        self.depth.props["max"] = max(1, len(look.seen.significance) - 1)
+    def _take(self, result: Result) -> None:
+        self.picture = result.picture
+        self.left.take(result)
+        self.depth.props["max"] = max(1, len(result.seen.significance) - 1)
         self.depth.set_value(min(self.depth.value, self.depth.props["max"]))
         self.depth.update()
         self._busy(False)
@@ -227,7 +229,7 @@ class Page:
         if not self.compare.value or self.picture is None:
             return
         try:
-            self.right.take(await self.desk.look(self.picture, self.right.network.value))
+            self.right.take(await self.session.explain(self.picture, self.right.network.value))
         except (Busy, Stopped) as error:
             self._refused(str(error))
         else:
@@ -252,9 +254,9 @@ class Page:
         """Bring maps up to the sliders."""
         place = self.depth.value / self.depth.props["max"]
         opacity = self.opacity.value / 100
-        if self.left.look is not None:
+        if self.left.result is not None:
             self.where.text = self.left.show(place, opacity)
-        if self.right.look is not None and self.compare.value:
+        if self.right.result is not None and self.compare.value:
             self.right.show(place, opacity)
 
     def _busy(self, busy: bool) -> None:
@@ -274,12 +276,12 @@ LOGO = (
 )
 
 
-def add_page(desk: Desk) -> None:
+def add_page(session: Session) -> None:
     """Register the page at `/`; it opens with the first example."""
 
     @ui.page("/", title="SG-Former")
     async def page() -> None:
-        shown = Page(desk)
-        if desk.examples:
+        shown = Page(session)
+        if session.examples:
             await ui.context.client.connected()
-            await shown.ask(desk.examples[0])
+            await shown.ask(session.examples[0])

@@ -1,4 +1,4 @@
-"""HTTP of the page: images in, looks out, and a guard in front of everything."""
+"""HTTP of the page: images in, results out, and a guard in front of everything."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
-from sgformer.app import desk as bounds
-from sgformer.app.desk import Busy, Desk, Look, png
+from sgformer.app import session as bounds
+from sgformer.app.session import Busy, Result, Session, png
 from sgformer.app.worker import Stopped
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 
 Message = MutableMapping[str, Any]
 
@@ -121,11 +121,11 @@ async def read_body(request: Request) -> bytes:
     return body.getvalue()
 
 
-def build(desk: Desk) -> FastAPI:
-    """The application: `POST /look` takes the bytes of an image; its looks' pictures are found under `/looks/ID/`."""
+def build(session: Session) -> FastAPI:
+    """The application: `POST /explain` takes an image's bytes; the result's pictures are under `/results/ID/`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's own pages load scripts from elsewhere
     thumbnails = []
-    for picture in desk.examples:
+    for picture in session.examples:
         small = picture.copy()
         small.thumbnail((192, 192))
         thumbnails.append(_jpeg(small))
@@ -134,17 +134,17 @@ def build(desk: Desk) -> FastAPI:
     async def say(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code)
 
-    def find(id: str) -> Look:
+    def find(id: str) -> Result:
         try:
-            return desk.find(id)
+            return session.find(id)
         except KeyError:
-            raise HTTPException(404, "This look is no longer kept. Please show the image again.") from None
+            raise HTTPException(404, "This result is no longer kept. Please show the image again.") from None
 
-    @app.post("/look")
-    async def look(request: Request, network: str | None = None) -> dict[str, Any]:
+    @app.post("/explain")
+    async def explain(request: Request, network: str | None = None) -> dict[str, Any]:
         data = await read_body(request)
         try:
-            seen = await desk.look(data, network)
+            seen = await session.explain(data, network)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
         except (Busy, Stopped) as error:
@@ -152,36 +152,36 @@ def build(desk: Desk) -> FastAPI:
         except KeyError:
             raise HTTPException(404, f"There is no network named {network!r}.") from None
         return {
-            "look": seen.id,
+            "result": seen.id,
             "network": seen.network.name,
             "task": seen.network.task,
             "answer": seen.answer(),
             "blocks": list(seen.seen.significance),
         }
 
-    @app.get("/looks/{id}/image.png")
+    @app.get("/results/{id}/image.png")
     def image(id: str) -> Response:
         return as_png(png(find(id).seen.image))
 
-    @app.get("/looks/{id}/answer.png")
+    @app.get("/results/{id}/answer.png")
     def answer(id: str) -> Response:
         overlay = find(id).seen.overlay
         if overlay is None:
             raise HTTPException(404, "Classifiers answer in words.")
         return as_png(png(overlay))
 
-    @app.get("/looks/{id}/sheet.png")
+    @app.get("/results/{id}/sheet.png")
     async def sheet(id: str) -> Response:
         try:
-            return as_png(await desk.sheet(find(id)))
+            return as_png(await session.sheet(find(id)))
         except (Busy, Stopped) as error:
             raise refusal(error) from None
 
-    @app.get("/looks/{id}/tokens/{block}")
+    @app.get("/results/{id}/tokens/{block}")
     def tokens(id: str, block: str) -> JSONResponse:
         return JSONResponse(find(id).tokens(block), headers=KEEP)
 
-    @app.get("/looks/{id}/{kind}/{block}.png")
+    @app.get("/results/{id}/{kind}/{block}.png")
     def layer(id: str, kind: str, block: str) -> Response:
         try:
             return as_png(find(id).map(kind, block))
@@ -197,7 +197,7 @@ def build(desk: Desk) -> FastAPI:
     return app
 
 
-#: What is found under a look's id never changes.
+#: What is found under a result's id never changes.
 KEEP = {"cache-control": "private, max-age=3600, immutable"}
 
 
@@ -238,11 +238,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(desk: Desk, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:
+def serve(session: Session, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:
     """Serve the page until interrupted (ctrl-C, or SIGTERM: exits with status 143).
 
     Args:
-        desk: what is asked.
+        session: what is asked.
         listener: where to listen, from `bind`.
         host: its name in the page's address.
         ready: called with that address once whoever follows it is answered.
@@ -252,8 +252,8 @@ def serve(desk: Desk, listener: socket.socket, host: str, ready: Callable[[str],
 
     from sgformer.app.page import add_page
 
-    app = build(desk)
-    add_page(desk)
+    app = build(session)
+    add_page(session)
     ui.run_with(app, title="SG-Former", favicon=FAVICON, tailwind=False, show_welcome_message=False)
     hosts = frozenset({"localhost", "127.0.0.1", "::1", host}) if is_loopback(host) else None
 

@@ -2,15 +2,15 @@
 const POINT = "sgformer-point"; // viewers side by side light up the same place
 
 export default {
-  props: { look: String, kind: String, block: String, opacity: Number },
+  props: { result: String, kind: String, block: String, opacity: Number },
   data: () => ({ grid: null, at: null, shape: 1 }),
   template: `
     <div class="sg-viewer">
       <div class="sg-picture" :style="{ aspectRatio: shape, '--shape': shape }" tabindex="0" role="img" aria-label="The image with a map over it; arrow keys move the place"
            @pointermove="move" @pointerdown="move" @pointerleave="tell(null)" @keydown="step">
-        <img v-if="look" class="sg-image" :src="base + '/image.png'" alt="" draggable="false"
+        <img v-if="result" class="sg-image" :src="base + '/image.png'" alt="" draggable="false"
              @load="shape = $event.target.naturalWidth / $event.target.naturalHeight">
-        <img v-if="look" class="sg-layer" :src="base + '/' + kind + '/' + block + '.png'" alt=""
+        <img v-if="result" class="sg-layer" :src="base + '/' + kind + '/' + block + '.png'" alt=""
              :style="{ opacity: at && grid ? 0 : opacity }" draggable="false">
         <canvas v-show="at && grid" class="sg-layer" ref="canvas"></canvas>
         <i v-if="at && grid" class="sg-ring" :style="ring"></i>
@@ -18,7 +18,7 @@ export default {
       <p class="sg-told" v-html="told"></p>
     </div>`,
   computed: {
-    base() { return "/looks/" + this.look; },
+    base() { return "/results/" + this.result; },
     cell() {
       if (!this.at || !this.grid) return null;
       const [row, column] = [Math.floor(this.at.y * this.grid.height), Math.floor(this.at.x * this.grid.width)];
@@ -30,7 +30,7 @@ export default {
       return { left: part(this.cell.column, width), top: part(this.cell.row, height), width: part(1, width), height: part(1, height) };
     },
     told() {
-      if (!this.look) return "";
+      if (!this.result) return "";
       if (!this.grid) return "Nothing is reallocated here: every place is a key/value token of its own.";
       if (!this.cell) return `${matchMedia("(hover: none)").matches ? "Touch" : "Hover"} the image: which places share one key/value token?`;
       const { tokens, regions, names, colours, count } = this.grid;
@@ -43,7 +43,7 @@ export default {
   },
   watch: {
     cell: "paint",
-    look: "fetchGrid",
+    result: "fetchGrid",
     block: "fetchGrid",
   },
   mounted() {
@@ -54,7 +54,7 @@ export default {
   unmounted() { window.removeEventListener(POINT, this.hear); },
   methods: {
     async fetchGrid() {
-      if (!this.look) return;
+      if (!this.result) return;
       const url = `${this.base}/tokens/${this.block}`;
       const answer = await fetch(url);
       const grid = answer.ok ? await answer.json() : null;

@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from sgformer import plugins
-from sgformer.data.processes import end_with_parent
-from sgformer.errors import UserError
+from sgformer.core import plugins
+from sgformer.core.errors import UserError
+from sgformer.core.processes import end_with_parent
 
 
 class Stopped(Exception):
@@ -87,7 +87,7 @@ class Worker:
                 return
             pipe, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=_serve, args=(theirs, *self._made_of), name="sgformer-look", daemon=True
+                target=_serve, args=(theirs, *self._made_of), name="sgformer-explain", daemon=True
             )
             with theirs:  # closed here, so that its death is the end of the pipe
                 process.start()
@@ -116,7 +116,7 @@ class Worker:
         self._end()
         try:
             self._start()
-        except Exception as error:  # not the fault of the image that is being looked at; the next look tries again
+        except Exception as error:  # not the fault of the image that is being looked at; the next one tries again
             raise Stopped(f"The network's process could not be started again: {error}") from error
 
 
@@ -130,7 +130,7 @@ def _opened(answer: tuple[Any, BaseException | None]) -> Any:
 def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The process: build, then answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches everybody in the terminal; the page ends this one
-    end_with_parent()  # even a look without end ends with the page, however that ended
+    end_with_parent()  # even a request without end ends with the page, however that ended
     made: list[Any] = []
 
     def make() -> None:

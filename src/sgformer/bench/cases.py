@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sgformer
-from sgformer.errors import UserError, require
-from sgformer.ops.native import UnavailableError
+from sgformer.backends.native import UnavailableError
+from sgformer.core.errors import UserError, require
 
 BACKENDS = ("eager", "optimize", "compile", "onnxruntime", "openvino")
 EXPORTED = ("onnxruntime", "openvino")

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from sgformer.bench.cases import Case, Unsupported, build
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 
 
 def peak_memory(case: Case, timeout: float = 1800) -> int:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sgformer.bench.cases import EXPORTED, Case, Unsupported, build, create
 from sgformer.bench.memory import peak_memory
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 
 
 @dataclass

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sgformer import plugins
 from sgformer._version import __version__
 from sgformer.cli.parser import HelpShown, run_function
-from sgformer.errors import UserError
+from sgformer.core import plugins
+from sgformer.core.errors import UserError
 from sgformer.training.config import nearest
 
 # Command -> (module, function, what it does). Training commands take the raw arguments; the parameters of the others
@@ -25,7 +25,7 @@ COMMANDS = {
     "export": ("sgformer.cli.export", "export", "write a network for another runtime: ONNX, OpenVINO, torch.export"),
     "app": ("sgformer.cli.app", "app", "a page to look into trained networks with"),
     "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
-    "landing": ("sgformer.cli.landing", "landing", "measure whether salient tokens land on the objects"),
+    "localization": ("sgformer.cli.localization", "localization", "measure whether salient tokens land on the objects"),
     "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
     "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),

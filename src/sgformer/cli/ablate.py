@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgformer.errors import UserError, require
+from sgformer.core.errors import UserError, require
 
 
 def ablate(
@@ -24,7 +24,7 @@ def ablate(
         require(package, extra="train")
     from pathlib import Path
 
-    from sgformer.ablation import markdown, read_ablation, run_ablation, summary
+    from sgformer.tasks.sweep import markdown, read_ablation, run_ablation, summary
     from sgformer.training.run_folder import shown_log
 
     ablation = read_ablation(config, data)

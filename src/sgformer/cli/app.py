@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from sgformer.errors import UserError, require
+from sgformer.core.errors import UserError, require
 
 
 def app(
@@ -29,8 +29,8 @@ def app(
     for package, extra in (("nicegui", "app"), ("matplotlib", "train")):
         require(package, extra=extra)
 
-    from sgformer.app.desk import Desk
     from sgformer.app.server import bind, is_loopback, serve
+    from sgformer.app.session import Session
 
     if not is_loopback(host):
         print(
@@ -39,7 +39,7 @@ def app(
             file=sys.stderr,
         )
     with bind(host, port) as listener:
-        desk = Desk.load(weights, examples, device)
-        with contextlib.closing(desk):
-            serve(desk, listener, host, lambda address: print(f"{address}  (ctrl-C ends it)", flush=True))
+        session = Session.load(weights, examples, device)
+        with contextlib.closing(session):
+            serve(session, listener, host, lambda address: print(f"{address}  (ctrl-C ends it)", flush=True))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sgformer.cli.output import write_json
-from sgformer.errors import UserError, require
+from sgformer.core.errors import UserError, require
 
 
 def bench(
@@ -52,7 +52,7 @@ def bench(
     from sgformer.bench import Case, run
     from sgformer.bench.cases import check_model
     from sgformer.bench.report import Progress, draw, print_table, to_json
-    from sgformer.training.device import find_device
+    from sgformer.core.device import find_device
 
     for name, values in (("image-size", image_size), ("batch-size", batch_size), ("rounds", [rounds])):
         least = 32 if name == "image-size" else 1

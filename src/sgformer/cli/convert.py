@@ -13,7 +13,7 @@ def convert(source: str, target: str, raw: bool = False) -> int:
         target: the .safetensors file to write
         raw: take the raw weights instead of the averaged (EMA) ones
     """
-    from sgformer import checkpoint
+    from sgformer.models import checkpoint
 
     checkpoint.convert(source, target, raw=raw)
     print(f"wrote {target}")

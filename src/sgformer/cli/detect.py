@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sgformer import api_detect
+from sgformer.tasks.detect import api as api_detect
 
 
 def evaluate(weights: str, data: str, folder: Path, **options: Any) -> int:

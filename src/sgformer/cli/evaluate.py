@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from sgformer.cli.tasks import DATA, options_of_task, task_of
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def evaluate(
 
     from lightning.pytorch.utilities import rank_zero_only
 
-    from sgformer import api
+    from sgformer.tasks.classify import api
 
     result = api.evaluate(weights, data, **options)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sgformer.errors import UserError, require
+from sgformer.core.errors import UserError, require
 
 
 def explain(
@@ -31,7 +31,7 @@ def explain(
         raise UserError(f"--limit must be above 0, got {limit}")
     require("matplotlib", extra="train")
 
-    from sgformer.explanations import explain
+    from sgformer.explaining.explain import explain
     from sgformer.viz.significance import draw_explanation, write_index
 
     entries = []

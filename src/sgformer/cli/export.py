@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 
 
 def export(
@@ -31,7 +31,7 @@ def export(
     """
     if out is None:
         raise UserError("--out is missing: the file to write")
-    from sgformer.exporting import export as run
+    from sgformer.exporting.export import export as run
 
     result = run(
         weights,

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 from sgformer.training.config import RunConfig, dashed, nearest
 
 WIDTH = 100

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sgformer.cli.report import report_classes, report_objects, report_segments
 from sgformer.cli.tasks import options_of_task, task_of
-from sgformer.cli.tell import tell_classes, tell_objects, tell_segments
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 from sgformer.training.config import dashed
 
 
@@ -50,18 +50,18 @@ def predict(
     task = task_of(weights)
     options = {**options_of_task(weights, task, special), "image_size": image_size, "device": device}
     if task == "detect":
-        from sgformer.api_detect import predict_detections
-        from sgformer.training.weights import read_metadata
+        from sgformer.models.load import read_metadata
+        from sgformer.tasks.detect.api import predict_detections
 
-        tell_objects(predict_detections(weights, images, **options), read_metadata(weights), json, out)
+        report_objects(predict_detections(weights, images, **options), read_metadata(weights), json, out)
     elif task == "segment":
-        from sgformer.api_segment import predict_segmentation
+        from sgformer.tasks.segment.api import predict_segmentation
 
-        tell_segments(predict_segmentation(weights, images, **options), json, out)
+        report_segments(predict_segmentation(weights, images, **options), json, out)
     else:
-        from sgformer import api
+        from sgformer.tasks.classify import api
 
-        tell_classes(api.predict(weights, images, **options), json, out)
+        report_classes(api.predict(weights, images, **options), json, out)
     return 0
 
 
@@ -69,7 +69,7 @@ def predict_exported(
     path: str, images: list[str], json: str | None, out: str | None, image_size: Any, device: str, special: Any
 ) -> int:
     """The same with a file of `sgformer export`. Nothing here imports torch."""
-    from sgformer import exported
+    from sgformer.exporting import onnx_predict as exported
 
     if device not in ("auto", "cpu"):
         raise UserError(f"--device {device}: exported files run on the CPU here")
@@ -80,9 +80,9 @@ def predict_exported(
         if name in options:
             raise UserError(f"--{dashed(name)} is for weights; {path} is an exported file")
     if task == "segment":
-        tell_segments(exported.predict_segmentation(network, images, **options), json, out)
+        report_segments(exported.predict_segmentation(network, images, **options), json, out)
     elif task == "detect":
-        tell_objects(exported.predict_detections(network, images, **options), network.metadata, json, out)
+        report_objects(exported.predict_detections(network, images, **options), network.metadata, json, out)
     else:
-        tell_classes(exported.predict(network, images, **options), json, out)
+        report_classes(exported.predict(network, images, **options), json, out)
     return 0

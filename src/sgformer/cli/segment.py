@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sgformer import api_segment
+from sgformer.tasks.segment import api as api_segment
 
 
 def evaluate(weights: str, data: str, folder: Path, **options: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 from sgformer.training.config import dashed
 
 #: What --data means to each task.
@@ -28,7 +28,7 @@ def task_of(weights: str) -> str:
     Raises:
         UserError: there are no such weights.
     """
-    from sgformer.training.weights import read_metadata
+    from sgformer.models.load import read_metadata
 
     task = read_metadata(weights).get("task", "classify")
     if task not in OWN:

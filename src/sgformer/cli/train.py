@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from sgformer.cli.parser import Option, Parser, config_options
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 from sgformer.training.config import RunConfig, read_yaml
 from sgformer.training.run_folder import RunFolder
 
@@ -25,13 +25,13 @@ def classify(arguments: list[str]) -> int:
         ClassifyConfig,
         "Train an image classifier on DATA/train/CLASS/*, validate it on DATA/val/CLASS/*.",
         "--data photos --model sgformer_t --epochs 50 --run runs/photos",
-        "sgformer.api:train_classifier",
+        "sgformer.tasks.classify.api:train_classifier",
     )
 
 
 def detect(arguments: list[str]) -> int:
     """Train a detector."""
-    from sgformer.training.detect_config import DetectConfig
+    from sgformer.tasks.detect.config import DetectConfig
 
     return _train(
         arguments,
@@ -39,13 +39,13 @@ def detect(arguments: list[str]) -> int:
         DetectConfig,
         "Train Mask R-CNN, or Faster R-CNN where there are no masks, on a data set in the COCO layout.",
         "--data coco --config recipes/detect_s_1x.yaml --weights runs/imagenet",
-        "sgformer.api_detect:train_detector",
+        "sgformer.tasks.detect.api:train_detector",
     )
 
 
 def segment(arguments: list[str]) -> int:
     """Train a semantic segmentation."""
-    from sgformer.training.segment_config import SegmentConfig
+    from sgformer.tasks.segment.config import SegmentConfig
 
     return _train(
         arguments,
@@ -53,7 +53,7 @@ def segment(arguments: list[str]) -> int:
         SegmentConfig,
         "Train a network that tells the class of every pixel, on label maps in the ADE20K layout.",
         "--data photos --model sgformer_t --head semantic-fpn --steps 2000",
-        "sgformer.api_segment:train_segmenter",
+        "sgformer.tasks.segment.api:train_segmenter",
     )
 
 

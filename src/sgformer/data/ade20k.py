@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from sgformer.core.errors import StalledError, UserError
+from sgformer.core.progress import track
 from sgformer.data.dense_transforms import DenseTransform
 from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
 from sgformer.data.imagefolder import EpochSampler, bad_image, seeded
-from sgformer.data.progress import track
-from sgformer.errors import StalledError, UserError
 
 LAYOUT = (
     "expected {root}/images/{{training,validation}}/NAME.jpg and {root}/annotations/{{training,validation}}/NAME.png"

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from sgformer.core.errors import UserError
+from sgformer.core.processes import end_with_parent
+from sgformer.core.progress import track
 from sgformer.data.image import probe_image, read_image
 from sgformer.data.imagefolder import Listing, list_split, some
-from sgformer.data.processes import end_with_parent
-from sgformer.data.progress import track
 from sgformer.data.shards import Index, is_shards
-from sgformer.errors import UserError
 
 #: The network's stride: images whose shorter side is below it are enlarged.
 SMALL = 32
@@ -102,7 +102,7 @@ class CheckReport:
         return "\n".join(lines)
 
 
-class _Look(NamedTuple):
+class _Inspector(NamedTuple):
     """What was seen of one file."""
 
     width: int
@@ -191,7 +191,7 @@ def _look_through(
     """Read the images of one split. Returns its report and, by a hash of its bytes, the first file with them."""
     result = SplitReport(len(listing), dict(zip(listing.classes, listing.counts(), strict=True)))
     result.ignored = dict(sorted(listing.ignored.items()))
-    looks: list[_Look] = []
+    looks: list[_Inspector] = []
     first: dict[bytes, int] = {}
     for index, look in enumerate(track(_looks(listing, decode, workers), len(listing), listing.split)):
         name = f"{listing.split}/{listing.paths[index]}"
@@ -217,14 +217,14 @@ def _look_through(
     return result, first
 
 
-def _looks(listing: Listing, decode: bool, workers: int) -> Iterator[_Look]:
+def _looks(listing: Listing, decode: bool, workers: int) -> Iterator[_Inspector]:
     """What is seen of every image, in order."""
     if workers == 0:
-        yield from (_look(listing, decode, index) for index in range(len(listing)))
+        yield from (_inspect(listing, decode, index) for index in range(len(listing)))
         return
     # The listing goes to each process once, not with every index.
     with multiprocessing.Pool(workers, _Reader.set, (listing, decode)) as pool:
-        yield from pool.imap(_Reader.look, range(len(listing)), chunksize=32)
+        yield from pool.imap(_Reader.inspect, range(len(listing)), chunksize=32)
 
 
 class _Reader:
@@ -238,11 +238,11 @@ class _Reader:
         cls.task = listing, decode
 
     @classmethod
-    def look(cls, index: int) -> _Look:
-        return _look(*cls.task, index)
+    def inspect(cls, index: int) -> _Inspector:
+        return _inspect(*cls.task, index)
 
 
-def _look(listing: Listing, decode: bool, index: int) -> _Look:
+def _inspect(listing: Listing, decode: bool, index: int) -> _Inspector:
     (data,) = listing.read_bytes([index])
     try:
         if isinstance(data, UserError):
@@ -252,9 +252,9 @@ def _look(listing: Listing, decode: bool, index: int) -> _Look:
             read_image(data, name="")
     except UserError as error:
         reason = str(error).removeprefix(f"{listing.path(index)}: ").removeprefix(": ")
-        return _Look(0, 0, "", False, b"", reason)
+        return _Inspector(0, 0, "", False, b"", reason)
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return _Look(header.width, header.height, header.mode, header.orientation != 1, digest, None)
+    return _Inspector(header.width, header.height, header.mode, header.orientation != 1, digest, None)
 
 
 def _spread(values: list[int]) -> tuple[int, int, int]:

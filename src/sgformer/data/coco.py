@@ -25,9 +25,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from sgformer.core.errors import StalledError, UserError, require
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.imagefolder import Sample, bad_image, seeded, some
-from sgformer.errors import StalledError, UserError, require
 
 #: What the files and folders of a split may be called, in the order of preference.
 SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}

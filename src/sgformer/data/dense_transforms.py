@@ -28,7 +28,7 @@ def train_transform(
     short_side: int = 512,
     scale: tuple[float, float] = (0.5, 2.0),
     hflip: float = 0.5,
-    most_of_one_class: float = 0.75,
+    cat_max_ratio: float = 0.75,
     distortion: bool = True,
     ignore: int = 255,
 ) -> DenseTransform:
@@ -39,7 +39,7 @@ def train_transform(
         short_side: see `RatioResize`.
         scale: range of the factor on it.
         hflip: probability of a mirror image.
-        most_of_one_class: see `DiverseCrop`.
+        cat_max_ratio: see `DiverseCrop`.
         distortion: whether colours are changed.
         ignore: the label that stands for none; padding gets it too.
 
@@ -49,7 +49,7 @@ def train_transform(
     """
     return _on_arrays(
         RatioResize(short_side, scale),
-        DiverseCrop(crop, most_of_one_class, ignore),
+        DiverseCrop(crop, cat_max_ratio, ignore),
         v2.RandomHorizontalFlip(hflip),
         *([PhotometricDistortion()] if distortion else []),
         *_normalized(),

@@ -17,7 +17,7 @@ from typing import IO, Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sgformer.errors import StalledError, UserError
+from sgformer.core.errors import StalledError, UserError
 
 #: File name endings (lower case) that count as images when a folder is listed.
 IMAGE_EXTENSIONS = frozenset(

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from sgformer.core.errors import StalledError, UserError
 from sgformer.data.image import IMAGE_EXTENSIONS, read_image
-from sgformer.errors import StalledError, UserError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sgformer.core.errors import UserError
 from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import CocoDataset
 from sgformer.data.image import read_image
-from sgformer.errors import UserError
 
 #: Classes that are no objects.
 GROUND = frozenset({"background", "other", "void", "unlabeled", "unlabelled"})

@@ -33,11 +33,11 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFilter
 
+from sgformer.core.errors import UserError, require
+from sgformer.core.processes import end_with_parent
+from sgformer.core.progress import track
 from sgformer.data.image import read_image
-from sgformer.data.processes import end_with_parent
-from sgformer.data.progress import track
 from sgformer.data.store import appearing
-from sgformer.errors import UserError, require
 
 #: Where each copied form begins in `load_digits()`, and the end.
 DIGIT_FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667, 1797)

@@ -17,12 +17,12 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from sgformer.core.errors import UserError, first_line
+from sgformer.core.progress import track
 from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, scan_splits, some
-from sgformer.data.progress import track
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
 from sgformer.data.store import Store, appearing, is_address, printable, unreadable
-from sgformer.errors import UserError, first_line
 
 BLOCK = tarfile.BLOCKSIZE
 #: Class indices below this need no file that names them.

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sgformer.core.errors import MissingError, StalledError, UserError, first_line
 from sgformer.data.image import read_image
 from sgformer.data.imagefolder import Listing, scan, scan_splits, some
 from sgformer.data.store import Store, is_address, printable, unreadable
-from sgformer.errors import MissingError, StalledError, UserError, first_line
 
 INDEX = "shards.json"
 FORMAT, VERSION = "sgformer shards", 1

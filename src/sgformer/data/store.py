@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from sgformer.core.errors import MissingError, StalledError, UserError, first_line, require
 from sgformer.data.image import in_time
-from sgformer.errors import MissingError, StalledError, UserError, first_line, require
 
 MOST_OPEN = 64  # files that a process keeps open
 

@@ -13,7 +13,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import MaybeToTensor, ResizeKeepRatio
 from torchvision.transforms import Compose, InterpolationMode, Normalize
 
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgformer.errors import UserError, require
+from sgformer.backends.traceable import traceable
+from sgformer.core.errors import UserError, require
 from sgformer.exporting.graphs import Graph
-from sgformer.exporting.portable import portable
 
 #: Runs a file: (B, 3, H, W) -> every output in order, and the order of tokens in every self-guided block, (B, N) int64.
 Runner = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
@@ -54,7 +54,7 @@ class OnnxFormat:
         axes = {"image": image, **graph.axes(open_size=not size)}
         with quiet(), torch.no_grad():
             torch.onnx.export(
-                portable(graph, "topk", fixed=bool(size)),
+                traceable(graph, "topk", fixed=bool(size)),
                 (example,),
                 str(path),
                 dynamo=False,
@@ -99,7 +99,7 @@ class TorchFormat:
             # 32 times a whole number, so that every stage's grid follows without remainder.
             axes |= {2: 32 * torch.export.Dim("rows", min=1), 3: 32 * torch.export.Dim("columns", min=1)}
         with quiet(), torch.no_grad():
-            copy = portable(graph, fixed=bool(size))
+            copy = traceable(graph, fixed=bool(size))
             program = torch.export.export(copy, (example,), dynamic_shapes=(axes,), strict=False)
             torch.export.save(program, path, extra_files={"sgformer.json": json.dumps(about)})
         return [path]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sgformer._version import __version__
-from sgformer.backbone import SGFormer
+from sgformer.backends.traceable import why_fixed_size, why_unsupported
+from sgformer.core.errors import UserError
 from sgformer.data.transforms import MEAN, STD
-from sgformer.errors import UserError
-from sgformer.exporting.portable import obstacle, refusal
 from sgformer.heads.common import resize
-from sgformer.tasks.pyramid import STRIDES
-from sgformer.training.weights import load_weights, read_metadata
+from sgformer.models.backbone import SGFormer
+from sgformer.models.load import load_weights, read_metadata
+from sgformer.models.pyramid import STRIDES
 
 FEATURES = tuple(f"stride{stride}" for stride in STRIDES)
 
@@ -44,7 +44,7 @@ class Graph(nn.Module):
         if (features or significance) and not isinstance(network, SGFormer):
             held = metadata.get("model") or type(network).__name__
             raise UserError(f"--features and --significance are of SG-Former; this is {held}")
-        if isinstance(network, SGFormer) and (reason := refusal(network.config)):
+        if isinstance(network, SGFormer) and (reason := why_unsupported(network.config)):
             raise UserError(f"this network cannot be exported: {reason}")
         self._significance = self._maps(network)
         size = metadata.get("image_size", 224)
@@ -62,10 +62,10 @@ class Graph(nn.Module):
             **self._reading(metadata),
         }
 
-    def obstacle(self) -> str | None:
+    def why_fixed_size(self) -> str | None:
         """Why it can be exported for one image size only; None where sizes may stay open."""
         network = self._network()
-        return obstacle(network.config) if isinstance(network, SGFormer) else "the network is not SG-Former"
+        return why_fixed_size(network.config) if isinstance(network, SGFormer) else "the network is not SG-Former"
 
     def axes(self, open_size: bool) -> dict[str, dict[int, str]]:
         """Which axes of which output follow the input, and what they are called."""
@@ -205,11 +205,11 @@ def build_graph(weights: str | os.PathLike[str], whole: bool, features: bool, si
     """
     task = read_metadata(weights).get("task", "classify")
     if task == "segment":
-        from sgformer.tasks.segment import Segmenter
+        from sgformer.tasks.segment.module import Segmenter
 
         return SegmenterGraph(*Segmenter.load(weights), features, significance).eval()
     if task == "detect":
-        from sgformer.tasks.detect import Detector
+        from sgformer.tasks.detect.module import Detector
 
         kind = DetectorGraph if whole else PyramidGraph
         return kind(*Detector.load(weights), features, significance).eval()

@@ -1,7 +1,7 @@
 """Pure functions on tensors: windows, attention, regrouping. Each has a slow, obvious twin in ``reference``."""
 
 from sgformer.ops.attention import attend, attention_and_received
-from sgformer.ops.heads import attend_windows, join_heads, split_heads
+from sgformer.ops.layout import attend_windows, join_heads, split_heads
 from sgformer.ops.linear_attention import attend_linearly
 from sgformer.ops.merging import MergedTokens, merge_similar
 from sgformer.ops.regroup import TokenGroups, aggregate, group_tokens, region_lengths, sort_tokens

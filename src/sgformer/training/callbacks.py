@@ -27,11 +27,11 @@ from lightning.pytorch.callbacks import Callback
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.models.load import read_metadata, save_weights
 from sgformer.training.run_folder import RunFolder
-from sgformer.training.sharing import full, own
+from sgformer.training.sharded import full, own
 from sgformer.training.state_file import publish
-from sgformer.training.weights import read_metadata, save_weights
 
 log = logging.getLogger("sgformer")
 
@@ -81,9 +81,9 @@ class WeightAverage(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         # Here the network is on its device and has its restored weights; `setup` would be too early for both.
-        network = task.model if task.whole is None else task.whole
+        network = task.model if task.unsharded is None else task.unsharded
         self.average = ModelEmaV3(network, self.decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
-        if task.whole is not None:
+        if task.unsharded is not None:
             share_tensors(self.average.module, task.model)
         self.average.module.requires_grad_(False)
         self._take_loaded()
@@ -128,15 +128,15 @@ def share_tensors(module: nn.Module, like: nn.Module) -> None:
         mine.data = theirs.detach().clone()
 
 
-class WholeNetwork(Callback):
+class UnshardedCopy(Callback):
     """Fills the network that validation runs where weights are shared out; on its device only while it is needed."""
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
-        task.whole.to(trainer.strategy.root_device)
+        task.unsharded.to(trainer.strategy.root_device)
         task.gather()
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
-        task.whole.to("cpu")
+        task.unsharded.to("cpu")
 
 
 class SameStart(Callback):

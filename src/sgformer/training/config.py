@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from sgformer.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
 
 # `lr`, `min_lr` and `warmup_lr` are stated for this many images per update and scaled linearly to the actual batch.
 LR_BASE_BATCH = 1024
@@ -90,7 +90,9 @@ class RunConfig:
         None, "Network", "what follows a hybrid block: a guided one, another hybrid one, nothing [guided]"
     )
     regions: str | None = option(
-        None, "Network", "SHARE:RATE,... per guided stage, dull to salient, split by /, e.g. .5:28,.5:7/.5:4,.5:2/1:1"
+        None,
+        "Network",
+        "SHARE:RATE,... per guided stage, least to most significant, split by /, e.g. .5:28,.5:7/.5:4,.5:2/1:1",
     )
     scales: str | None = option(None, "Network", "reductions of the head groups per guided stage, e.g. 8,4,1/4,1/2,1")
     ema: float = option(0.9998, "Network", "decay of the averaged weights, which are the reported ones; 0: off")

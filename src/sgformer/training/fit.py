@@ -16,14 +16,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from sgformer.data.processes import end_with_parent
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
+from sgformer.core.processes import end_with_parent
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
-from sgformer.training.faults import plain_faults
-from sgformer.training.guard import FiniteGuard
+from sgformer.training.nan_guard import NanGuard
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
+from sgformer.training.worker_errors import worker_errors
 from sgformer.viz.curves import draw_curves
 
 log = logging.getLogger("sgformer")
@@ -137,9 +137,9 @@ def run_training(
             folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
-        whole = [cb.WholeNetwork()] if config.strategy == "fsdp" else []
+        unsharded = [cb.UnshardedCopy()] if config.strategy == "fsdp" else []
         seeds = cb.StepSeeds(config.seed)
-        guard = FiniteGuard(folder, job.metadata, seeds.on_train_batch_start, job.train.listing.path)  # type: ignore[attr-defined]
+        guard = NanGuard(folder, job.metadata, seeds.on_train_batch_start, job.train.listing.path)  # type: ignore[attr-defined]
         recorder = []
         if config.record_significance:
             from sgformer.training.recorder import SignificanceRecorder
@@ -172,7 +172,7 @@ def run_training(
                         folder.path / "validation", picture=False
                     ),
                 ),
-                *whole,
+                *unsharded,
             ],
         )
         parameters = sum(p.numel() for p in model.parameters())
@@ -200,7 +200,7 @@ def run_training(
         if config.compile:
             model.compile()
         if start < total_steps:
-            with plain_faults():
+            with worker_errors():
                 trainer.fit(job.task, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
         else:
             log.info("nothing left to train; pass more --epochs or --max-steps to go on")
@@ -264,8 +264,8 @@ def use_native_kernels(
         return "torch", ""
     if config.native == "auto" and begun_with == "torch":
         return "torch", "the run was begun without them"
-    from sgformer.accelerated import accelerate
-    from sgformer.ops.native import UnavailableError
+    from sgformer.backends.native import UnavailableError
+    from sgformer.backends.native_autograd import accelerate
 
     try:
         accelerate(model)

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from sgformer.explanations import looker
-from sgformer.landing import coverage, salient, stride_of
+from sgformer.explaining.explain import explainer_for
+from sgformer.explaining.localization import coverage, salient, stride_of
 from sgformer.training.run_folder import RunFolder
 from sgformer.viz.evolution import draw_animation, draw_growth, draw_strip
 from sgformer.viz.significance import draw_explanation, hybrid_of
@@ -87,7 +87,7 @@ class SignificanceRecorder(Callback):
         folder = self.path / f"{epoch:04d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        asked = looker(model, self.metadata)
+        asked = explainer_for(model, self.metadata)
         for number, (_, image, mask) in enumerate(self._samples):
             seen = asked.see(image)
             draw_explanation(seen, folder / f"{number:02d}.png")
@@ -131,7 +131,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def write_numbers(path: Path) -> list[dict[str, Any]]:
     """`evolution.csv` from the records; returns its rows.
 
-    `rank_correlation`: of significance with the record before, mean over blocks and images. `salient_inside`: share of
+    `rank_correlation`: of significance with the record before, mean over blocks and images. `salient_energy`: share of
     salient tokens' area that lies in objects; `object_area`: the objects' share of the image, which is chance. Empty
     where they cannot be known. Each also by stage.
     """
@@ -140,7 +140,7 @@ def write_numbers(path: Path) -> list[dict[str, Any]]:
     for record in records(path):
         now = _read(record)
         first = next(iter(now.values()))
-        numbers: dict[str, dict[str, list[float]]] = {"rank_correlation": {}, "salient_inside": {}, "object_area": {}}
+        numbers: dict[str, dict[str, list[float]]] = {"rank_correlation": {}, "salient_energy": {}, "object_area": {}}
         for name, arrays in now.items():
             for block in (key.split("/")[1] for key in arrays if key.startswith("salient/")):
                 stage, chosen = block.split(".")[0], arrays[f"salient/{block}"]
@@ -149,12 +149,12 @@ def write_numbers(path: Path) -> list[dict[str, Any]]:
                     numbers["rank_correlation"].setdefault(stage, []).append(rank_correlation(*pair))
                 if "objects" in arrays:
                     covered = coverage(arrays["objects"], chosen.shape, stride_of(block))
-                    numbers["salient_inside"].setdefault(stage, []).append(float(covered[chosen].mean()))
+                    numbers["salient_energy"].setdefault(stage, []).append(float(covered[chosen].mean()))
                     numbers["object_area"].setdefault(stage, []).append(float(covered.mean()))
         stages = sorted({key.split("/")[1].split(".")[0] for key in first if key.startswith("salient/")})
         row: dict[str, Any] = {"epoch": int(first["epoch"]), "step": int(first["step"])}
         row |= {kind: _mean([v for values in by.values() for v in values]) for kind, by in numbers.items()}
-        for kind in ("rank_correlation", "salient_inside"):
+        for kind in ("rank_correlation", "salient_energy"):
             row |= {f"{kind}_stage{stage}": _mean(numbers[kind].get(stage, [])) for stage in stages}
         rows.append(row)
         before = now

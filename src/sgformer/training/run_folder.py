@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sgformer._version import __version__
-from sgformer.errors import UserError
+from sgformer.core.errors import UserError
 from sgformer.training.config import RunConfig, to_yaml
 
 log = logging.getLogger("sgformer")

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from sgformer.errors import UserError, first_line
+from sgformer.core.errors import UserError, first_line
 
 SEAL = b"sgformer blake2b "  # and 64 hexadecimal digits: of everything before
 LENGTH = len(SEAL) + 64

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from sgformer.errors import UserError
+from sgformer.core.device import find_device
+from sgformer.core.errors import UserError
 from sgformer.training.config import RunConfig
-from sgformer.training.device import find_device
 from sgformer.training.state_file import StateIO
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -39,7 +39,7 @@ NOISE = (
 )
 
 
-class SharedOut(ModelParallelStrategy):
+class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: parameters, gradients and moments are shared out over all processes; see `tasks.common.NetworkTask`.
 
     Training states are the whole run's, in one file, so that a run can go on with another number of processes.
@@ -68,7 +68,7 @@ def build_trainer(
         device: auto, cpu, cuda, cuda:N, mps.
         devices: processes on this machine (those that torchrun or SLURM started, else one per GPU, if "auto").
         precision: fp32, bf16 or fp16.
-        strategy: ddp, or fsdp; see `SharedOut`.
+        strategy: ddp, or fsdp; see `ShardedStrategy`.
         callbacks, options: as of `lightning.Trainer`.
 
     Raises:
@@ -85,7 +85,7 @@ def build_trainer(
         # The number of machines: torchrun's, SLURM's, or this one.
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1),
         precision=PRECISION[precision],  # type: ignore[arg-type]
-        strategy=SharedOut() if strategy == "fsdp" else "auto",
+        strategy=ShardedStrategy() if strategy == "fsdp" else "auto",
         callbacks=list(callbacks),
         plugins=[StateIO()],
         logger=False,

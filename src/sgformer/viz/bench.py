@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgformer.errors import require
+from sgformer.core.errors import require
 from sgformer.viz.style import COLOURS, figure
 
 MARKERS = "osD^v"

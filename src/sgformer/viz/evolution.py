@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sgformer.errors import require
+from sgformer.core.errors import require
 from sgformer.viz.style import COLOURS, FAINT, INK, SETTINGS, figure
 
 MAP = "viridis"
@@ -84,7 +84,7 @@ def draw_animation(
 
 def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = "epoch") -> None:
     """`evolution.csv` over time: rank correlation with the record before, and salient tokens inside objects."""
-    known = any(row.get("salient_inside") not in (None, "") for row in rows)
+    known = any(row.get("salient_energy") not in (None, "") for row in rows)
     with figure(out, 4.2 * (1 + known) + 1.2, 2.9) as fig:
         panels = fig.subplots(1, 1 + known, squeeze=False)[0]
         x = [float(row[unit]) for row in rows]
@@ -94,7 +94,7 @@ def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = 
         panels[0].set_ylim(min(0, panels[0].get_ylim()[0]), 1.03)
         if known:
             columns = [name for name in rows[0] if name.startswith("salient_inside_stage")]
-            _lines(panels[1], x, rows, "salient_inside", columns, scale=100)
+            _lines(panels[1], x, rows, "salient_energy", columns, scale=100)
             area = 100 * float(rows[-1]["object_area"])
             panels[1].axhline(area, color=INK, linewidth=1, linestyle=":", label="objects' area")
             panels[1].set_title("Salient tokens inside objects, %")
@@ -117,12 +117,12 @@ def _lines(
     axes.plot(x, values(mean), color=COLOURS[0], linewidth=2.2, marker="o", markersize=3.5, label="all blocks")
 
 
-def draw_landing(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+def draw_localization(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
     """By block: salient tokens inside objects, against the objects' area and the objects of other images."""
     with figure(out, 6.4, 0.36 * len(rows) + 1.25) as fig:
         axes = fig.subplots()
         for place, row in enumerate(rows):
-            marks = [100 * row[name] for name in ("area", "others", "inside")]
+            marks = [100 * row[name] for name in ("area", "shuffled", "energy_inside")]
             axes.plot(
                 [min(marks), max(marks)], [place, place], color=FAINT, linewidth=3, zorder=1, solid_capstyle="round"
             )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sgformer.errors import require
+from sgformer.core.errors import require
 from sgformer.viz.style import INK, figure
 
 MOST_IN_LEGEND = 18

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from sgformer.errors import require
+from sgformer.core.errors import require
 from sgformer.viz.style import figure
 
 MAP = "viridis"  # perceptually uniform, also in print and for the colour-blind
-REGION_COLOURS = ("#440154", "#21918c", "#fde725")  # dull, middle, salient: the ends and middle of the same map
+REGION_COLOURS = ("#440154", "#21918c", "#fde725")  # low, middle, high: the ends and middle of the same map
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def hybrid_of(guided: str) -> str:
 
 
 def region_colours(count: int) -> list[str]:
-    """One colour a region, dull to salient."""
+    """One colour a region, least to most significant."""
     if count == 1:
         return [REGION_COLOURS[1]]
     if count == 2:
@@ -243,9 +243,9 @@ def region_colours(count: int) -> list[str]:
 
 
 def region_names(count: int) -> list[str]:
-    """One name a region, dull to salient; only the first and the last have one where there are many."""
-    known = {1: ["all"], 2: ["dull", "salient"], 3: ["dull", "middle", "salient"]}
-    return known.get(count, ["dull", *[""] * (count - 2), "salient"])
+    """One name a region, least to most significant; only the first and the last have one where there are many."""
+    known = {1: ["all"], 2: ["low", "high"], 3: ["low", "middle", "high"]}
+    return known.get(count, ["low", *[""] * (count - 2), "high"])
 
 
 def colour_map(values: np.ndarray, name: str = MAP) -> np.ndarray:

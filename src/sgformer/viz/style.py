@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sgformer.errors import require
+from sgformer.core.errors import require
 
 INK = "#22262b"
 FAINT = "#d9dde2"

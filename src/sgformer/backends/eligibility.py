@@ -1,0 +1,127 @@
+"""Whether parts of a network are as they were built, so that kernels which know the inside of them may stand for them.
+
+Networks are changed by those who use them: layers are replaced, hooked, adapted, set otherwise, cast. What was changed
+has to be called as it is. :mod:`sgformer.backends.native_autograd` asks at every call, :func:`sgformer.optimize` once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import DropPath
+from torch import Tensor
+
+from sgformer import ops
+from sgformer.models.backbone import (
+    GuidedBlock,
+    HybridBlock,
+    HybridScaleAttention,
+    PlainAttention,
+    PlainBlock,
+    SelfGuidedAttention,
+)
+from sgformer.models.layers import ConvNorm, DepthwiseConv, Mlp
+from sgformer.models.significance import LinearAggregation
+
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def intact(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part is of this very kind, and it and all within it compute what their kinds do."""
+    return type(part) is kind and _usual(part)
+
+
+def readable(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part is intact, and kernels can read all its parameters."""
+    return intact(part, kind) and _plainly(part)
+
+
+def _plainly(module: Any) -> bool:
+    own = all(p is None or plain(p) for p in module._parameters.values())
+    return own and all(map(_plainly, module._modules.values()))
+
+
+def plain(x: Tensor) -> bool:
+    """Whether kernels can read a tensor: float32, on the CPU, strided, and of no type with ideas of its own."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+    )
+
+
+def _usual(module: Any) -> bool:
+    as_built = KNOWN.get(type(module))
+    return (
+        as_built is not None
+        and "forward" not in vars(module)
+        and not any(getattr(module, f"_{hooks}") for hooks in HOOKS)
+        and as_built(module)
+        and all(map(_usual, module._modules.values()))
+    )
+
+
+def _holds(module: nn.Module, **kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    """Whether its children are these, by name and type."""
+    found = module._modules
+    return found.keys() == kinds.keys() and all(
+        type(found[name]) in (kind if isinstance(kind, tuple) else (kind,)) for name, kind in kinds.items()
+    )
+
+
+def _attends(attn: nn.Module, **others: type[nn.Module]) -> bool:
+    return _holds(attn, proj_in=nn.Linear, local=DepthwiseConv, proj=nn.Linear, **others)
+
+
+def _adds(block: nn.Module, attn: type[nn.Module]) -> bool:
+    return _holds(block, norm1=nn.LayerNorm, attn=attn, norm2=nn.LayerNorm, mlp=Mlp, drop_path=(nn.Identity, DropPath))
+
+
+def _convolves(conv: nn.Conv2d, kernel: int, stride: int, padding: int, groups: int) -> bool:
+    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return found == ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), groups, "zeros")
+
+
+def _square(conv: nn.Conv2d) -> bool:
+    sides = (conv.kernel_size, conv.stride, conv.padding)
+    return all(isinstance(side, tuple) and side[0] == side[1] for side in sides)
+
+
+def _halves_or_mixes(conv: nn.Conv2d) -> bool:
+    """Of the convolutions between GroupNorms: depthwise ones halve the grid, 1 x 1 ones leave it, others are whole."""
+    if conv.groups > 1:
+        return _convolves(conv, 3, 2, 1, conv.in_channels) and conv.out_channels == conv.in_channels
+    return conv.kernel_size != (1, 1) or _convolves(conv, 1, 1, 0, 1)
+
+
+#: The kinds that are known, each with the question whether one of them is set as the networks here set it.
+KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
+    **dict.fromkeys((nn.Identity, DropPath), lambda m: True),
+    nn.Linear: lambda m: m.bias is not None,
+    nn.LayerNorm: lambda m: m.bias is not None and len(m.normalized_shape) == 1,
+    nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
+    nn.GELU: lambda m: m.approximate == "none",
+    nn.Conv2d: lambda m: (m.dilation, m.padding_mode) == ((1, 1), "zeros") and _square(m),
+    DepthwiseConv: lambda m: _convolves(m, 3, 1, 1, m.in_channels) and m.bias is not None,
+    ConvNorm: lambda m: (
+        _holds(m, conv=nn.Conv2d, norm=nn.GroupNorm, act=(nn.GELU, nn.Identity))
+        and m.conv.bias is None
+        and _halves_or_mixes(m.conv)
+    ),
+    Mlp: lambda m: _holds(m, fc1=nn.Linear, conv=DepthwiseConv, fc2=nn.Linear),
+    LinearAggregation: lambda m: all(type(child) is nn.Linear for child in m),
+    HybridScaleAttention: lambda m: (
+        _attends(m, reduce=nn.Conv2d, reduce_norm=nn.LayerNorm, kv_coarse=nn.Linear)
+        and _convolves(m.reduce, m.reduction, m.reduction, 0, 1)
+        and m.reduce.bias is not None
+    ),
+    SelfGuidedAttention: lambda m: _attends(m, aggregate=LinearAggregation, kv=nn.Linear) and m.attend is ops.attend,
+    PlainAttention: _attends,
+    HybridBlock: lambda m: _adds(m, HybridScaleAttention),
+    GuidedBlock: lambda m: _adds(m, SelfGuidedAttention) and "source" in vars(m),  # a function, no module
+    PlainBlock: lambda m: _adds(m, PlainAttention),
+}

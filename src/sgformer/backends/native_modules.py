@@ -1,0 +1,248 @@
+"""What :func:`sgformer.optimize` puts in the place of a network's parts: the same functions, for inference only.
+
+``Native...`` are made of the kernels of :mod:`sgformer.backends.native`, the others of torch's own operations.
+Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sgformer import ops
+from sgformer.backends import native
+from sgformer.backends.eligibility import readable
+from sgformer.models.backbone import Block, GuidedBlock, HybridBlock, PlainBlock, Stage
+from sgformer.models.layers import ConvNorm, Downsample, Mlp, Stem
+from sgformer.models.significance import LinearAggregation
+from sgformer.ops import TokenGroups
+
+
+class FoldedMlp(nn.Module):
+    """The MLP with ``x + depthwise(x)`` as one convolution."""
+
+    def __init__(self, mlp: Mlp):
+        super().__init__()
+        self.fc1, self.conv, self.act, self.fc2 = mlp.fc1, mlp.conv, nn.GELU(), mlp.fc2
+        self.conv.weight[:, :, 1, 1] += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.conv(self.fc1(x))))
+
+
+class InplaceGELU(nn.Module):
+    """GELU that overwrites its input: one large tensor less to ask the system for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x)
+
+
+class PackedLinear(nn.Module):
+    """A linear map with its weight in oneDNN's own layout, which saves the packing at every call."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()  # within autocast what torch made is half
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class NativeNorm(nn.Module):
+    """LayerNorm."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native.layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
+
+
+class NativeLinear(nn.Module):
+    """A linear map, or a 1 x 1 convolution, of tokens; (..., in) to (..., out)."""
+
+    def __init__(self, linear: nn.Linear | nn.Conv2d):
+        super().__init__()
+        weight = linear.weight.detach().flatten(1)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = native.panels(weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.float().contiguous().view(1, 1, -1, self.in_features)  # as of PackedLinear
+        return native.linear(grid, self.weight, self.bias, self.out_features).view(*x.shape[:-1], self.out_features)
+
+
+class NativeConv(nn.Module):
+    """A convolution, (B, H, W, C) to the same. Where its last step sticks out, what lies outside is zero."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        self.out_channels, self.groups = conv.out_channels, conv.groups
+        plain = (self.kernel, self.stride, self.padding, conv.bias) == (3, 1, 1, None)
+        self.winograd = plain and conv.in_channels % native.lanes() == conv.out_channels % native.lanes() == 0
+        if self.groups > 1:
+            self.weight = native.tap_major(conv.weight)
+        elif self.winograd:
+            self.weight = native.winograd_panels(conv.weight)
+        else:
+            self.weight, self.bias = native.conv_panels(conv.weight, conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups > 1:
+            return native.depthwise_halve(x, self.weight)
+        if self.winograd:
+            return native.winograd(x, self.weight, self.out_channels)
+        return native.conv(x, self.weight, self.bias, self.out_channels, self.kernel, self.stride, self.padding)
+
+
+class NativeConvNorm(nn.Module):
+    """Convolution, GroupNorm and GELU of :class:`~sgformer.models.layers.ConvNorm`, the last two in place; NCHW."""
+
+    def __init__(self, block: ConvNorm):
+        super().__init__()
+        self.norm, self.gelu = block.norm, isinstance(block.act, nn.GELU)
+        self.conv = NativeLinear(block.conv) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.permute(0, 2, 3, 1).contiguous())
+        x = native.group_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu, inplace=True)
+        return x.permute(0, 3, 1, 2)
+
+
+class NativeHybrid(HybridBlock):
+    """A whole block with :class:`~sgformer.models.backbone.HybridScaleAttention`."""
+
+    def __init__(self, block: HybridBlock):
+        nn.Module.__init__(self)
+        attn = block.attn
+        self.parts = [
+            *_pair(block.norm1),
+            *_linear(attn.proj_in),
+            *native.conv_panels(attn.reduce.weight, attn.reduce.bias),
+        ]
+        self.parts += [*_pair(attn.reduce_norm), *_linear(attn.kv_coarse), *_ending(block)]
+        self.options = (block.mlp.fc1.out_features, attn.heads, attn.reduction, attn.window, attn.coarse == "global")
+        self.eps = (block.norm1.eps, attn.reduce_norm.eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return native.hybrid_block(x, self.parts, *self.options, *self.eps)
+
+
+class NativeGuided(GuidedBlock):
+    """A whole block with :class:`~sgformer.models.backbone.SelfGuidedAttention`, softmax and learned maps of regions.
+
+    Args:
+        block: one whose significance is a function; a module's would also gate the tokens.
+    """
+
+    def __init__(self, block: GuidedBlock):
+        nn.Module.__init__(self)
+        attn = block.attn
+        self.source, self.attn = block.source, NativeGroups(attn.aggregate)
+        self.parts = [*_pair(block.norm1), *_linear(attn.proj_in), *_linear(attn.kv), *_ending(block)]
+        self.parts += [t for region in attn.aggregate for t in _pair(region)]
+        self.options = (block.mlp.fc1.out_features, attn.heads)
+        self.eps = block.norm1.eps
+
+    def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        significance = self.source(x, coarse, fine).float().expand(x.shape[:-1]).contiguous()
+        lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.shares)
+        regions = list(zip(lengths, self.attn.rates, strict=True))
+        out = native.guided_block(x, significance, self.parts, *self.options, regions, self.eps)
+        return out, significance, [significance]
+
+
+class NativeGroups(nn.Module):
+    """How a :class:`NativeGuided` grouped its tokens, found out when somebody asks."""
+
+    def __init__(self, aggregate: LinearAggregation):
+        super().__init__()
+        self.aggregate, self.shares, self.rates = aggregate, aggregate.shares, aggregate.rates
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
+        order = native.sort_tokens(grouped[0].flatten(1))
+        return self.aggregate.describe(ops.group_tokens(order, self.shares, self.rates), grid)
+
+
+class NativePlain(PlainBlock):
+    """A whole block with :class:`~sgformer.models.backbone.PlainAttention`."""
+
+    def __init__(self, block: PlainBlock):
+        nn.Module.__init__(self)
+        attn = block.attn
+        self.parts = [*_pair(block.norm1), *_linear(attn.proj_in), *_ending(block)]
+        self.options, self.eps = (block.mlp.fc1.out_features, attn.heads), block.norm1.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native.plain_block(x, self.parts, *self.options, self.eps)
+
+
+def _pair(module: nn.Module) -> list[Tensor]:
+    return [module.weight.detach(), module.bias.detach()]
+
+
+def _linear(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    return native.panels(linear.weight, linear.bias)
+
+
+def _ending(block: Block) -> list[Tensor]:
+    """The parameters of what every block ends with, in the kernels' order."""
+    local, mlp = block.attn.local, block.mlp
+    taps = native.taps_plus_input(mlp.conv.weight)
+    parts = [native.tap_major(local.weight), local.bias.detach(), *_linear(block.attn.proj), *_pair(block.norm2)]
+    return [*parts, *_linear(mlp.fc1), taps, mlp.conv.bias.detach(), *_linear(mlp.fc2)]
+
+
+#: What stands for what.
+NATIVE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    HybridBlock: NativeHybrid,
+    GuidedBlock: NativeGuided,
+    PlainBlock: NativePlain,
+    ConvNorm: NativeConvNorm,
+}
+
+
+def make_native(model: nn.Module) -> None:
+    """Put the native parts into a frozen network on the CPU in float32, wherever there is one for the part."""
+    for module in list(model.modules()):
+        if isinstance(module, Stem | Stage):
+            if readable(module.norm, nn.LayerNorm):
+                module.norm = NativeNorm(module.norm)
+            module.forward = functools.partial(_in_parts, module.forward, _widest(module), isinstance(module, Stem))
+        for name, child in module.named_children():
+            if type(child) in NATIVE and readable(child, type(child)):
+                setattr(module, name, NATIVE[type(child)](child))
+
+
+def _widest(module: Stem | Stage) -> float:
+    """Floats in its widest tensor for every position of its input."""
+    if isinstance(module, Stem):
+        channels: int = module.conv1.conv.out_channels
+        return channels / 4
+    hidden = max((part.fc1.out_features for part in module.blocks.modules() if isinstance(part, Mlp)), default=1)
+    if not isinstance(module.downsample, Downsample):
+        return hidden
+    expanded: int = module.downsample.expand.conv.out_channels
+    return max(hidden / 4, expanded)
+
+
+def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = None, name: str = "") -> Tensor:
+    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``native.PART``.
+
+    Smaller tensors stay in the cache, and freed ones with the process: larger ones the system takes and gives anew.
+    """
+    inspected = () if seen is None else (seen, name)
+    positions = x.shape[2] * x.shape[3] if first else x.shape[1] * x.shape[2]
+    step = max(1, int(native.PART // (floats * positions)))
+    if step >= len(x) or inspected:
+        return forward(x, *inspected)
+    return torch.cat([forward(few) for few in x.split(step)])

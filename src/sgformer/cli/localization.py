@@ -1,0 +1,45 @@
+"""`sgformer localization`."""
+
+from __future__ import annotations
+
+from sgformer.core.errors import UserError, require
+
+
+def localization(
+    weights: str,
+    data: str | None = None,
+    split: str = "val",
+    out: str | None = None,
+    limit: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    device: str = "auto",
+) -> int:
+    """Measure whether a trained network spends its tokens on the objects more often than chance.
+
+    Args:
+        weights: of any task: a run folder, a .safetensors file or a released .pth
+        data: COCO or ADE20K layout, or scenes of `sgformer data scenes`
+        split: part of the data to measure on
+        out: folder for localization.csv, localization.json and localization.png
+        limit: so many images at most, spread evenly
+        image_size: pixels; by default as trained
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    if data is None:
+        raise UserError("--data is missing: images whose objects are known (COCO, ADE20K, composed scenes)")
+    if limit is not None and limit < 2:
+        raise UserError(f"--limit must be above 1, got {limit}")
+
+    from sgformer.explaining.localization import PERMUTATIONS, localization, table, write_localization
+
+    found = localization(weights, data, split=split, limit=limit, image_size=image_size, device=device)
+    print(table(found))
+    print(
+        "inside: energy of salient tokens on the image's own objects; area: the objects' share of the image; "
+        f"shuffled: on other images' objects; p: permutation test, {PERMUTATIONS} permutations"
+    )
+    if out is not None:
+        require("matplotlib", extra="train")
+        write_localization(found, out, {"weights": weights, "data": data, "split": split, "permutations": PERMUTATIONS})
+        print(f"tables and picture: {out}")
+    return 0

@@ -1,0 +1,254 @@
+"""Networks in files that other runtimes read: written, then run there at once and held against PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgformer import ops
+from sgformer.core.errors import UserError
+from sgformer.exporting.formats import FORMATS, Runner, check_suffix
+from sgformer.exporting.graphs import Graph, build_graph
+
+__all__ = ["Check", "Export", "export"]
+
+#: The largest difference from PyTorch that passes, relative to the output's largest value, in float32.
+TOLERANCE = 1e-4
+#: Tokens whose significance differs by less than this, relative to the image's largest, may change ranks.
+EQUAL = 1e-4
+PRECISIONS = ("fp32", "fp16", "int8")
+
+TRACED = (2, 224, 288)
+#: What a file of open size is held against PyTorch at: other batches, sides that windows tile, sides that they do not.
+CHECKED = ((1, 224, 224), (3, 160, 256), (1, 96, 352), (2, 64, 64))
+#: And where sizes need not be multiples of 32.
+CHECKED_ODD = ((1, 75, 130),)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a file in its own runtime with PyTorch.
+
+    Attributes:
+        shape: of the image, (B, 3, H, W).
+        differences: of each output, the largest difference relative to the largest value, where PyTorch sorts tokens
+            of (almost) equal significance as the file did.
+        swapped: the largest difference of any output where each sorts for itself.
+    """
+
+    shape: tuple[int, ...]
+    differences: dict[str, float]
+    swapped: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.differences.values())
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written and how it compares.
+
+    Attributes:
+        files: the files.
+        fixed: why only one image size is taken; None where sizes are open.
+        input_size: that size, (height, width).
+        step: open sizes are multiples of so many pixels.
+        outputs: names.
+        checks: of the float32 network.
+        quantized: of fp16 and int8, what was measured against the float32 file.
+    """
+
+    files: list[Path]
+    fixed: str | None
+    input_size: tuple[int, int] | None
+    step: int
+    outputs: list[str]
+    checks: list[Check]
+    quantized: Any = None
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of any output at any shape."""
+        return max(check.largest for check in self.checks)
+
+    def describe(self) -> str:
+        """What to print."""
+        megabytes = sum(file.stat().st_size for file in self.files) / 1e6
+        takes = f"images from 32 pixels up{'' if self.step == 1 else f', in multiples of {self.step}'}, any batch"
+        if self.input_size:
+            takes = f"{self.input_size[0]} x {self.input_size[1]} pixels only ({self.fixed})"
+        lines = [
+            f"wrote {' and '.join(map(str, self.files))}, {megabytes:.1f} MB",
+            f"takes {takes}; gives {', '.join(self.outputs)}",
+            "largest difference from PyTorch, relative to the output's largest value (and where equal significance",
+            "is ranked by each for itself):",
+            *(f"  {' x '.join(map(str, c.shape)):<20} {c.largest:.1e}  ({c.swapped:.1e})" for c in self.checks),
+        ]
+        return "\n".join([*lines, *(self.quantized.describe() if self.quantized else ())])
+
+
+def export(
+    weights: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    image_size: int | tuple[int, int] | None = None,
+    features: bool = False,
+    significance: bool = False,
+    precision: str = "fp32",
+    calibration: str | os.PathLike[str] | None = None,
+) -> Export:
+    """Write a network for another runtime, run the file there, and compare it with PyTorch.
+
+    Batch, height and width are open where network and format allow it. Nothing is left if the comparison fails.
+
+    Args:
+        weights: a run folder, a .safetensors file or a released .pth.
+        out: the file; its ending is the format's (.onnx, .pt2, .xml).
+        format: "onnx", "torch-export" or "openvino".
+        image_size: take this size only: pixels or (height, width), in multiples of 32. A whole detector always has one
+            size, by default the square of the side it was trained with.
+        features: also give the four feature maps.
+        significance: also give the significance map of every hybrid-scale block.
+        precision: "fp32"; "fp16" or "int8" (both ONNX only).
+        calibration: a folder of pictures: int8 is made from what the network makes of them (static), and the change
+            in the answers is measured on them.
+
+    Raises:
+        UserError: weights cannot be read, or not be exported so; the file differs from PyTorch by more than 1e-4 of
+            the largest output; a package is missing.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise UserError(f"--format is one of {', '.join(FORMATS)}, got {format}")
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, got {precision}")
+    if precision != "fp32" and format != "onnx":
+        raise UserError(f"--precision {precision} is for --format onnx; other formats have tools of their own for it")
+    if calibration is not None and precision == "fp32":
+        raise UserError("--calibration is for --precision int8 and fp16")
+    check_suffix(out, format)
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder {out.parent} does not exist")
+    kind = FORMATS[format]
+    kind.require()
+    graph = build_graph(weights, format != "torch-export", features, significance)
+    size = _fixed_size(graph, image_size)
+    reason = None
+    if size is not None:
+        reason = "asked for" if image_size is not None else "a whole detector is for one size"
+    step = 1 if kind.any_size else 32
+    about = {**graph.about, "precision": precision, "input_size": size, "multiple": step}
+    torch.manual_seed(0)
+    example = torch.randn(1 if graph.whole_image else TRACED[0], 3, *(size or TRACED[1:]))
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        unfinished = Path(folder) / out.name
+        files = kind.write(graph, example, size, about, unfinished)
+        checks = compare(graph, kind.open(unfinished), _shapes(graph, size, step))
+        worst = max(checks, key=lambda check: check.largest)
+        if not worst.largest <= TOLERANCE:  # also not a number
+            name = max(worst.differences, key=lambda n: worst.differences[n])
+            raise UserError(
+                f"{out}: not written, {name} differs from PyTorch by {worst.largest:.1e} of its largest value at "
+                f"{'x'.join(map(str, worst.shape))} (at most {TOLERANCE:.0e})"
+            )
+        quantized = None
+        if precision != "fp32":
+            from sgformer.exporting.quantize import convert
+
+            quantized = convert(unfinished, precision, calibration, graph, about)
+        for file in files:
+            os.replace(file, out.parent / file.name)
+    return Export([out.parent / f.name for f in files], reason, size, step, graph.names, checks, quantized)
+
+
+def compare(graph: Graph, run: Runner, shapes: Sequence[tuple[int, int, int]]) -> list[Check]:
+    """A file in its runtime against the network as it is, on noise of each shape (B, H, W).
+
+    Sorting is not continuous. Where two tokens' significance is equal but for rounding, a file may rank them otherwise
+    than PyTorch here (as PyTorch on another machine may), which moves outputs by some 1e-4. So PyTorch is asked twice:
+    as it ranks tokens itself, and with the file's ranks, once these have been found to be ranks of PyTorch's own
+    significance too.
+    """
+    checks = []
+    for batch, height, width in shapes:
+        image = torch.randn(batch, 3, height, width)
+        found, orders = run(image)
+        with torch.no_grad():
+            alone = graph(image)
+            with ranked(orders) as wrong:
+                expected = graph(image)
+        differences = {name: difference(a, b) for name, a, b in zip(graph.names, found, expected, strict=True)}
+        if wrong:
+            differences["the order of tokens"] = max(wrong)
+        swapped = max(difference(a, b) for a, b in zip(found, alone, strict=True))
+        checks.append(Check(tuple(image.shape), differences, swapped))
+    return checks
+
+
+@contextlib.contextmanager
+def ranked(orders: Sequence[Tensor]) -> Iterator[list[float]]:
+    """Inside, networks sort tokens as given, block by block, as long as that is an order of their significance.
+
+    Yields a list that gets the size of every step in the wrong direction beyond :data:`EQUAL`.
+    """
+    given, wrong, sort = iter(orders), [], ops.sort_tokens
+
+    def sort_as_given(significance: Tensor) -> Tensor:
+        order = next(given, None)
+        if order is None or order.shape != significance.shape:
+            wrong.append(float("inf"))
+            return sort(significance)
+        steps = significance.gather(1, order).diff(dim=1)
+        back = float((-steps).clamp(min=0).max() / significance.abs().max().clamp(min=1e-30)) if steps.numel() else 0.0
+        everyone = torch.arange(order.shape[1]).expand_as(order)
+        if back > EQUAL or not torch.equal(order.sort(1).values, everyone):
+            wrong.append(max(back, TOLERANCE * 2))
+        return order
+
+    ops.sort_tokens = sort_as_given
+    try:
+        yield wrong
+    finally:
+        ops.sort_tokens = sort
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest expected value; infinite where shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((found - expected).abs().max() / scale)
+
+
+def _fixed_size(graph: Graph, asked: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """The one size that a file takes, None for an open one."""
+    if asked is None and not graph.whole_image:
+        if reason := graph.why_fixed_size():
+            raise UserError(f"--image-size is needed: {reason}, so the file takes one size only")
+        return None
+    if asked is None:
+        trained = graph.about["image_size"]
+        asked = trained if isinstance(trained, int) else max(trained)
+        asked = -(-asked // 32) * 32
+    size = (asked, asked) if isinstance(asked, int) else (int(asked[0]), int(asked[1]))
+    if min(size) < 32 or size[0] % 32 or size[1] % 32:
+        raise UserError(f"--image-size is in multiples of 32 pixels, got {asked}")
+    return size
+
+
+def _shapes(graph: Graph, size: tuple[int, int] | None, step: int) -> Sequence[tuple[int, int, int]]:
+    if size is None:
+        return CHECKED + (CHECKED_ODD if step == 1 else ())
+    return [(1, *size)] * 2 if graph.whole_image else [(1, *size), (3, *size)]

@@ -1,0 +1,456 @@
+"""SG-Former, the self-guided vision transformer (Ren, Yang, Liu, Wang, ICCV 2023, arXiv 2308.12216).
+
+Stages 1 to 3 are pairs of blocks. The first of a pair looks at two scales at once and, as a by-product, learns how much
+attention every token receives: its significance (:class:`HybridScaleAttention`, paper section 3.2). The second lets all
+tokens look at few, and spends those few where significance is high (:class:`SelfGuidedAttention`, section 3.3).
+Stage 4 is plain attention. docs/method.md maps every formula to its function and lists where code and paper differ.
+
+Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d = C / h. Inside, every tensor is
+(B, H, W, C), which a convolution sees as a channels-last image without a copy; NCHW only at the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sgformer import ops
+from sgformer.models.config import Region, SGFormerConfig, StageConfig
+from sgformer.models.layers import DepthwiseConv, Downsample, Mlp, Stem, created_on, init_module
+from sgformer.models.significance import AGGREGATIONS, gate, make_source
+from sgformer.ops import MergedTokens, TokenGroups
+
+
+@dataclass
+class Inspection:
+    """Everything one forward pass saw, by "stage.block" with stages counted from 1 and blocks from 0.
+
+    Attributes:
+        logits: (B, num_classes), or the pooled features (B, C) of a model without classifier.
+        features: the four stages' outputs, (B, C_s, H_s, W_s), stride 4, 8, 16, 32.
+        significance: of every hybrid-scale block, (B, H, W) float32; no gradient. What the self-guided block after it
+            sorted by: ``coarse + fine``, unless the config names another source.
+        coarse, fine: the attention that tokens received from its coarse and fine heads.
+        tokens: of every self-guided block, which tokens made each key/value token and with what weight.
+    """
+
+    logits: Tensor | None = None
+    features: list[Tensor] = field(default_factory=list)
+    significance: dict[str, Tensor] = field(default_factory=dict)
+    coarse: dict[str, Tensor] = field(default_factory=dict)
+    fine: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, TokenGroups | MergedTokens] = field(default_factory=dict)
+
+
+class HybridScaleAttention(nn.Module):
+    """Half of the heads look far and coarse, half near and fine; together they say what is significant (section 3.2).
+
+    Coarse heads read keys and values from a grid reduced r times; fine heads stay in ``window`` x ``window`` windows.
+    """
+
+    def __init__(self, dim: int, heads: int, reduction: int, window: int, coarse: str):
+        super().__init__()
+        self.heads, self.reduction, self.window, self.coarse = heads // 2, reduction, window, coarse
+        self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+        self.reduce_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.kv_coarse = nn.Linear(dim, dim)
+        self.proj_in = nn.Linear(dim, 3 * dim)  # coarse queries; fine queries, keys, values; local term
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, H, W, C) -> output of the same shape, and the coarse and fine terms of significance, each (B, H, W)."""
+        C = x.shape[-1]
+        q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
+        reduced = reduce_grid(x, self.reduce, self.reduce_norm)  # (B, ceil(H / r), ceil(W / r), C)
+        coarse_out, coarse_significance = attend_scale(
+            q_coarse, self.kv_coarse(reduced), self.heads, self.reduction, self.window, self.coarse == "global"
+        )
+        fine_out, fine_significance = attend_scale(q_fine, kv_fine, self.heads, 1, self.window)
+        out = torch.cat([coarse_out, fine_out], dim=-1) + self.local(
+            local.contiguous()
+        )  # a copy, so that proj_in's output can go
+        return self.proj(out), coarse_significance, fine_significance
+
+
+class MultiScaleAttention(nn.Module):
+    """The paper's general form (section 3.2): head group j reads keys and values from a grid reduced s_j times.
+
+    With the scales (r, 1) it is :class:`HybridScaleAttention`, with its parameters laid out by group.
+    """
+
+    def __init__(self, dim: int, heads: int, scales: Sequence[int], window: int, coarse: str):
+        super().__init__()
+        self.scales, self.heads, self.window, self.coarse = tuple(scales), heads // len(scales), window, coarse
+        self.reduce = nn.ModuleList(nn.Conv2d(dim, dim, s, s) if s > 1 else nn.Identity() for s in scales)
+        self.reduce_norm = nn.ModuleList(nn.LayerNorm(dim, eps=1e-5) if s > 1 else nn.Identity() for s in scales)
+        self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim // len(scales)) for _ in scales)
+        self.proj_in = nn.Linear(dim, 2 * dim)  # queries of all groups, local term
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of :class:`HybridScaleAttention`; coarse is the sum over groups with s_j > 1, fine over those with 1."""
+        C = x.shape[-1]
+        queries, local = self.proj_in(x).split((C, C), dim=-1)
+        outs, coarse, fine = [], x.new_zeros(()), x.new_zeros(())
+        groups = zip(
+            self.scales, queries.chunk(len(self.scales), -1), self.reduce, self.reduce_norm, self.kv, strict=True
+        )
+        for scale, q, reduce, norm, kv in groups:
+            seen = x if scale == 1 else reduce_grid(x, reduce, norm)
+            out, received = attend_scale(
+                q, kv(seen), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
+            )
+            outs.append(out)
+            coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
+        out = torch.cat(outs, dim=-1) + self.local(local.contiguous())
+        return self.proj(out), coarse.expand_as(received), fine.expand_as(received)
+
+
+def reduce_grid(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C): strided convolution of the zero-padded grid, norm, GELU."""
+    _, H, W, _ = x.shape
+    r = conv.kernel_size[0]
+    image = x.permute(0, 3, 1, 2)
+    if H % r or W % r:
+        image = F.pad(image, (0, -W % r, 0, -H % r))
+    return F.gelu(norm(conv(image).permute(0, 2, 3, 1)))
+
+
+def attend_scale(
+    q: Tensor, kv: Tensor, heads: int, scale: int, window: int, is_global: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Heads of one scale: queries (B, H, W, D) meet keys and values (B, ceil(H / scale), ceil(W / scale), 2 D).
+
+    Attention is global, or within windows of ``window`` x ``window`` keys and the queries these stand for. Returns the
+    output (B, H, W, D) and the significance of every token (B, H, W): the attention that its key received.
+    """
+    grid = q.shape[1:3]
+    if is_global:
+        key_window, query_window = (kv.shape[1], kv.shape[2]), (grid[0], grid[1])
+    else:
+        key_window, query_window = (window, window), (window * scale, window * scale)
+    out, received = ops.attend_windows(q, kv, heads, query_window, key_window)
+    significance = received / (query_window[0] * query_window[1])
+    if scale > 1:  # nearest
+        significance = significance.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, : grid[0], : grid[1]]
+    return out, significance
+
+
+class SelfGuidedAttention(nn.Module):
+    """All tokens look at few, and the few are dense where significance is high (section 3.3).
+
+    Tokens are sorted by significance and cut into regions; in region i every r_i neighbours in sorted order become one
+    key/value token, by a learned linear map over positions or what else ``aggregation`` names (guidance.py).
+
+    Args:
+        dim: channels; a multiple of ``heads``.
+        regions: least significant first.
+        aggregation, attention: as of :class:`~sgformer.models.config.SGFormerConfig`.
+        local: the class of the local term's convolution; it decides whether tokens come in (H, W) or (N,).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        regions: Sequence[Region],
+        aggregation: str = "linear",
+        attention: str = "softmax",
+        local: type[nn.Module] = DepthwiseConv,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.attend = ops.attend if attention == "softmax" else ops.attend_linearly
+        self.aggregate = AGGREGATIONS[aggregation](regions)
+        self.proj_in = nn.Linear(dim, 2 * dim)  # queries, local term
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.local = local(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, H, W, C) and (B, H, W) -> output (B, H, W, C), and how the tokens were grouped, for ``describe``."""
+        C = x.shape[-1]
+        q, local = self.proj_in(x).split((C, C), dim=-1)
+        pooled, grouped = self.aggregate(x.flatten(1, -2), significance.flatten(1))
+        k, v = (ops.split_heads(t, self.heads) for t in self.kv(pooled).chunk(2, dim=-1))
+        out = self.attend(ops.split_heads(q.flatten(1, -2), self.heads), k, v)
+        return self.proj(ops.join_heads(out).view_as(x) + self.local(local)), grouped
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups | MergedTokens:
+        return self.aggregate.describe(grouped, grid)
+
+
+class PlainAttention(nn.Module):
+    """Every token looks at every token; (B, H, W, C) to the same. The last stage's attention."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.proj_in = nn.Linear(dim, 4 * dim)  # queries, keys, values, local term
+        self.local = DepthwiseConv(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, H, W, C = x.shape
+        qkv, local = self.proj_in(x).split((3 * C, C), dim=-1)
+        q, k, v = (ops.split_heads(t, self.heads) for t in qkv.flatten(1, 2).chunk(3, dim=-1))
+        return self.proj(ops.join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + self.local(local))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the stream. What differs is the attention."""
+
+    def __init__(self, dim: int, attn: nn.Module, config: SGFormerConfig, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, config.mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        return self.feed_forward(x + self.drop_path(out))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class HybridBlock(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, coarse, fine = self.attn(self.norm1(x))
+        return self.add(x, out), coarse, fine
+
+
+class GuidedBlock(Block):
+    """Also chooses what is significant: by default the two terms of the hybrid-scale block before, added."""
+
+    def __init__(self, dim: int, attn: nn.Module, config: SGFormerConfig, drop_path: float):
+        super().__init__(dim, attn, config, drop_path)
+        self.source = make_source(config.significance, dim)
+
+    def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        significance = self.source(x, coarse, fine)
+        tokens = self.norm1(x)
+        if isinstance(self.source, nn.Module):
+            tokens = gate(tokens, significance)
+        out, grouped = self.attn(tokens, significance)
+        return self.add(x, out), significance, grouped
+
+
+class PlainBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.attn(self.norm1(x)))
+
+
+def run_part(owner: nn.Module, part: nn.Module, *args: Any) -> Any:
+    """``part(*args)``, of which an owner in training with gradient checkpointing keeps the arguments alone."""
+    if owner.grad_checkpointing and owner.training:
+        return checkpoint(part, *args, use_reentrant=False)
+    return part(*args)
+
+
+class Stage(nn.Module):
+    """Downsampling, blocks, and the norm that ends a stage: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
+
+    def __init__(self, stage: StageConfig, dim_in: int | None, config: SGFormerConfig, drop_path: Sequence[float]):
+        super().__init__()
+        dim, r = stage.dim, stage.reduction
+        self.downsample = nn.Identity() if dim_in is None else Downsample(dim_in, dim)
+        self.blocks = nn.ModuleList()
+        for i, rate in enumerate(drop_path):
+            if r is None:
+                self.blocks.append(PlainBlock(dim, PlainAttention(dim, stage.heads), config, rate))
+            elif i % 2 == 0 or config.pairs == "hybrid":
+                self.blocks.append(HybridBlock(dim, self._hybrid(stage, config), config, rate))
+            elif config.pairs == "guided":
+                guided = SelfGuidedAttention(dim, stage.heads, stage.regions, config.aggregation, config.attention)
+                self.blocks.append(GuidedBlock(dim, guided, config, rate))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, seen: Inspection | None = None, name: str = "") -> Tensor:
+        x = run_part(self, self.downsample, x)
+        for i, block in enumerate(self.blocks):
+            key = f"{name}.{i}"
+            if isinstance(block, HybridBlock):
+                x, coarse, fine = run_part(self, block, x)
+                if seen is not None:
+                    seen.significance[key], seen.coarse[key], seen.fine[key] = coarse + fine, coarse, fine
+            elif isinstance(block, GuidedBlock):
+                x, significance, grouped = run_part(self, block, x, coarse, fine)
+                if seen is not None:
+                    seen.significance[f"{name}.{i - 1}"] = significance.detach()
+                    seen.tokens[key] = block.attn.describe(grouped, (x.shape[1], x.shape[2]))
+            else:
+                x = run_part(self, block, x)
+        return self.norm(x)
+
+    @staticmethod
+    def _hybrid(stage: StageConfig, config: SGFormerConfig) -> nn.Module:
+        if stage.scales:
+            return MultiScaleAttention(stage.dim, stage.heads, stage.scales, config.window, config.coarse)
+        return HybridScaleAttention(stage.dim, stage.heads, stage.reduction, config.window, config.coarse)
+
+
+class SGFormer(nn.Module):
+    """The self-guided vision transformer; follows timm's model interface.
+
+    Args:
+        config: the network as data; ``sgformer.models.config.VARIANTS`` holds the published sizes.
+        global_pool: "avg", or "" for no pooling (then the features stay a map).
+        device, dtype: where and as what the parameters are created; "meta" allocates nothing.
+    """
+
+    def __init__(
+        self,
+        config: SGFormerConfig,
+        global_pool: str = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(config, SGFormerConfig):
+            raise TypeError(
+                f"SGFormer takes an SGFormerConfig (got {type(config).__name__}); sizes by name: sgformer.create_model"
+            )
+        self.config = config
+        dims = [stage.dim for stage in config.stages]
+        self.num_classes, self.in_chans, self.global_pool = config.num_classes, config.in_chans, global_pool
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        total = sum(stage.depth for stage in config.stages)
+        rates = iter([config.drop_path_rate * i / max(1, total - 1) for i in range(total)])
+        with created_on(device, dtype):
+            self.stem = Stem(config.in_chans, dims[0], config.img_size)
+            self.stages = nn.ModuleList(
+                Stage(stage, dims[i - 1] if i else None, config, [next(rates) for _ in range(stage.depth)])
+                for i, stage in enumerate(config.stages)
+            )
+            self.head = ClassifierHead(dims[-1], config.num_classes, global_pool, config.drop_rate)
+        self.grad_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise every parameter, once, from the root (also after ``to_empty`` on a meta-device model)."""
+        self.apply(init_module)
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W), H and W from 32 up -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last stage's map, (B, C, ceil(H / 32), ceil(W / 32))."""
+        x = run_part(self, self.stem, x)
+        for stage in self.stages:
+            x = stage(x)
+        return x.permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def inspect(self, x: Tensor) -> Inspection:
+        """One forward pass that returns all it saw: logits, four feature maps, significance maps, token groups."""
+        seen = Inspection()
+        x = run_part(self, self.stem, x)
+        for i, stage in enumerate(self.stages, start=1):
+            x = stage(x, seen, str(i))
+            seen.features.append(x.permute(0, 3, 1, 2))
+        seen.logits = self.forward_head(seen.features[-1])
+        return seen
+
+    def explain(self, image: Any, image_size: int | tuple[int, int] | None = None) -> Any:
+        """Where the network looked on one image: a file, a PIL image, an array (H, W, 3) uint8, or a normalised tensor
+        (3, H, W). Returns a `viz.significance.Explanation`; see `sgformer.explaining.explain.explain_image`."""
+        from sgformer.explaining.explain import explain_image  # reads files and draws: loaded when asked for
+
+        return explain_image(self, image, image_size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of the stages in ``indices`` (None: all; n: the last n), and the last map unless only they are
+        wanted. Every stage ends with its norm, so ``norm`` changes nothing; ``output_fmt`` is "NCHW" or "NHWC"."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC (got {output_fmt!r})")
+        take = self._take(indices)
+        x = run_part(self, self.stem, x)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(take):
+                break
+            x = stage(x)
+            if i in take:
+                maps.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
+        return maps if intermediates_only else (x.permute(0, 3, 1, 2), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages above the last one in ``indices`` (and the head); returns the indices kept.
+
+        A stage's norm is part of its feature map, so ``prune_norm`` has nothing to remove.
+        """
+        take = self._take(indices)
+        self.stages = self.stages[: max(take) + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _take(self, indices: int | list[int] | None) -> list[int]:
+        n = len(self.stages)
+        if indices is None or isinstance(indices, int):
+            indices = list(range(n if indices is None else -indices, 0)) if indices else list(range(n))
+        take = [i + n if i < 0 else i for i in indices]
+        if not take or min(take) < 0 or max(take) >= n:
+            raise ValueError(f"stage indices must be within -{n}..{n - 1} (got {list(indices)})")
+        return take
+
+    # -- what timm and training ask for -------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.config = self.config.replace(num_classes=num_classes)
+        parameter = next(self.parameters())
+        self.head.reset(num_classes, global_pool)
+        self.head.apply(init_module).to(parameter.device, parameter.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep only what goes into the stem, each downsampling and each block, and
+        run them again in the backward pass."""
+        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {"stem.position.table"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How parameters form layers from input to output (timm's layer-wise learning-rate decay)."""
+        blocks = [(r"^stages\.(\d+)\.(?:downsample)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        fine = [*blocks, (r"^stages\.(\d+)\.norm", (99999,))]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}

@@ -1,0 +1,228 @@
+"""What guides a self-guided block: by which significance tokens are sorted, and how groups of them become one.
+
+The paper sorts by the attention that tokens received from both kinds of heads, and condenses with a learned linear map.
+Here are the alternatives, by name, so that the choice can be questioned. A new source is a function or a module:
+
+    @sgformer.register_significance("centre")
+    def centre(x, coarse, fine):                    # (B, H, W, C), (B, H, W), (B, H, W)
+        rows, columns = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[1:3])
+        return -(rows[:, None] ** 2 + columns**2).expand(len(x), -1, -1)
+
+    model = sgformer.create_model("sgformer_n", significance="centre")
+
+Legend: B batch, H x W token grid (or one length N, of sequences), C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sgformer import ops
+from sgformer.models.config import AGGREGATION, SIGNIFICANCE, Region
+from sgformer.ops import MergedTokens, TokenGroups
+
+# -- significance -----------------------------------------------------------------------------------------------------
+
+Source = Callable[[Tensor, Tensor, Tensor], Tensor]
+SOURCES: dict[str, Any] = {}
+
+
+def register_significance(name: str) -> Callable[[Any], Any]:
+    """Decorator: add a source of significance under a name, for ``SGFormerConfig(significance=name)``.
+
+    What is decorated is a function ``(x, coarse, fine) -> significance``, or an ``nn.Module`` class made with the
+    stage's channels whose forward is one. x is (B, H, W, C), what the self-guided block gets; coarse and fine (B, H, W)
+    float32 are the attention that tokens received in the hybrid-scale block before. The result is (B, H, W), float32:
+    higher is more significant, and only the order counts. A module's result also gates the tokens (:func:`gate`), which
+    is how its parameters are trained.
+
+    Weights remember the name, so it must be registered before they are loaded.
+
+    Raises:
+        ValueError: the name is taken by another source.
+    """
+
+    def add(source: Any) -> Any:
+        if name in SIGNIFICANCE and SOURCES.get(name, source) is not source:
+            raise ValueError(f"there is a significance of the name {name!r} already")
+        SOURCES[name] = source
+        SIGNIFICANCE.setdefault(name, (source.__doc__ or "registered by the user").strip().splitlines()[0])
+        return source
+
+    return add
+
+
+def make_source(name: str, dim: int) -> Source:
+    """The function, or a fresh module for tokens of ``dim`` channels."""
+    source = SOURCES[name]
+    return source(dim) if isinstance(source, type) and issubclass(source, nn.Module) else source
+
+
+@register_significance("hybrid")
+def hybrid(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return coarse + fine
+
+
+@register_significance("coarse")
+def coarse_only(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return coarse
+
+
+@register_significance("fine")
+def fine_only(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return fine
+
+
+@register_significance("inverted")
+def inverted(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return -(coarse + fine)
+
+
+@register_significance("uniform")
+def uniform(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[:-1], dtype=_precise(x))
+
+
+@register_significance("random")
+def random(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    grid = tuple(x.shape[1:-1])
+    order = torch.tensor(_random_order(int(math.prod(grid))), dtype=_precise(x), device=x.device)
+    return order.view(1, *grid).expand(x.shape[:-1])
+
+
+@register_significance("feature-norm")
+def feature_norm(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return x.detach().to(_precise(x)).norm(dim=-1)
+
+
+@register_significance("learned")
+class LearnedSignificance(nn.Module):
+    """A norm and a linear map to one number a token, trained through the gate: what scores more weighs more."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.score = nn.Linear(dim, 1, bias=False)  # the same for all tokens would change no order
+
+    def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+        return self.score(self.norm(x))[..., 0].to(_precise(x))
+
+
+def gate(x: Tensor, significance: Tensor) -> Tensor:
+    """Tokens times 2 sigmoid(significance): 1 at the start of training, and the way back for the gradient.
+
+    Sorting has no gradient. As in top-k pooling (Gao and Ji, "Graph U-Nets", ICML 2019) the score therefore also scales
+    what is sorted: if a token helps the task as key and value, its score rises, and it moves towards the salient end.
+    """
+    return x * (2 * significance.sigmoid()).to(x.dtype)[..., None]
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _random_order(tokens: int) -> list[int]:
+    # From a fixed seed: the same order on every device and in every run. By NumPy, as a tracer would record torch's
+    # drawing, but not its seed, and what is cached must be a tensor of no mode.
+    return np.random.RandomState(0).permutation(tokens).tolist()  # type: ignore[no-any-return]
+
+
+# -- aggregation ------------------------------------------------------------------------------------------------------
+
+
+class Aggregation(nn.Module):
+    """Sorted tokens to few: ``forward`` maps (B, N, C) and significance (B, N) to (B, M, C) and how they were grouped;
+    ``describe`` turns the latter into what :class:`~sgformer.models.backbone.Inspection` holds."""
+
+    def __init__(self, regions: Sequence[Region]):
+        super().__init__()
+        self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        raise NotImplementedError
+
+    def group(self, significance: Tensor) -> list[Tensor]:
+        return ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups | MergedTokens:
+        raise NotImplementedError
+
+
+class LinearAggregation(nn.ModuleList):
+    """y = sum over k of w_i[k] x[k] + b_i (section 3.3). The list holds the learned linear map of each region."""
+
+    def __init__(self, regions: Sequence[Region]):
+        super().__init__(nn.Linear(region.rate, 1) for region in regions)
+        self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        groups = ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
+        return ops.aggregate(x, groups, [m.weight for m in self], [m.bias for m in self]), groups
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
+        return TokenGroups(grid, grouped, [m.weight.detach()[0] for m in self], [m.bias.detach()[0] for m in self])
+
+
+class MeanAggregation(Aggregation):
+    """The mean of each group."""
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        groups = self.group(significance)
+        return ops.aggregate(x, groups, *self._weights(x)), groups
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
+        return TokenGroups(grid, grouped, *self._weights(grouped[0].new_zeros((), dtype=torch.float32)))
+
+    def _weights(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [like.new_full((r,), 1 / r) for r in self.rates], [like.new_zeros(()) for _ in self.rates]
+
+
+class WeightedAggregation(Aggregation):
+    """The mean of each group, weighted by the softmax of significance in standard deviations of the image's tokens."""
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        groups = self.group(significance)
+        centred = significance - significance.mean(1, keepdim=True)
+        scaled = centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+        few = []
+        for index in groups:
+            flat = index.flatten(1)
+            weights = scaled.gather(1, flat).view(index.shape).softmax(-1).to(x.dtype)  # (B, G, r)
+            members = x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, -1)
+            few.append((weights[..., None, :] @ members).squeeze(2))
+        return torch.cat(few, 1), groups
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
+        # The weights differ from group to group; what a picture needs is who belongs together.
+        return TokenGroups(grid, grouped, [], [])
+
+
+class MergeAggregation(Aggregation):
+    """The mean of tokens that are alike; see :func:`sgformer.ops.merge_similar`."""
+
+    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
+        few, token, region = ops.merge_similar(x, ops.sort_tokens(significance), self.shares, self.rates)
+        return few, [token, region]
+
+    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> MergedTokens:
+        token, region = grouped
+        lengths = ops.region_lengths(token.shape[1], self.shares)
+        return MergedTokens(grid, token, region, sum(-(-n // r) for n, r in zip(lengths, self.rates, strict=True)))
+
+
+AGGREGATIONS: dict[str, type[nn.Module]] = {
+    "linear": LinearAggregation,
+    "mean": MeanAggregation,
+    "weighted": WeightedAggregation,
+    "merge": MergeAggregation,
+}
+assert set(AGGREGATIONS) == set(AGGREGATION)

@@ -1,0 +1,307 @@
+"""The COCO numbers of a detector, by pycocotools on the annotation file itself, and the files that tell them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgformer.core.errors import require
+from sgformer.tasks.classify.metrics import class_tables, csv_text, show, write_text
+from sgformer.viz.detection import draw_precision_recall
+
+#: The twelve numbers in pycocotools' order: average precision and recall, by IoU, object size and detections per image.
+NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+#: A detection counts as one in an image's own score from this confidence on.
+CONFIDENT = 0.5
+
+
+@dataclass(frozen=True)
+class DetectionEvaluation:
+    """How a detector did on a set of images.
+
+    Attributes:
+        box, mask: the twelve numbers by name, fractions, NaN where there is nothing to measure (no object of a size);
+            `mask` is empty for boxes only.
+        classes: one row per class: name, objects, and `box_AP`, `box_AP50`, `box_AR100` (and `mask_...`), None if the
+            class has no object.
+        images, objects: how many were counted, without crowd regions.
+        skipped: one line for each unreadable image that was left out.
+        precision: by kind ("box", "mask"), (classes, 101) precision at IoU .5 over recall 0, .01 ... 1; NaN where a
+            class has no object.
+        image_scores: by image id, F1 of its confident detections at IoU .5; NaN where nothing is and nothing was found.
+        results: by kind, detections in COCO's results format.
+    """
+
+    box: dict[str, float]
+    mask: dict[str, float]
+    classes: list[dict[str, Any]]
+    images: int
+    objects: int
+    skipped: tuple[str, ...] = ()
+    precision: dict[str, np.ndarray] = field(default_factory=dict)
+    image_scores: dict[Any, float] = field(default_factory=dict)
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, dict[str, float]]:
+        """The numbers by kind: "box", and "mask" if there are masks."""
+        return {"box": self.box, **({"mask": self.mask} if self.mask else {})}
+
+    def metrics(self) -> dict[str, float]:
+        """What training logs: `box_ap`, `box_ap50`, `box_ap75` and the like for masks; 0 where nothing is measured."""
+        return {
+            f"{kind}_{name.lower()}": 0.0 if math.isnan(values[name]) else values[name]
+            for kind, values in self.kinds.items()
+            for name in NUMBERS[:3]
+        }
+
+    def but(self, skipped: Sequence[str]) -> DetectionEvaluation:
+        """The same, with these images named as left out."""
+        return dataclasses.replace(self, skipped=tuple(skipped))
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, as JSON takes them."""
+        return {
+            **{
+                kind: {n: None if math.isnan(v) else v for n, v in values.items()}
+                for kind, values in self.kinds.items()
+            },
+            "images": self.images,
+            "objects": self.objects,
+            "skipped": list(self.skipped),
+        }
+
+    def headline(self) -> str:
+        """The result in a line."""
+        return "   ".join(
+            f"{kind} AP {_percent(values['AP'])} (AP50 {_percent(values['AP50'])}, AP75 {_percent(values['AP75'])})"
+            for kind, values in self.kinds.items()
+        )
+
+    def table(self) -> str:
+        """All numbers in columns, for a terminal."""
+        lines = ["       " + "".join(f"{name:>7}" for name in NUMBERS)]
+        for kind, values in self.kinds.items():
+            lines.append(f"{kind:<7}" + "".join(f"{_percent(values[name]):>7}" for name in NUMBERS))
+        return "\n".join(lines)
+
+    def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None:
+        """`metrics.json`, `classes.csv`, `results_box.json` (and `_mask`), and on request `precision_recall.png`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "metrics.json", json.dumps(self.summary(), indent=2) + "\n")
+        if self.classes:
+            write_text(
+                folder / "classes.csv", csv_text(list(self.classes[0]), [list(r.values()) for r in self.classes])
+            )
+        for kind, results in self.results.items():
+            write_text(folder / f"results_{kind}.json", json.dumps(results))
+        if self.image_scores:
+            rows = [[key, _blank(value)] for key, value in self.image_scores.items()]
+            write_text(folder / "images.csv", csv_text(["image_id", "f1"], rows))
+        if self.precision:
+            names = [row["class"] for row in self.classes]
+            for kind, precision in self.precision.items():
+                rows = [
+                    [name, *(_blank(v) for v in line)] for name, line in zip(names, precision.tolist(), strict=True)
+                ]
+                header = ["class \\ recall", *(f"{r:.2f}" for r in np.linspace(0, 1, 101))]
+                write_text(folder / f"precision_{kind}.csv", csv_text(header, rows))
+            if picture:
+                draw_precision_recall(self.precision, names, folder / "precision_recall.png")
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> DetectionEvaluation:
+        """What `write` left in `folder`; without the results and the images' scores."""
+        folder = Path(folder)
+        numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        with (folder / "classes.csv").open(newline="", encoding="utf-8") as file:
+            classes = [
+                {
+                    k: v if k == "class" else int(v) if k == "objects" else float(v) if v else None
+                    for k, v in row.items()
+                }
+                for row in csv.DictReader(file)
+            ]
+        precision = {}
+        for kind in ("box", "mask"):
+            if (folder / f"precision_{kind}.csv").is_file():
+                with (folder / f"precision_{kind}.csv").open(newline="", encoding="utf-8") as file:
+                    lines = list(csv.reader(file))[1:]
+                precision[kind] = np.array([[float(v) if v else np.nan for v in line[1:]] for line in lines])
+        box, mask = (
+            {name: math.nan if value is None else value for name, value in numbers.get(kind, {}).items()}
+            for kind in ("box", "mask")
+        )
+        return cls(box, mask, classes, numbers["images"], numbers["objects"], tuple(numbers["skipped"]), precision)
+
+
+class CocoMetric:
+    """Evaluates detections against a COCO annotation file, crowd regions and ignored objects included.
+
+    Args:
+        truth: the file's content (`data.coco.ground_truth`).
+        classes: class names in the order of the class indices.
+        category_ids: of each class in that file; None for a class that is not in it.
+        masks: whether to evaluate masks besides boxes.
+    """
+
+    def __init__(
+        self, truth: dict[str, Any], classes: Sequence[str], category_ids: Sequence[int | str | None], masks: bool
+    ):
+        self.classes, self.category_ids, self.masks = list(classes), list(category_ids), masks
+        self.truth = _index(truth)
+
+    def evaluate(
+        self, results: Sequence[Mapping[str, Any]], images: Sequence[Any], skipped: Sequence[str] = ()
+    ) -> DetectionEvaluation:
+        """The numbers of some results.
+
+        Args:
+            results: detections with `image_id`, `category_id`, `bbox` [x, y, width, height], `score` and, if masks are
+                evaluated, `segmentation` (RLE).
+            images: ids of the images that were looked at; the others do not count.
+            skipped: lines on those that could not be read.
+        """
+        objects = [a for a in self.truth.dataset["annotations"] if a["image_id"] in set(images) and not a["iscrowd"]]
+        rows = [
+            {"class": name, "objects": sum(a["category_id"] == key for a in objects)}
+            for name, key in zip(self.classes, self.category_ids, strict=True)
+        ]
+        numbers: dict[str, dict[str, float]] = {}
+        precision, written = {}, {}
+        scores: dict[Any, float] = {}
+        for kind in ("box", "mask") if self.masks else ("box",):
+            # Two lists: where a result has a box, pycocotools takes its area for the mask's.
+            without = "segmentation" if kind == "box" else "bbox"
+            written[kind] = [{k: v for k, v in result.items() if k != without} for result in results]
+            evaluation = self._run(written[kind], images, {"box": "bbox", "mask": "segm"}[kind])
+            numbers[kind] = {n: _nan(v) for n, v in zip(NUMBERS, evaluation.stats.tolist(), strict=True)}
+            precision[kind] = self._per_class(evaluation, rows, kind)
+            if kind == "box":
+                scores = image_scores(evaluation)
+        return DetectionEvaluation(
+            numbers["box"],
+            numbers.get("mask", {}),
+            rows,
+            len(images),
+            len(objects),
+            tuple(skipped),
+            precision,
+            scores,
+            written,
+        )
+
+    def _run(self, results: list[dict[str, Any]], images: Sequence[Any], kind: str) -> Any:
+        cocoeval = require("pycocotools.cocoeval", "detect")
+        with contextlib.redirect_stdout(io.StringIO()):
+            # loadRes fails on an empty list; an index without annotations means the same.
+            empty = {**self.truth.dataset, "annotations": []}
+            # It also writes into what it is given.
+            detections = self.truth.loadRes([dict(r) for r in results]) if results else _index(empty)
+            evaluation = cocoeval.COCOeval(self.truth, detections, kind)
+            evaluation.params.imgIds = sorted(images)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation
+
+    def _per_class(self, evaluation: Any, rows: list[dict[str, Any]], kind: str) -> np.ndarray:
+        """Adds a kind's columns to the rows; returns precision at IoU .5 by class and recall."""
+        place = {key: i for i, key in enumerate(evaluation.params.catIds)}
+        precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class), all sizes, 100 detections
+        recall = evaluation.eval["recall"][..., 0, -1]  # (IoU, class)
+        curves = np.full((len(rows), precision.shape[1]), np.nan)
+        for i, (row, key) in enumerate(zip(rows, self.category_ids, strict=True)):
+            k = place.get(key)
+            there = k is not None and (precision[:, :, k] > -1).any()
+            row[f"{kind}_AP"] = float(precision[:, :, k].mean()) if there else None
+            row[f"{kind}_AP50"] = float(precision[0, :, k].mean()) if there else None
+            row[f"{kind}_AR100"] = float(recall[:, k].mean()) if there else None
+            if there:
+                curves[i] = precision[0, :, k]
+        return curves
+
+
+def image_scores(evaluation: Any) -> dict[Any, float]:
+    """F1 per image at IoU .5 of detections from `CONFIDENT` on, from what pycocotools' `evaluate` left."""
+    counts: dict[Any, np.ndarray] = {}
+    everything = evaluation.params.areaRng[0]
+    for entry in evaluation.evalImgs:
+        if entry is None or entry["aRng"] != everything:
+            continue
+        sure = np.asarray(entry["dtScores"]) >= CONFIDENT
+        counted = sure & ~entry["dtIgnore"][0].astype(bool)
+        hits = int((counted & (entry["dtMatches"][0] > 0)).sum())
+        objects = int((np.asarray(entry["gtIgnore"]) == 0).sum())
+        counts.setdefault(entry["image_id"], np.zeros(3))[:] += (hits, counted.sum(), objects)
+    return {
+        i: float(2 * hits / (told + there)) if told + there else math.nan for i, (hits, told, there) in counts.items()
+    }
+
+
+def read_image_scores(folder: str | os.PathLike[str]) -> dict[str, float]:
+    """The images' scores that `DetectionEvaluation.write` left, by image id as text."""
+    with (Path(folder) / "images.csv").open(newline="", encoding="utf-8") as file:
+        return {row["image_id"]: float(row["f1"]) if row["f1"] else math.nan for row in csv.DictReader(file)}
+
+
+def report(
+    model: str, result: DetectionEvaluation, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]
+) -> str:
+    """Markdown: the numbers, facts about the run, classes from worst to best, pictures as (title, file)."""
+    lines = [
+        f"# {model}: " + ", ".join(f"{kind} AP {_percent(values['AP'])}" for kind, values in result.kinds.items()),
+        "",
+        f"{result.images} validation images, {result.objects} objects of {len(result.classes)} classes; "
+        "numbers in percent, by pycocotools.",
+        "",
+        "| | " + " | ".join(NUMBERS) + " |",
+        "|---|" + "---|" * len(NUMBERS),
+        *(f"| {k} | " + " | ".join(_percent(values[n]) for n in NUMBERS) + " |" for k, values in result.kinds.items()),
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+        "",
+    ]
+    kind = "mask" if result.mask else "box"
+    ranked = sorted((r for r in result.classes if r[f"{kind}_AP"] is not None), key=lambda r: r[f"{kind}_AP"])
+    columns = [column for column in (result.classes[0] if result.classes else ()) if column not in ("class", "objects")]
+    lines += class_tables(
+        ["Class", "Objects", *(c.replace("_", " ") for c in columns)],
+        [[r["class"], r["objects"], *(_percent(r[c]) for c in columns)] for r in ranked],
+    )
+    return "\n".join([*lines, *show(pictures)])
+
+
+def _index(dataset: dict[str, Any]) -> Any:
+    """A pycocotools COCO of some content."""
+    coco = require("pycocotools.coco", "detect").COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _nan(value: float) -> float:
+    return math.nan if value < 0 else value
+
+
+def _blank(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

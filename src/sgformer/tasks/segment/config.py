@@ -1,0 +1,67 @@
+"""The settings of a semantic segmentation run; see `sgformer.training.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sgformer.training.config import RunConfig, option
+
+
+@dataclass(frozen=True)
+class SegmentConfig(RunConfig):
+    """Semantic segmentation on the ADE20K layout."""
+
+    base_batch = 16
+
+    data: str | None = option(None, "Run", "folder with images/training, annotations/training ...", main=True)
+    head: Literal["semantic-fpn", "upernet"] = option("upernet", "Run", "what stands on the backbone", main=True)
+
+    classes: int | None = option(
+        None, "Data", "number; default: of classes.txt, objectInfo150.txt or the labels", main=True
+    )
+    reduce_zero_label: bool = option(False, "Data", "label 0 is no class, label n is class n - 1 (ADE20K)", main=True)
+    short_side: int | None = option(None, "Data", "of images before --scale-*; default: of --image-size", main=True)
+
+    steps: int = option(80000, "Schedule", "updates; the rate falls over all of them", main=True)
+    epochs: int | None = option(None, "Schedule", "instead of --steps: passes over the images")  # type: ignore[assignment]
+    val_every: int = option(8000, "Schedule", "updates between validations", main=True)
+    batch_size: int = option(16, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
+    image_size: int | tuple[int, int] = option(512, "Schedule", "training crop: a number, or [HEIGHT,WIDTH]", main=True)
+    lr: float = option(1e-4, "Schedule", "peak rate per 16 images; x batch-size/16", main=True)
+
+    ema: float = option(0.0, "Network", "decay of averaged weights, which are then the reported ones; 0: off")
+    head_width: int | None = option(
+        None, "Network", "channels; default: the standard, 128 (semantic-fpn), 512 (upernet)"
+    )
+    auxiliary: float = option(0.4, "Network", "weight of the loss of upernet's auxiliary head")
+
+    weight_decay: float = option(1e-4, "Optimiser", "not on norms and position table")
+    warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up")
+    power: float = option(0.9, "Optimiser", "rate = lr * (1 - step/steps) ^ power")
+
+    scale_min: float = option(0.5, "Augmentation", "smallest factor on --short-side")
+    scale_max: float = option(2.0, "Augmentation", "largest factor on --short-side")
+    hflip: float = option(0.5, "Augmentation", "chance of a mirror image")
+    cat_max_ratio: float = option(0.75, "Augmentation", "draw crops anew that one class covers to this share")
+    distortion: bool = option(True, "Augmentation", "change brightness, contrast, saturation, hue")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "val_every", "power", "scale_min", "scale_max", "cat_max_ratio", "head_width"):
+            self._check(name, lambda v: v > 0, "must be above 0")
+        for name in ("warmup_steps", "auxiliary"):
+            self._check(name, lambda v: v >= 0, "must be 0 or more")
+        self._check("hflip", lambda v: 0 <= v <= 1, "must be in [0, 1]")
+        self._check("classes", lambda v: v >= 2, "must be 2 or more")
+        self._check("short_side", lambda v: v >= 32, "must be 32 pixels or more")
+        self._check("scale_max", lambda v: v >= self.scale_min, f"must not be below --scale-min {self.scale_min}")
+
+    @property
+    def short(self) -> int:
+        """The short side of images before random scaling, and in evaluation, in pixels."""
+        return self.short_side or min(self.image_hw)
+
+    def total_steps(self, steps_per_pass: float) -> int:
+        """Updates of the whole schedule, where a pass over the images takes so many."""
+        return max(1, round(self.epochs * steps_per_pass)) if self.epochs else self.steps

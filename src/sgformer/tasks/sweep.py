@@ -1,0 +1,385 @@
+"""`sgformer ablate`: the same training with one thing changed, several seeds, and what it came to.
+
+    task: classify
+    config: ../scenes_n.yaml        # the recipe all runs start from, beside this file; optional
+    data: scenes                    # --data wins
+    options: {epochs: 4}            # for all runs, on top of the recipe
+    seeds: [0, 1, 2]
+    variants:                       # name: options of its own; the first is what others are compared with
+      hybrid: {}
+      coarse: {significance: coarse}
+    grid:                           # instead or besides: all combinations, named by their values
+      significance: [hybrid, uniform]
+      aggregation: [linear, mean]
+
+`{variant}` and `{seed}` in an option stand for a run's own, as its folder has them: with
+`weights: FOLDER/runs/{variant}-{seed}` each run of a dense task starts from the classifier of the same change and seed.
+
+Every run is a process of its own, so that none inherits anything of another; a run that is finished is not made again,
+one that was stopped goes on. The score is that of the last epoch, not of the best one: the best of several looks at the
+validation images would be chosen by them.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sgformer.core.errors import UserError
+from sgformer.training.config import ClassifyConfig, RunConfig, make_config, nearest, read_yaml, to_yaml
+
+log = logging.getLogger("sgformer")
+
+SCORES = {"classify": "top1", "segment": "miou", "detect": "box_ap"}
+KEYS = ("task", "config", "data", "options", "seeds", "variants", "grid", "score", "question")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What to run.
+
+    Attributes:
+        task: "classify", "segment" or "detect".
+        common: options of all runs.
+        variants: options by name, on top of `common`.
+        seeds: of the runs of each variant.
+        score: column of `metrics.csv`.
+        question: what is asked, for the report.
+        name: of the tables.
+    """
+
+    task: str
+    common: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    seeds: tuple[int, ...]
+    score: str
+    question: str = ""
+    name: str = "table"
+
+    def runs(self) -> list[tuple[str, int]]:
+        """(variant, seed), all variants of a seed before the next seed: stopped early, they still compare."""
+        return [(name, seed) for seed in self.seeds for name in self.variants]
+
+    def config(self, variant: str, seed: int) -> RunConfig:
+        """The settings of a run."""
+        options = {**self.common, **self.variants[variant]}
+        for name, value in options.items():
+            if isinstance(value, str):
+                options[name] = value.replace("{variant}", _plain(variant)).replace("{seed}", str(seed))
+        return make_config(config_class(self.task), {**options, "seed": seed})
+
+
+@dataclass
+class Row:
+    """What a variant came to.
+
+    Attributes:
+        variant: its name.
+        scores: by seed, fractions.
+        parameters: number.
+        macs: multiply-accumulates of one image's forward pass (of a detector: of its backbone's).
+        seconds: of processor time of each run.
+    """
+
+    variant: str
+    scores: dict[int, float] = field(default_factory=dict)
+    parameters: int = 0
+    macs: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+def config_class(task: str) -> type[RunConfig]:
+    """The settings of a task's runs."""
+    if task == "segment":
+        from sgformer.tasks.segment.config import SegmentConfig
+
+        return SegmentConfig
+    if task == "detect":
+        from sgformer.tasks.detect.config import DetectConfig
+
+        return DetectConfig
+    return ClassifyConfig
+
+
+def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Ablation:
+    """Read and check a file as above.
+
+    Raises:
+        UserError: unreadable, an unknown key (the nearest is named), or a run's settings that do not do.
+    """
+    path = Path(path)
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path}: not a YAML file") from None
+    if not isinstance(held, Mapping):
+        raise UserError(f"{path}: expected lines of `key: value`, got {type(held).__name__}")
+    for key in held:
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
+    task = held.get("task", "classify")
+    if task not in SCORES:
+        raise UserError(f"{path}: task is one of {', '.join(SCORES)}, got {task!r}")
+    common: dict[str, Any] = read_yaml(path.parent / held["config"], config_class(task)) if held.get("config") else {}
+    common |= {str(k).replace("-", "_"): v for k, v in (held.get("options") or {}).items()}
+    given = data or held.get("data")
+    if given is None:
+        raise UserError(f"{path}: data is missing: name it there, or pass --data")
+    common["data"] = given
+    variants = {str(k): dict(v or {}) for k, v in (held.get("variants") or {}).items()}
+    if grid := held.get("grid"):
+        for values in itertools.product(*grid.values()):
+            variants["-".join(map(str, values))] = dict(zip(grid, values, strict=True))
+    seeds = tuple(held.get("seeds", [0]))
+    if not variants or not seeds or not all(isinstance(s, int) for s in seeds):
+        raise UserError(f"{path}: expected variants or a grid, and seeds as a list of integers")
+    for name in variants:
+        if not re.fullmatch(r"[\w.+=:,/() -]+", name):
+            raise UserError(f"{path}: a variant's name is letters, digits, spaces and -_.+=:,/(), got {name!r}")
+    if len({_plain(name) for name in variants}) < len(variants):
+        raise UserError(f"{path}: two variants would have one folder, as their names differ in signs only")
+    found = Ablation(
+        task, common, variants, seeds, held.get("score", SCORES[task]), held.get("question", ""), path.stem
+    )
+    for name in variants:
+        try:
+            found.config(name, seeds[0])
+        except UserError as error:
+            raise UserError(f"{path}: variant {name}: {error}") from None
+    return found
+
+
+def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float | None = None) -> list[Row]:
+    """Make the runs that are not yet made, and write the tables after each.
+
+    Args:
+        ablation: what to run.
+        out: folder; `runs/VARIANT-SEED/` are run folders, `NAME.csv`, `NAME.md`, `NAME.png` the results. Ablations that
+            have a variant in common, by name and settings, can share a folder and its runs.
+        minutes: start no run after so many.
+
+    Raises:
+        UserError: the folder holds a run of another setting, a run failed (its log is named) or was stopped.
+    """
+    folder = Path(out)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    runs, start = ablation.runs(), time.monotonic()
+    for number, (variant, seed) in enumerate(runs, 1):
+        place = run_folder(folder, variant, seed)
+        if _result(place, ablation.score) is not None:
+            _check_same(place, ablation.config(variant, seed))
+            continue
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            log.info(f"{len(runs) - number + 1} runs left; the same command goes on with them")
+            break
+        log.info(f"run {number} of {len(runs)}: {variant}, seed {seed}")
+        _train(ablation, variant, seed, place)
+        write_table(ablation, collect(ablation, folder), folder)
+    rows = collect(ablation, folder)
+    write_table(ablation, rows, folder)
+    return rows
+
+
+def run_folder(folder: Path, variant: str, seed: int) -> Path:
+    """Where a run is."""
+    return folder / "runs" / f"{_plain(variant)}-{seed}"
+
+
+def _plain(variant: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", variant).strip("_")
+
+
+def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
+    config = ablation.config(variant, seed)
+    command = [sys.executable, "-m", "sgformer", "train", ablation.task]
+    if (place / "config.yaml").exists():
+        _check_same(place, config)
+        command += ["--resume", str(place)]
+    else:
+        recipe = place.with_name(f"{place.name}.yaml")
+        recipe.write_text(to_yaml({**config.to_dict(), "run": None}), encoding="utf-8")
+        command += ["--config", str(recipe), "--run", str(place)]
+    before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    output = place.with_name(f"{place.name}.log")
+    with output.open("a", encoding="utf-8") as file:
+        status = _run(command, file)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if place.is_dir():
+        cost = {"seconds": 0.0, "processor_seconds": 0.0}
+        if (place / "cost.json").exists():  # of an earlier part of this run
+            cost = json.loads((place / "cost.json").read_text(encoding="utf-8"))
+        cost["seconds"] += time.monotonic() - clock
+        cost["processor_seconds"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        (place / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise UserError(f"{variant}, seed {seed}, was stopped; the same command goes on with it")
+    if status:
+        last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise UserError(f"{variant}, seed {seed}, stopped with status {status} ({' '.join(last)}); see {output}")
+
+
+def _run(command: list[str], output: Any) -> int:
+    """The status of a process of its own. Signals to this one are passed on to it, so that training saves its state."""
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # came before there was a process to pass them on to
+
+    def pass_on(number: int, frame: Any) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    handlers: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, pass_on)
+    except ValueError:  # not in the main thread: whoever started it handles signals
+        pass
+    try:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        for signum in early:
+            process.send_signal(signum)
+        return process.wait()
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def _check_same(place: Path, config: RunConfig) -> None:
+    held = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+    held = {**type(config)().to_dict(), **held}  # an option that there was not yet is at its default
+    for name, value in config.to_dict().items():
+        if name not in ("run", "workers", "device", "devices") and held[name] != value:
+            raise UserError(f"{place} was made with {name} {held[name]}, not {value}: take another --out")
+
+
+def _result(place: Path, score: str) -> float | None:
+    """The score of a finished run's last validation, a fraction; None if it is not finished."""
+    if not (place / "report.md").exists():
+        return None
+    with (place / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        values = [row[score] for row in csv.DictReader(file) if row.get(score)]
+    if not values:
+        raise UserError(f"{place}/metrics.csv has no column {score}")
+    return float(values[-1])
+
+
+def collect(ablation: Ablation, folder: Path) -> list[Row]:
+    """What the finished runs came to, a row per variant that has any."""
+    rows = {name: Row(name) for name in ablation.variants}
+    for variant, seed in ablation.runs():
+        place = run_folder(folder, variant, seed)
+        score = _result(place, ablation.score)
+        if score is None:
+            continue
+        row = rows[variant]
+        row.scores[seed] = score
+        cost = place / "cost.json"
+        if cost.exists():
+            row.seconds.append(json.loads(cost.read_text(encoding="utf-8"))["processor_seconds"])
+        if not row.parameters:
+            row.parameters, row.macs = network_cost(place, ablation.task, ablation.config(variant, seed).image_hw)
+    return [row for row in rows.values() if row.scores]
+
+
+def network_cost(run: Path, task: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one image of `size`, of a run's network (of a detector's backbone)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sgformer.models.load import load_weights
+
+    if task == "segment":
+        from sgformer.tasks.segment.module import Segmenter
+
+        model: Any = Segmenter.load(run)[0]
+    elif task == "detect":
+        from sgformer.tasks.detect.module import Detector
+
+        model = Detector.load(run)[0].backbone
+    else:
+        model = load_weights(run)[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, *size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def summary(rows: list[Row]) -> list[dict[str, Any]]:
+    """The table: scores in percent; differences to the first variant over the seeds that both have."""
+    told = []
+    for row in rows:
+        scores = [100 * v for v in row.scores.values()]
+        pairs = [100 * (v - rows[0].scores[s]) for s, v in row.scores.items() if s in rows[0].scores]
+        told.append(
+            {
+                "variant": row.variant,
+                "runs": len(scores),
+                "mean": statistics.mean(scores),
+                "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+                "least": min(scores),
+                "most": max(scores),
+                "difference": statistics.mean(pairs) if pairs and row is not rows[0] else None,
+                "difference_sd": statistics.stdev(pairs) if len(pairs) > 1 and row is not rows[0] else None,
+                "parameters": row.parameters,
+                "macs": row.macs,
+                "processor_seconds": statistics.mean(row.seconds) if row.seconds else None,
+            }
+        )
+    return told
+
+
+def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
+    """`NAME.csv`, `NAME.md` and `NAME.png`."""
+    if not rows:
+        return
+    told = summary(rows)
+    with (folder / f"{ablation.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(told[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in told)
+    (folder / f"{ablation.name}.md").write_text(markdown(ablation, told), encoding="utf-8")
+    from sgformer.viz.ablation import draw_ablation
+
+    draw_ablation(
+        [(row.variant, [100 * v for v in row.scores.values()]) for row in rows],
+        folder / f"{ablation.name}.png",
+        ablation.score,
+    )
+
+
+def markdown(ablation: Ablation, told: list[dict[str, Any]]) -> str:
+    """The table for a page."""
+    first = told[0]["variant"]
+    lines = [f"{ablation.question}\n"] if ablation.question else []
+    lines += [
+        f"| variant | {ablation.score}, % | least to most | against {first} | runs | parameters | MACs | time of one |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in told:
+        spread = "" if row["sd"] is None else f" ± {row['sd']:.1f}"
+        against = "" if row["difference"] is None else f"{row['difference']:+.1f}"
+        against += "" if row["difference_sd"] is None else f" ± {row['difference_sd']:.1f}"
+        seconds = "" if row["processor_seconds"] is None else f"{row['processor_seconds'] / 60:.1f} min"
+        lines.append(
+            f"| {row['variant']} | {row['mean']:.1f}{spread} | {row['least']:.1f} to {row['most']:.1f} | {against} | "
+            f"{row['runs']} | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.0f} M | {seconds} |"
+        )
+    return "\n".join(lines) + "\n\nMean and standard deviation over seeds; differences within seeds; last epoch.\n"

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+import sgformer
+from sgformer.core.errors import UserError
+from sgformer.models.pyramid import Pyramid, decay_groups, is_dense, load_dense, pyramid_backbone, save_dense
+
+
+@pytest.mark.parametrize(
+    "name", ["sgformer_n", "pvt_v2_b0", "resnet10t", "convnext_atto", "swin_tiny_patch4_window7_224"]
+)
+def test_any_hierarchical_network_gives_four_maps(name):
+    backbone = pyramid_backbone(name).eval()
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [m.shape[1] for m in maps] == list(backbone.channels)
+    assert [tuple(m.shape[-2:]) for m in maps] == [(64 // s, 96 // s) for s in backbone.strides]
+    assert backbone.strides == (4, 8, 16, 32)
+
+
+def test_every_parameter_gets_a_gradient():
+    backbone = pyramid_backbone("sgformer_n")
+    sum(m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("vit_tiny_patch16_224", "one map at each of the strides"), ("sgformer_x", "did you mean sgformer_")],
+)
+def test_other_networks_are_refused(name, words):
+    with pytest.raises(UserError, match=words):
+        pyramid_backbone(name)
+
+
+@pytest.mark.parametrize(("stages", "frozen"), [(-1, ()), (0, ("stem",)), (2, ("stem", "stages.0", "stages.1"))])
+def test_freezing_keeps_weights_and_statistics_of_the_first_stages(stages, frozen):
+    backbone = pyramid_backbone("sgformer_n", freeze_stages=stages, drop_path=0.5)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+    sum(m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
+    optimizer.step()
+    prefixes = tuple(f"network.{part}." for part in frozen)
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad != name.startswith(prefixes) if frozen else parameter.requires_grad
+    moved = {name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and not any(name.startswith(prefixes) for name in moved if frozen)
+    assert all(not m.training for name, m in backbone.named_modules() if f"{name}.".startswith(prefixes) and frozen)
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    backbone = pyramid_backbone("resnet10t", freeze_stages=1)
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    backbone(torch.randn(2, 3, 64, 64))
+    moved = {name.split(".")[1] for name, value in backbone.named_buffers() if not torch.equal(value, before[name])}
+    assert moved == {"layer2", "layer3", "layer4"}
+
+
+def test_backbone_weights_come_from_classification(tmp_path):
+    model = sgformer.create_model("sgformer_n", num_classes=5)
+    sgformer.save_model(model, tmp_path / "w.safetensors", {"model": "sgformer_n", "task": "classify"})
+    backbone = pyramid_backbone("sgformer_n", weights=tmp_path / "w.safetensors", drop_path=0.2)
+    held = model.state_dict()
+    mine = backbone.network.state_dict()
+    assert set(mine) == {name for name in held if not name.startswith("head.fc")}
+    assert all(torch.equal(value, held[name]) for name, value in mine.items())
+    assert backbone.network.config.drop_path_rate == 0.2
+    with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
+        pyramid_backbone("sgformer_t", weights=tmp_path / "w.safetensors")
+
+
+def test_an_architecture_rebuilds_its_network():
+    backbone = pyramid_backbone("sgformer_n", coarse="window").eval()
+    again = pyramid_backbone(backbone.architecture).eval()
+    again.load_state_dict(backbone.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert again.architecture == backbone.architecture
+    assert all(torch.equal(a, b) for a, b in zip(backbone(x), again(x), strict=True))
+
+
+def test_norms_and_position_table_do_not_decay():
+    backbone = pyramid_backbone("sgformer_n", freeze_stages=0)
+    decayed, kept = decay_groups(backbone, 0.05)
+    names = {id(p): name for name, p in backbone.named_parameters()}
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert {names[id(p)] for p in [*decayed["params"], *kept["params"]]} == trained
+    assert all("norm" in names[id(p)] for p in kept["params"])
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+    assert backbone.no_weight_decay() == {"network.stem.position.table"}
+    free = pyramid_backbone("sgformer_n")
+    kept = {id(p) for p in decay_groups(free, 0.05)[1]["params"]}
+    assert id(free.network.stem.position.table) in kept
+
+
+def test_dense_files_name_their_task(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    network.architecture = {"any": 1}
+    path = tmp_path / "w.safetensors"
+    save_dense(network, path, {"task": "detect", "classes": ["a"]})
+    tensors, metadata = load_dense(path, "detect")
+    assert torch.equal(tensors["weight"], network.weight) and metadata["architecture"] == {"any": 1}
+    assert is_dense(path, "detect") and not is_dense(path, "segment")
+    with pytest.raises(UserError, match="holds weights for detect, not for segment"):
+        load_dense(path, "segment")
+    sgformer.save_model(sgformer.create_model("sgformer_n"), path)
+    assert not is_dense(path, "detect")
+    assert isinstance(pyramid_backbone("sgformer_n", weights=path), Pyramid)
