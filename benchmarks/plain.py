@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sgformer
-from sgformer.models.checkpoint import to_released
 from sgformer.models.config import SGFormerConfig, StageConfig
 from sgformer.models.layers import init_module
+from sgformer.models.released import to_released
 from sgformer.ops.regroup import group_positions, region_lengths, sort_tokens
 
 

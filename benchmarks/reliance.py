@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import sgformer
-from sgformer.explaining.explain import ranked_by
+from sgformer.explaining.base import ranked_by
 from sgformer.models.backbone import GuidedBlock
 from sgformer.models.load import find_weights, read_metadata
 
@@ -71,11 +71,11 @@ def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], fl
     """The network, and what measures it: mIoU in percent."""
     from sgformer.data.ade20k import LabelledFolderDataset, scan
     from sgformer.data.dense_transforms import eval_transform
-    from sgformer.tasks.segment.api import inference
     from sgformer.tasks.segment.module import Segmenter, class_probabilities
+    from sgformer.tasks.segment.predict import inference_settings
 
     model, metadata = Segmenter.load(weights)
-    how = inference(metadata)
+    how = inference_settings(metadata)
     listing = scan(data, "validation", metadata["classes"], metadata["reduce_zero_label"])
     dataset = LabelledFolderDataset(listing, eval_transform())
     samples = [dataset[i] for i in range(len(dataset))]

@@ -26,9 +26,7 @@ def api() -> list[str]:
     from sgformer.cli import COMMANDS
     from sgformer.cli.parser import REQUIRED, config_options, function_options
     from sgformer.cli.train import FILES
-    from sgformer.tasks.detect.config import DetectConfig
-    from sgformer.tasks.segment.config import SegmentConfig
-    from sgformer.training.config import ClassifyConfig
+    from sgformer.tasks.registry import TASKS, get_task
 
     lines = []
     for name in sgformer.__all__:
@@ -43,7 +41,7 @@ def api() -> list[str]:
             lines.append(f"sgformer.{name}({parameters(thing)})")
         else:
             lines.append(f"sgformer.{name}: {type(thing).__name__}")
-    configs = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+    configs = {name: get_task(name).Config for name in TASKS}
     for command, (module, function, _) in COMMANDS.items():
         task = command.removeprefix("train ")
         if task in configs:

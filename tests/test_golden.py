@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sgformer
-from sgformer.models.checkpoint import released_map
+from sgformer.models.released import released_map
 
 TOLERANCE = 1e-9
 

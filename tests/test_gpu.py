@@ -42,13 +42,13 @@ def test_deterministic_training_gives_the_same_bits(tmp_path):
     from photos import QUICK, make_photos
 
     from sgformer.models.checkpoint import read_safetensors
-    from sgformer.tasks.classify.api import train_classifier
+    from sgformer.tasks.api import train
 
     data, ends = make_photos(tmp_path / "photos"), []
     try:
         for name in ("one", "other"):
             settings = {**QUICK, "device": "cuda", "devices": 1, "deterministic": True, "precision": "bf16"}
-            run = train_classifier(data=str(data), run=str(tmp_path / name), **settings).path
+            run = train("classify", data=str(data), run=str(tmp_path / name), **settings).path
             ends.append(read_safetensors(run / "last.safetensors")[0])
     finally:
         torch.use_deterministic_algorithms(False)

@@ -15,8 +15,9 @@ try:
 
     from sgformer.backends.optimize import optimize
     from sgformer.models.backbone import Inspection, SGFormer
-    from sgformer.models.checkpoint import load_model, load_released, save_model
+    from sgformer.models.checkpoint import save_model
     from sgformer.models.registry import from_fields  # its module registers the sizes with timm
+    from sgformer.models.released import load_released
     from sgformer.models.significance import register_significance
 except ModuleNotFoundError as error:  # to predict with an exported file, none of this is needed
     if error.name not in ("torch", "torchvision", "timm", "safetensors", "sgformer.models.backbone"):
@@ -41,16 +42,17 @@ __all__ = [
     "predict",
     "register_significance",
     "save_model",
-    "train_classifier",
+    "train",
 ]
 
 # Training and what comes with it: imported when first asked for, so that `import sgformer` stays light.
 _LATER = {
-    "train_classifier": "sgformer.tasks.classify.api",
-    "evaluate": "sgformer.tasks.classify.api",
-    "predict": "sgformer.tasks.classify.api",
-    "explain": "sgformer.explaining.explain",
-    "export": "sgformer.exporting.export",
+    "train": "sgformer.tasks.api",
+    "evaluate": "sgformer.tasks.api",
+    "predict": "sgformer.tasks.api",
+    "explain": "sgformer.tasks.api",
+    "export": "sgformer.tasks.api",
+    "load_model": "sgformer.tasks.api",
     "accelerate": "sgformer.backends.native_autograd",
     "SelfGuidedAttention1d": "sgformer.models.sequence",
 }

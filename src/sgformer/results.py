@@ -1,59 +1,19 @@
-"""What networks say of images, and how images are found and read for them. No torch here: files of `sgformer export`
-are asked where it is not installed."""
+"""What `predict` and `explain` return for one image, and its JSON, COCO and array forms. No torch here: files of
+`sgformer export` are used where it is not installed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from sgformer.core.errors import UserError, require
-from sgformer.data.image import IMAGE_EXTENSIONS, read_image
-
-if TYPE_CHECKING:
-    from sgformer.viz.detection import Objects
+from sgformer.core.errors import require
 
 #: Detections of less confidence are not shown.
 SHOWN = 0.5
-
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
-def find_images(sources: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Path | Image.Image]:
-    """Files as they are, folders replaced by the images in them in sorted order.
-
-    Raises:
-        UserError: no such file, or no image in a folder.
-    """
-    for source in sources:
-        if isinstance(source, Image.Image):
-            yield source
-            continue
-        path = Path(source)
-        if not path.is_dir():
-            if not path.exists():
-                raise UserError(f"{path}: no such image or folder")
-            yield path
-            continue
-        files = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and not p.name.startswith(".")
-        )
-        if not files:
-            raise UserError(f"{path}: no images in this folder")
-        yield from files
-
-
-def open_image(source: Path | Image.Image) -> Image.Image:
-    """An RGB image, read as a viewer shows it."""
-    return source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
-
-
-# -- answers -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,14 +30,6 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         return {"image": self.image, "labels": [{"class": n, "probability": p} for n, p in self.labels]}
-
-
-def annotate(prediction: Prediction, out: str | os.PathLike[str]) -> None:
-    """Write a picture of the image and its most probable classes."""
-    from sgformer.viz.sheets import draw_prediction
-
-    pixels = np.asarray(read_image(prediction.image))
-    draw_prediction(pixels, prediction.labels, Path(out), Path(prediction.image).name)
 
 
 @dataclass(frozen=True)
@@ -106,25 +58,6 @@ class Segments:
         """The shares, as JSON takes them."""
         return {"image": self.image, "classes": [{"class": n, "share": s} for n, s in self.shares()]}
 
-    def write(self, out: str | os.PathLike[str], pixels: np.ndarray, stem: str | None = None) -> list[Path]:
-        """Write `STEM_labels.png` (a label map with a palette) and `STEM_overlay.png` into a folder.
-
-        Args:
-            out: the folder.
-            pixels: the image, (H, W, 3) uint8.
-            stem: by default the image's name without its ending.
-
-        Returns:
-            The two files.
-        """
-        from sgformer.viz.segmentation import draw_overlay, write_label_png
-
-        stem = stem or Path(self.image).stem
-        labels, overlay = Path(out) / f"{stem}_labels.png", Path(out) / f"{stem}_overlay.png"
-        write_label_png(self.labels, labels, self.class_names, self.first)
-        draw_overlay(pixels, self.labels, self.class_names, overlay, Path(self.image).name)
-        return [labels, overlay]
-
 
 @dataclass(frozen=True)
 class Detections:
@@ -139,22 +72,6 @@ class Detections:
     image: str
     results: list[dict[str, Any]]
     size: tuple[int, int]
-
-    def objects(self, names: Sequence[str]) -> Objects:
-        """For drawing."""
-        from sgformer.viz.detection import Objects
-
-        corners = np.array([r["bbox"] for r in self.results], dtype=float).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        outlined = [r["segmentation"] for r in self.results if "segmentation" in r]
-        masks = [require("pycocotools.mask", extra="detect").decode(outline) for outline in outlined]
-        labels = np.array([list(names).index(r["class"]) for r in self.results], dtype=np.int64)
-        return Objects(corners, labels, np.array([r["score"] for r in self.results]), stack_masks(masks))
-
-
-def stack_masks(masks: Sequence[np.ndarray]) -> np.ndarray | None:
-    """(N, H, W) bool of N masks, None of none."""
-    return np.stack(masks).astype(bool) if masks else None
 
 
 def coco_result(
@@ -206,3 +123,47 @@ def as_coco(detections: Sequence[Detections], category_ids: Sequence[Any], names
             for number, (i, result) in enumerate(pairs, 1)
         ],
     }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one forward pass saw of one image, as arrays. Keys are "stage.block", stages from 1, blocks from 0.
+
+    Attributes:
+        image: (H, W, 3) uint8, as the network got it.
+        title: a line or two about it, e.g. its name and what the network said.
+        significance: per hybrid-scale block, (h, w) float32, what the self-guided block after it sorted by.
+        coarse, fine: per hybrid-scale block, (h, w) float32, the attention received from coarse and from fine heads;
+            their sum is significance, unless the network is guided by something else.
+        regions: per self-guided block, (h, w) int: the region of each token, 0 the least significant.
+        tokens: per self-guided block, (h, w) int: the key/value token each token went into.
+        rates: per self-guided block, how many tokens of each region make one key/value token.
+        logits: (classes,) float32, of a classifier.
+        overlay: (h, w, 3) uint8, what a dense network predicts, drawn over the image: boxes, masks, classes of pixels.
+        prediction: of a dense network: `labels` (H, W); or `boxes` (N, 4), `labels`, `scores` (N,), `masks` (N, H, W).
+    """
+
+    image: np.ndarray
+    title: str
+    significance: Mapping[str, np.ndarray]
+    coarse: Mapping[str, np.ndarray]
+    fine: Mapping[str, np.ndarray]
+    regions: Mapping[str, np.ndarray]
+    tokens: Mapping[str, np.ndarray]
+    rates: Mapping[str, Sequence[int]]
+    logits: np.ndarray | None = None
+    overlay: np.ndarray | None = None
+    prediction: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def density(self, block: str) -> np.ndarray:
+        """(h, w) float: key/value tokens spent per token of the grid in a self-guided block."""
+        sizes = np.bincount(self.tokens[block].ravel())
+        return 1 / sizes[self.tokens[block]]
+
+    def save_arrays(self, path: str | Path) -> None:
+        """Everything as one .npz: ``image``, ``logits``, ``significance/1.0``, ``tokens/1.1``, ``density/1.1`` ..."""
+        kinds = ("significance", "coarse", "fine", "regions", "tokens", "prediction")
+        arrays = {f"{kind}/{key}": value for kind in kinds for key, value in getattr(self, kind).items()}
+        arrays |= {f"density/{key}": self.density(key) for key in self.tokens}
+        arrays |= {name: getattr(self, name) for name in ("logits", "overlay") if getattr(self, name) is not None}
+        np.savez_compressed(path, image=self.image, **arrays)

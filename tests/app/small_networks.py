@@ -24,12 +24,12 @@ def save_weights(task: str, path: Path, seed: int = 0) -> Path:
     from sgformer.models.pyramid import pyramid_backbone
 
     if task == "segment":
-        from sgformer.tasks.segment.module import Segmenter
+        from sgformer.tasks.segment.network import Segmenter
 
         more = {"classes": ["background", "bee", "cat"], "short_side": 48, "reduce_zero_label": False}
         Segmenter(pyramid_backbone("sgformer_n"), "semantic-fpn", 3, 16).save(path, about | more)
     else:
-        from sgformer.tasks.detect.module import Detector
+        from sgformer.tasks.detect.network import Detector
 
         more = {"category_ids": [1, 2, 3], "image_size": [64, 96]}
         Detector(pyramid_backbone("sgformer_n"), 3, masks=True, width=16).save(path, about | more)

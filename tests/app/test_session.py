@@ -18,7 +18,8 @@ from sgformer.app.networks import Networks, read_upload
 from sgformer.app.session import Busy, Session
 from sgformer.app.worker import Stopped, Worker
 from sgformer.data.image import read_image
-from sgformer.explaining.explain import DetectExplainer, ranked_by
+from sgformer.explaining.base import ranked_by
+from sgformer.tasks.detect.explain import DetectExplainer
 
 pytest.importorskip("fastapi")
 from sgformer.app.server import Guard, bind, build, is_loopback, read_body
@@ -51,7 +52,7 @@ def test_a_look_of_every_task(weights, task, monkeypatch):
     answer = result.answer()
     assert answer and all(0 <= entry["share"] <= 1 for entry in answer)
     if task == "detect":
-        assert len(answer) == len(result.seen.answer["boxes"])
+        assert len(answer) == len(result.seen.prediction["boxes"])
     else:
         assert abs(sum(entry["share"] for entry in answer) - 1) < 1e-4
     for block, values in result.seen.significance.items():

@@ -27,7 +27,7 @@ def test_plain_equals_ours_forward_and_backward(size, coarse, checkpointing):
     torch.manual_seed(0)
     ours = sgformer.create_model("sgformer_n", coarse=coarse, drop_path_rate=0.0, dtype=torch.float64).train()
     plain = plain_module.from_ours(ours)
-    assert plain.training and set(dict(plain.named_parameters())) == set(sgformer.models.checkpoint.to_released(ours))
+    assert plain.training and set(dict(plain.named_parameters())) == set(sgformer.models.released.to_released(ours))
     plain.set_grad_checkpointing(checkpointing)
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     logits = [model(image) for model in (ours, plain)]
@@ -39,5 +39,5 @@ def test_plain_equals_ours_forward_and_backward(size, coarse, checkpointing):
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.copy_(parameter.grad)
-    for name, gradient in sgformer.models.checkpoint.to_released(ours).items():
+    for name, gradient in sgformer.models.released.to_released(ours).items():
         torch.testing.assert_close(dict(plain.named_parameters())[name].grad, gradient, rtol=1e-7, atol=1e-9)

@@ -67,7 +67,7 @@ def test_one_set_of_option_names(capsys):
 def test_help_all_explains_every_option(capsys):
     import dataclasses
 
-    from sgformer.training.config import ClassifyConfig
+    from sgformer.tasks.classify.config import ClassifyConfig
 
     main(["train", "classify", "--help-all"])
     text = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_a_mistake_in_a_recipe_is_one_line(text, words, tmp_path, capsys):
 def test_the_command_line_wins_over_the_recipe(tmp_path):
     from sgformer.cli.parser import Parser, config_options
     from sgformer.cli.train import FILES, read_options
-    from sgformer.training.config import ClassifyConfig
+    from sgformer.tasks.classify.config import ClassifyConfig
 
     (tmp_path / "recipe.yaml").write_text("lr: 2e-5\nepochs: 7\nauto_augment: null\nimage_size: [64, 96]")
     parser = Parser("train classify", "", [*config_options(ClassifyConfig), *FILES])
@@ -171,7 +171,7 @@ def test_convert_keeps_the_network(tmp_path, capsys):
     import torch
 
     import sgformer
-    from sgformer.models.checkpoint import to_released
+    from sgformer.models.released import to_released
 
     model = sgformer.create_model("sgformer_s", num_classes=3)
     torch.save({"state_dict": to_released(model)}, tmp_path / "released.pth")

@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 
 pytest.importorskip("lightning")
+
+import sgformer
 from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import collate, read_label_map
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.tasks.segment.api import evaluate_segmentation, inference, predict_segmentation, prepare_segmenter
+from sgformer.tasks.registry import get_task
 from sgformer.tasks.segment.config import SegmentConfig
-from sgformer.tasks.segment.module import MULTI_SCALE, Segmenter
+from sgformer.tasks.segment.network import MULTI_SCALE, Segmenter
+from sgformer.tasks.segment.predict import inference_settings
 from sgformer.training.config import make_config, read_yaml
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/segment_*.yaml"))
@@ -100,13 +103,13 @@ def test_the_numbers_are_those_of_the_written_label_maps(beach, weights, options
 
 
 def test_eval_counts_do_not_depend_on_the_batch_size(beach, weights):
-    one, five = (evaluate_segmentation(weights, beach, batch_size=size, workers=0, device="cpu") for size in (1, 5))
+    one, five = (sgformer.evaluate(weights, beach, batch_size=size, workers=0, device="cpu") for size in (1, 5))
     assert np.array_equal(one.confusion, five.confusion) and one.loss == pytest.approx(five.loss, rel=1e-5)
 
 
 def test_predictions_from_python(beach, weights):
     image = Image.open(beach / "images/validation/0.png")
-    (segments,) = predict_segmentation(weights, image, device="cpu")
+    (segments,) = sgformer.predict(weights, image, device="cpu")
     assert segments.labels.shape == image.size[::-1] and segments.first == 1
     assert sum(share for _, share in segments.shares()) == pytest.approx(1)
     assert {name for name, _ in segments.shares()} <= set(CLASSES)
@@ -149,11 +152,11 @@ def test_a_mistake_is_one_line(arguments, words, beach, weights, capsys):
 
 def test_how_images_are_looked_at():
     metadata = {"short_side": 512, "image_size": [512, 640]}
-    assert inference(metadata).window is None and inference(metadata).short_side == 512
-    assert inference(metadata, sliding=True).window == (512, 640)
-    assert inference(metadata, sliding=True, image_size=256).window == (256, 256)
-    assert inference(metadata, image_size=256).short_side == 256
-    assert inference(metadata, multi_scale=True, flip=True).scales == MULTI_SCALE
+    assert inference_settings(metadata).window is None and inference_settings(metadata).short_side == 512
+    assert inference_settings(metadata, sliding=True).window == (512, 640)
+    assert inference_settings(metadata, sliding=True, image_size=256).window == (256, 256)
+    assert inference_settings(metadata, image_size=256).short_side == 256
+    assert inference_settings(metadata, multi_scale=True, flip=True).scales == MULTI_SCALE
 
 
 STEPS = {"80k": 80000, "160k": 160000, "scenes": 1000}
@@ -168,13 +171,15 @@ def test_every_recipe_starts(recipe, beach):
     small |= {"data": str(beach), "reduce_zero_label": True}  # as these labels want it
     values = read_yaml(recipe, SegmentConfig)
     assert values["model"] == f"sgformer_{recipe.stem.split('_')[1]}"
-    job = prepare_segmenter(make_config(SegmentConfig, {**values, **small}), 2, 0, 1)
-    assert job.task.class_names == CLASSES and job.total_steps == STEPS[recipe.stem.split("_")[-1]]
-    optimizer = job.task.configure_optimizers()["optimizer"]
-    job.task.train()
-    batches = iter(job.train_sampler)
+    config, task = make_config(SegmentConfig, {**values, **small}), get_task("segment")
+    splits = task.splits(config, None, 2, 0, 1)
+    module = task.module(config, splits, None)
+    assert module.class_names == CLASSES and splits.total_steps == STEPS[recipe.stem.split("_")[-1]]
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.train()
+    batches = iter(splits.train_sampler)
     for _ in range(2):
-        loss = job.task.training_step(collate([job.train[key] for key in next(batches)]), 0)
+        loss = module.training_step(collate([splits.train[key] for key in next(batches)]), 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,4 +189,4 @@ def test_every_recipe_starts(recipe, beach):
 def test_upernet_with_single_images_is_refused(beach):
     config = SegmentConfig(data=str(beach), head="upernet", model="sgformer_n", batch_size=1)
     with pytest.raises(UserError, match="two images at a time"):
-        prepare_segmenter(config, 1, 0, 1)
+        get_task("segment").splits(config, None, 1, 0, 1)

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 import sgformer
+from sgformer import explain
 from sgformer.cli import main
-from sgformer.explaining.explain import explain, explain_batch
+from sgformer.explaining.base import explain_batch
 from sgformer.viz.significance import draw_explanation, hybrid_of, provenance
 
 
@@ -115,7 +116,7 @@ def test_another_network_has_nothing_to_show(tmp_path, photo):
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
     from sgformer.models.pyramid import pyramid_backbone
-    from sgformer.tasks.segment.module import Segmenter
+    from sgformer.tasks.segment.network import Segmenter
 
     path = tmp_path_factory.mktemp("weights") / "s.safetensors"
     names = ["background", "tree", "house"]
@@ -128,7 +129,7 @@ def segmenter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     from sgformer.models.pyramid import pyramid_backbone
-    from sgformer.tasks.detect.module import Detector
+    from sgformer.tasks.detect.network import Detector
 
     path = tmp_path_factory.mktemp("weights") / "d.safetensors"
     about = {"model": "sgformer_n", "classes": ["tree", "house"], "category_ids": [1, 2], "image_size": [64, 96]}
@@ -137,68 +138,66 @@ def detector(tmp_path_factory):
 
 
 def test_a_segmentation_is_asked_as_it_is_validated(segmenter, photo, tmp_path):
-    from sgformer.tasks.segment.api import predict_segmentation
-
     (seen,) = explain(segmenter, photo)
-    assert seen.image.shape == (48, 60, 3) and seen.answer["labels"].shape == (48, 60) and seen.overlay is not None
+    assert seen.image.shape == (48, 60, 3) and seen.prediction["labels"].shape == (48, 60) and seen.overlay is not None
     assert "%" in seen.title and "photo.png" in seen.title
-    said = next(predict_segmentation(segmenter, photo)).labels  # the same answer, at the photo's own size
-    assert (said[1::5, 1::5][:16, :20] == seen.answer["labels"][1::3, 1::3][:16, :20]).mean() > 0.9
+    said = sgformer.predict(segmenter, photo)[0].labels  # the same result, at the photo's own size
+    assert (said[1::5, 1::5][:16, :20] == seen.prediction["labels"][1::3, 1::3][:16, :20]).mean() > 0.9
     draw_explanation(seen, tmp_path / "sheet.png")
     seen.save_arrays(tmp_path / "all.npz")
     with np.load(tmp_path / "all.npz") as arrays:
-        assert arrays["answer/labels"].shape == (48, 60) and arrays["density/1.1"].shape == (12, 15)
+        assert arrays["prediction/labels"].shape == (48, 60) and arrays["density/1.1"].shape == (12, 15)
 
 
 @pytest.mark.slow
 def test_a_detection_is_asked_with_its_boxes(detector, photo, tmp_path):
-    from sgformer.explaining.explain import load_explainer
+    from sgformer.tasks.api import load_explainer
 
-    asked = load_explainer(detector)
-    asked.score = 0.0
-    x = asked.read(Image.open(photo).convert("RGB"))
-    seen = asked.see(x)
+    explainer = load_explainer(detector)
+    explainer.score = 0.0
+    x = explainer.read(Image.open(photo).convert("RGB"))
+    seen = explainer.explain(x)
     assert seen.image.shape == (64, 96, 3)  # padded to multiples of 32, as the network gets it
-    assert len(seen.answer["boxes"]) == len(seen.answer["scores"]) == len(seen.answer["masks"]) > 0
+    assert len(seen.prediction["boxes"]) == len(seen.prediction["scores"]) == len(seen.prediction["masks"]) > 0
     with torch.no_grad():
-        (found,) = asked.model([x])
-    np.testing.assert_allclose(seen.answer["boxes"], found["boxes"].numpy(), rtol=1e-4, atol=1e-3)
-    assert np.array_equal(seen.answer["labels"], found["labels"].numpy())
-    assert asked.mask(torch.ones(x.shape[-2:])).shape == seen.image.shape[:2]
+        (found,) = explainer.model([x])
+    np.testing.assert_allclose(seen.prediction["boxes"], found["boxes"].numpy(), rtol=1e-4, atol=1e-3)
+    assert np.array_equal(seen.prediction["labels"], found["labels"].numpy())
+    assert explainer.mask(torch.ones(x.shape[-2:])).shape == seen.image.shape[:2]
     draw_explanation(seen, tmp_path / "sheet.png")
 
 
 def test_a_model_explains_an_image_given_as_anything(weights, photo):
     model = sgformer.load_model(weights).train()
     array = np.asarray(Image.open(photo).convert("RGB"))
-    first, *others = (model.explain(given) for given in (photo, str(photo), Image.open(photo), array))
+    first, *others = (next(explain(model, given)) for given in (photo, str(photo), Image.open(photo), array))
     assert model.training and first.image.shape == (64, 96, 3)
     for other in others:
         assert np.array_equal(other.significance["3.0"], first.significance["3.0"])
-    assert model.explain(array, image_size=(96, 40)).image.shape == (96, 40, 3)
-    assert model.explain(torch.randn(3, 75, 64)).significance["1.0"].shape == (19, 16)
+    assert next(explain(model, array, image_size=(96, 40))).image.shape == (96, 40, 3)
+    assert next(explain(model, torch.randn(3, 75, 64))).significance["1.0"].shape == (19, 16)
 
 
 def test_a_model_that_knows_nothing_takes_an_image_at_its_own_size(photo):
-    seen = sgformer.create_model("sgformer_n", num_classes=0).explain(photo)
-    assert seen.image.shape == (80, 100, 3) and seen.title == ""
+    seen = next(explain(sgformer.create_model("sgformer_n", num_classes=0), photo))
+    assert seen.image.shape == (80, 100, 3) and seen.title == "photo.png"
 
 
 def test_other_channels_are_shown_in_grey():
-    seen = sgformer.create_model("sgformer_n", in_chans=5, num_classes=2).explain(torch.randn(5, 64, 64))
+    seen = next(explain(sgformer.create_model("sgformer_n", in_chans=5, num_classes=2), torch.randn(5, 64, 64)))
     assert seen.image.shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("given", [np.zeros((4, 4, 3)), np.zeros((2, 3, 4, 4), np.uint8), torch.zeros(4, 4)])
 def test_an_array_that_is_no_image_is_named(given):
     with pytest.raises(sgformer.UserError, match="got"):
-        sgformer.create_model("sgformer_n", num_classes=2).explain(given)
+        next(explain(sgformer.create_model("sgformer_n", num_classes=2), given))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"significance": "random", "aggregation": "merge"}, {"pairs": "single"}])
 def test_sheets_of_other_guidance(options, tmp_path):
     model = sgformer.create_model("sgformer_n", num_classes=2, **options)
-    seen = model.explain(torch.randn(3, 64, 96))
+    seen = next(explain(model, torch.randn(3, 64, 96)))
     draw_explanation(seen, tmp_path / "sheet.png")
     assert bool(seen.tokens) == ("pairs" not in options)

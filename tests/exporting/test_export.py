@@ -16,9 +16,9 @@ from sgformer.core.errors import UserError
 from sgformer.exporting import export as exporting
 from sgformer.exporting.export import compare, difference
 from sgformer.exporting.formats import FORMATS
-from sgformer.exporting.graphs import ClassifierGraph
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.tasks.segment.module import Segmenter
+from sgformer.tasks.classify.export import ClassifierGraph
+from sgformer.tasks.segment.network import Segmenter
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -123,8 +123,8 @@ def test_segmentation(segmenter, tmp_path):
 @torch.no_grad()
 def test_a_whole_detector_finds_the_same_objects(tmp_path):
     """Untrained, its scores are nearly equal, and rounding may decide which of two boxes stays: most must agree."""
-    from sgformer.exporting.graphs import DetectorGraph
-    from sgformer.tasks.detect.module import Detector
+    from sgformer.tasks.detect.export import DetectorGraph
+    from sgformer.tasks.detect.network import Detector
 
     torch.manual_seed(0)
     detector = Detector(pyramid_backbone(small().float()), 2, width=8).eval()

@@ -21,12 +21,14 @@ from sgformer.data.transforms import eval_transform
 from sgformer.exporting import export as exporting
 from sgformer.exporting import onnx_predict as exported
 from sgformer.exporting.formats import FORMATS
-from sgformer.exporting.graphs import build_graph
 from sgformer.heads.mask_rcnn import paste_masks
+from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.tasks.detect.module import Detector
-from sgformer.tasks.segment.api import predict_segmentation
-from sgformer.tasks.segment.module import Segmenter
+from sgformer.tasks.detect.network import Detector
+from sgformer.tasks.detect.predict_onnx import paste_mask
+from sgformer.tasks.registry import get_task
+from sgformer.tasks.segment.network import Segmenter
+from sgformer.viz.detection import instances_of
 
 pytestmark = pytest.mark.slow  # networks of every task are exported
 
@@ -78,7 +80,7 @@ def detector(place):
     model.save(place / "d.safetensors", about)
     Detector(pyramid_backbone(backbone), 2, masks=False, width=16).save(place / "boxes.safetensors", about)
     for name in ("d", "boxes"):
-        graph = build_graph(place / f"{name}.safetensors", True, False, False)
+        graph = get_task("detect").graph(read_weights(place / f"{name}.safetensors"), True, False, False)
         about = {**graph.about, "precision": "fp32", "input_size": (64, 96), "multiple": 1}
         FORMATS["onnx"].write(graph, torch.randn(1, 3, 64, 96), (64, 96), about, place / f"{name}.onnx")
     (place / "scenes").mkdir()
@@ -161,9 +163,9 @@ def test_detection_finds_the_same_objects(detector, tmp_path, capsys):
 
 
 def test_a_detector_without_masks(detector):
-    (found,) = exported.predict_detections(detector / "boxes.onnx", detector / "scenes/a.png", score=0.05)
+    (found,) = sgformer.predict(detector / "boxes.onnx", detector / "scenes/a.png", score=0.05)
     assert found.size == (64, 96) and found.results and "segmentation" not in found.results[0]
-    assert found.objects(["ant", "bee"]).masks is None
+    assert instances_of(found, ["ant", "bee"]).masks is None
 
 
 @pytest.mark.parametrize("size", [(64, 96), (300, 41)])
@@ -175,7 +177,7 @@ def test_masks_are_laid_out_as_torchvision_does(size):
     masks = rng.uniform(0, 1, (20, 28, 28)).astype(np.float32)
     theirs = paste_masks(torch.from_numpy(masks)[:, None], torch.from_numpy(boxes), size)
     for mask, box, expected in zip(masks, boxes, theirs, strict=True):
-        mine = exported.paste_mask(mask, box, size)
+        mine = paste_mask(mask, box, size)
         assert mine.shape == size and (mine ^ expected.numpy()).mean() < 1e-3
 
 
@@ -183,14 +185,14 @@ def test_a_pyramid_alone_predicts_nothing(detector, monkeypatch):
     network = exported.ExportedNetwork(detector / "d.onnx")
     network.metadata["part"] = "backbone and feature pyramid"
     with pytest.raises(UserError, match=r"d\.onnx: holds backbone and feature pyramid, not a whole detector"):
-        next(exported.predict_detections(network, detector / "scenes"))
+        next(get_task("detect").predict_exported(network, [detector / "scenes/a.png"]))
 
 
 @pytest.mark.parametrize("file", ["s.onnx", "s64.onnx"])
 def test_segmentation_labels_the_same_pixels(place, file):
     sliding = {"sliding": True, "image_size": 64} if "64" in file else {}
-    mine = list(exported.predict_segmentation(place / file, place / "pictures"))
-    theirs = list(predict_segmentation(place / "s.safetensors", place / "pictures", device="cpu", **sliding))
+    mine = list(sgformer.predict(place / file, place / "pictures"))
+    theirs = list(sgformer.predict(place / "s.safetensors", place / "pictures", device="cpu", **sliding))
     for a, b in zip(mine, theirs, strict=True):
         assert a.labels.shape == b.labels.shape and a.image == b.image and a.first == b.first == 1
         assert (a.labels == b.labels).mean() > 0.995

@@ -26,7 +26,7 @@ WORK = Path(tempfile.mkdtemp(prefix="sgformer-fuzz-"))
 
 def checkpoint_adapter(data: bytes) -> None:
     """Names and shapes in any combination: `from_released` refuses what does not fit, without a half-built model."""
-    from sgformer.models.checkpoint import load_released
+    from sgformer.models.released import load_released
 
     names = hostile.released_names()
     state, place = {}, 0
@@ -48,7 +48,7 @@ def checkpoint_adapter(data: bytes) -> None:
 
 def pickles(data: bytes) -> None:
     """Any bytes as a checkpoint file."""
-    from sgformer.models.checkpoint import load_released
+    from sgformer.models.released import load_released
 
     path = WORK / "a.pth"
     path.write_bytes(data)

@@ -37,10 +37,11 @@ from sgformer.data.coco import CocoDataset, ground_truth, read_coco
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.sharding import index_shards, make_shards
 from sgformer.data.shards import INDEX, Index
-from sgformer.models.checkpoint import load_released, to_released
+from sgformer.models.released import load_released, to_released
+from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.segment.config import SegmentConfig
-from sgformer.training.config import ClassifyConfig, make_config, read_yaml
+from sgformer.training.config import make_config, read_yaml
 
 Inputs = Iterator[tuple[str, bytes]]
 

@@ -35,11 +35,11 @@ from sgformer.models.checkpoint import read_safetensors
 #: What a process may be killed in the middle of: (module, attribute).
 PHASES = {
     "reading an image": ("sgformer.data.image", "_read"),
-    "forward pass": ("sgformer.tasks.{task}", "{Task}.training_step"),
+    "forward pass": ("sgformer.tasks.{task}.module", "{Task}.training_step"),
     "backward pass": ("lightning", "LightningModule.backward"),
     "update": ("lightning", "LightningModule.optimizer_step"),
     "averaging weights": ("timm.utils", "ModelEmaV3.update"),
-    "validation": ("sgformer.tasks.{task}", "{Task}.validation_step"),
+    "validation": ("sgformer.tasks.{task}.module", "{Task}.validation_step"),
     "writing a checkpoint": ("sgformer.training.state_file", "StateIO.save_checkpoint"),
     "putting it in its place": ("sgformer.training.callbacks", "publish"),
     "saving weights": ("sgformer.training.callbacks", "save_weights"),
@@ -67,19 +67,19 @@ class Course:
         return {
             "classify": {
                 "task": "classify",
-                "Task": "ClassificationTask",
+                "Task": "ClassificationModule",
                 "report": "sgformer.tasks.classify.metrics",
                 "Report": "Evaluation",
             },
             "detect": {
                 "task": "detect",
-                "Task": "DetectionTask",
+                "Task": "DetectionModule",
                 "report": "sgformer.tasks.detect.metrics",
                 "Report": "DetectionEvaluation",
             },
             "segment": {
                 "task": "segment",
-                "Task": "SegmentationTask",
+                "Task": "SegmentationModule",
                 "report": "sgformer.tasks.segment.metrics",
                 "Report": "SegmentationEvaluation",
             },
@@ -187,7 +187,7 @@ def _context() -> Any:
     """Processes come from one that has imported everything and does nothing else: a start takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["killing", "lightning", "sgformer.tasks.classify.api", "sgformer.training.fit", "torchmetrics"]
+        ["killing", "lightning", "sgformer.tasks.classify.module", "sgformer.training.fit", "torchmetrics"]
     )
     return context
 

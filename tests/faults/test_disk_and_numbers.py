@@ -16,8 +16,8 @@ from sgformer.cli import main
 from sgformer.core.errors import StalledError, UserError
 from sgformer.models.checkpoint import read_safetensors
 from sgformer.models.load import read_metadata
-from sgformer.tasks.classify.api import train_classifier
-from sgformer.tasks.classify.module import ClassificationTask
+from sgformer.tasks.api import train
+from sgformer.tasks.classify.module import ClassificationModule
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
 
@@ -35,8 +35,8 @@ def photos(tmp_path_factory):
 def half(photos, tmp_path_factory):
     """A run with three of its four updates done, and what the whole run ends with."""
     folder = tmp_path_factory.mktemp("half")
-    whole = train_classifier(data=str(photos), run=str(folder / "whole"), **FOUR).path
-    run = train_classifier(data=str(photos), run=str(folder / "run"), **{**FOUR, "max_steps": 3}).path
+    whole = train("classify", data=str(photos), run=str(folder / "whole"), **FOUR).path
+    run = train("classify", data=str(photos), run=str(folder / "run"), **{**FOUR, "max_steps": 3}).path
     return run, read_safetensors(whole / "last.safetensors")[0]
 
 
@@ -52,7 +52,7 @@ def one_line(caught) -> str:
 
 
 def resumed_is_whole(run, weights):
-    train_classifier(resume=run, max_steps=4)
+    train("classify", resume=run, max_steps=4)
     found = read_safetensors(run / "last.safetensors")[0]
     return all(torch.equal(value, found[name]) for name, value in weights.items())
 
@@ -89,7 +89,7 @@ def test_when_all_are_damaged_each_is_named(stopped):
         path = stopped / "checkpoints" / name
         path.write_bytes(flip(path.read_bytes()))
     with pytest.raises(UserError, match=r"last\.ckpt: damaged.*previous\.ckpt: damaged.*remove") as caught:
-        train_classifier(resume=stopped, max_steps=4)
+        train("classify", resume=stopped, max_steps=4)
     one_line(caught)
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(half, stopped, 
         files_no_longer_than(16 * 2**20),
         pytest.raises(UserError, match=r"last\.ckpt\.tmp: cannot be written \(File") as full,
     ):
-        train_classifier(resume=stopped, max_steps=4)
+        train("classify", resume=stopped, max_steps=4)
     one_line(full)
     assert {name: (stopped / "checkpoints" / name).read_bytes() for name in KEPT} == before
     assert f"step 3 is safe in {stopped}/checkpoints/last.ckpt; go on with: sgformer train" in caplog.text
@@ -169,9 +169,9 @@ def test_a_read_only_disk(half, photos, tmp_path, capsys):
 def test_a_file_where_the_folder_should_be(photos, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match="run: not a folder"):
-        train_classifier(data=str(photos), run=str(tmp_path / "run"), **FOUR)
+        train("classify", data=str(photos), run=str(tmp_path / "run"), **FOUR)
     with pytest.raises(OSError, match="Not a directory"):
-        train_classifier(data=str(photos), run=str(tmp_path / "run" / "inside"), **FOUR)
+        train("classify", data=str(photos), run=str(tmp_path / "run" / "inside"), **FOUR)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -179,16 +179,16 @@ def test_a_file_where_the_folder_should_be(photos, tmp_path):
 
 def train_with(monkeypatch, photos, run, spoil, **options):
     """`spoil(task)` is called at the beginning of the third update."""
-    step = ClassificationTask.training_step
+    step = ClassificationModule.training_step
 
     def third(task, batch, batch_idx):
         if task.global_step == 2:
             spoil(task)
         return step(task, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", third)
+    monkeypatch.setattr(ClassificationModule, "training_step", third)
     with pytest.raises(UserError) as stopped:
-        train_classifier(data=str(photos), run=str(run), **{**FOUR, **options})
+        train("classify", data=str(photos), run=str(run), **{**FOUR, **options})
     return one_line(stopped)
 
 
@@ -202,7 +202,7 @@ def test_nan_names_step_layer_and_images_and_keeps_the_weights_before(photos, tm
     assert said.startswith("the loss is nan at step 3, first in stages.1.blocks.0.mlp.fc1 (Linear), from the images ")
     assert f"{photos}/train/" in said and "lower --lr" in said and f"--weights {run}/last.safetensors (step 2)" in said
     assert read_metadata(run / "last.safetensors")["step"] == 2
-    expected = train_classifier(data=str(photos), run=str(tmp_path / "two"), **{**FOUR, "max_steps": 2, "ema": ema})
+    expected = train("classify", data=str(photos), run=str(tmp_path / "two"), **{**FOUR, "max_steps": 2, "ema": ema})
     kept, good = (sgformer.load_model(p / "last.safetensors").state_dict() for p in (run, expected.path))
     assert all(torch.equal(value, good[name]) for name, value in kept.items())
 
@@ -242,7 +242,7 @@ def test_a_process_that_reads_images_and_dies(own_photos, tmp_path, monkeypatch)
 
     monkeypatch.setattr("sgformer.data.image._read", die)
     with pytest.raises(UserError, match=r"process [\d, ]+, which reads images, (was killed|ended).*--workers") as died:
-        train_classifier(data=str(own_photos), run=str(tmp_path / "run"), **{**FOUR, "workers": 1})
+        train("classify", data=str(own_photos), run=str(tmp_path / "run"), **{**FOUR, "workers": 1})
     one_line(died)
     assert "which reads images" in (tmp_path / "run/log.txt").read_text()
 
@@ -264,7 +264,10 @@ def test_a_mount_that_gives_no_answer(own_photos, tmp_path, monkeypatch, workers
     os.mkfifo(file)  # opening it for reading waits for a writer that never comes
     monkeypatch.setenv("SGFORMER_READ_TIMEOUT", "0.3")
     with pytest.raises(StalledError, match=r"ant/2\.png: no answer for 0\.3 seconds: .* mount") as stalled:
-        train_classifier(
-            data=str(own_photos), run=str(tmp_path / "run"), **{**FOUR, "workers": workers, "bad_images": bad_images}
+        train(
+            "classify",
+            data=str(own_photos),
+            run=str(tmp_path / "run"),
+            **{**FOUR, "workers": workers, "bad_images": bad_images},
         )
     one_line(stalled)

@@ -12,7 +12,7 @@ import torch
 from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.data.image import read_image
-from sgformer.models.checkpoint import load_released
+from sgformer.models.released import load_released
 from sgformer.training.state_file import StateIO, read_step
 
 pytest.importorskip("pycocotools")

@@ -17,7 +17,7 @@ import torch
 from photos import QUICK, make_photos
 
 from sgformer.models.checkpoint import read_safetensors
-from sgformer.tasks.classify.api import train_classifier
+from sgformer.tasks.api import train
 from sgformer.training.run_folder import RunFolder
 
 pytest.importorskip("lightning")
@@ -103,7 +103,7 @@ def test_two_hosts_train_and_evaluate_as_one(hosts, tmp_path):
     photos = make_photos(tmp_path / "photos")
     plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "max_steps": 2, "lr": 10.0, "device": "cpu"}
     options = {**QUICK, **plain}
-    alone = train_classifier(data=str(photos), run=str(tmp_path / "alone"), **options).path
+    alone = train("classify", data=str(photos), run=str(tmp_path / "alone"), **options).path
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     run = tmp_path / "run"
     on_both(hosts, ["train", "classify", "--data", photos, "--run", run, *words], tmp_path)
@@ -119,7 +119,7 @@ def test_two_hosts_train_and_evaluate_as_one(hosts, tmp_path):
 def test_a_process_that_dies_on_one_host_is_started_again(hosts, tmp_path):
     photos, run = make_photos(tmp_path / "photos"), tmp_path / "run"
     options = {**QUICK, "epochs": 400, "device": "cpu", "checkpoint_every": 2}
-    train_classifier(data=str(photos), run=str(run), max_steps=2, **options)
+    train("classify", data=str(photos), run=str(run), max_steps=2, **options)
     meet = ["--max-restarts", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESS[0]}:29401", "--rdzv-id", "job"]
     launch = [
         [*meet, "--local-addr", address, "--rdzv-conf", f"is_host={int(first)}"]

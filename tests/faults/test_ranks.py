@@ -13,7 +13,7 @@ import torch
 from photos import QUICK, make_photos
 
 from sgformer.models.checkpoint import read_safetensors
-from sgformer.tasks.classify.api import train_classifier
+from sgformer.tasks.api import train
 from sgformer.tasks.classify.metrics import Evaluation
 from sgformer.training.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ def free_port() -> int:
 def test_two_nodes_give_the_weights_of_one_process(photos, tmp_path):
     plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "max_steps": 2, "lr": 10.0, "device": "cpu"}
     options = {**QUICK, **plain}
-    alone = train_classifier(data=str(photos), run=str(tmp_path / "alone"), **options).path
+    alone = train("classify", data=str(photos), run=str(tmp_path / "alone"), **options).path
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
     begin = ("--data", photos, "--run", tmp_path / "both")
     nodes = [

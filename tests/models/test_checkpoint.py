@@ -10,7 +10,8 @@ import torch
 
 import sgformer
 from sgformer.core.errors import UserError
-from sgformer.models.checkpoint import convert, load_released, read_metadata, to_released
+from sgformer.models.checkpoint import read_metadata
+from sgformer.models.released import convert, load_released, to_released
 
 
 @pytest.fixture(scope="module")

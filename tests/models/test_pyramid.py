@@ -3,7 +3,10 @@ import torch
 
 import sgformer
 from sgformer.core.errors import UserError
-from sgformer.models.pyramid import Pyramid, decay_groups, is_dense, load_dense, pyramid_backbone, save_dense
+from sgformer.models.load import read_weights, save_weights
+from sgformer.models.pyramid import Pyramid, pyramid_backbone
+from sgformer.tasks.segment.network import Segmenter
+from sgformer.training.task_module import decay_groups
 
 
 @pytest.mark.parametrize(
@@ -91,16 +94,17 @@ def test_norms_and_position_table_do_not_decay():
     assert id(free.network.stem.position.table) in kept
 
 
-def test_dense_files_name_their_task(tmp_path):
-    network = torch.nn.Linear(2, 2)
-    network.architecture = {"any": 1}
+def test_dense_files_name_their_task_and_give_their_backbone(tmp_path):
+    network = Segmenter(pyramid_backbone("sgformer_n"), "semantic-fpn", 3, 8)
     path = tmp_path / "w.safetensors"
-    save_dense(network, path, {"task": "detect", "classes": ["a"]})
-    tensors, metadata = load_dense(path, "detect")
-    assert torch.equal(tensors["weight"], network.weight) and metadata["architecture"] == {"any": 1}
-    assert is_dense(path, "detect") and not is_dense(path, "segment")
-    with pytest.raises(UserError, match="holds weights for detect, not for segment"):
-        load_dense(path, "segment")
+    save_weights(network, path, {"task": "segment", "classes": ["a", "b", "c"]})
+    held = read_weights(path)
+    assert held.task == "segment" and held.architecture == network.architecture and held.model == "sgformer_n"
+    assert all(torch.equal(held.tensors[name], tensor) for name, tensor in network.state_dict().items())
+    with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
+        read_weights(path, "sgformer_t")
+    backbone = pyramid_backbone("sgformer_n", weights=path).network.state_dict()
+    assert all(torch.equal(tensor, backbone[name]) for name, tensor in network.backbone.network.state_dict().items())
     sgformer.save_model(sgformer.create_model("sgformer_n"), path)
-    assert not is_dense(path, "detect")
+    assert read_weights(path).architecture is None and read_weights(path).task == "classify"
     assert isinstance(pyramid_backbone("sgformer_n", weights=path), Pyramid)

@@ -6,11 +6,11 @@ import timm
 import torch
 from torch import nn
 
-from sgformer.training.config import ClassifyConfig
+from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
 from sgformer.models.load import build_model  # noqa: E402
-from sgformer.tasks.classify.module import ClassificationTask  # noqa: E402
+from sgformer.tasks.classify.module import ClassificationModule  # noqa: E402
 
 
 def stub(classes=7):
@@ -28,7 +28,7 @@ def batches(count, size, classes=7):
 
 
 def test_metrics_equal_counting_by_hand(tmp_path):
-    task, data = ClassificationTask(stub()), batches(3, 10)
+    task, data = ClassificationModule(stub()), batches(3, 10)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     [values] = trainer.validate(task, torch.utils.data.DataLoader(data, batch_size=None), verbose=False)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_metrics_equal_counting_by_hand(tmp_path):
 
 
 def test_two_classes_have_a_top5(tmp_path):
-    task = ClassificationTask(stub(2))
+    task = ClassificationModule(stub(2))
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     [values] = trainer.validate(task, torch.utils.data.DataLoader(batches(1, 8, 2), batch_size=None), verbose=False)
     assert values["top5"] == 1
@@ -52,7 +52,7 @@ def test_two_classes_have_a_top5(tmp_path):
 def test_learns_in_a_plain_trainer(tmp_path):
     config = ClassifyConfig(epochs=30, warmup_epochs=1, batch_size=16, lr=3.0, mixup=0, cutmix=0, smoothing=0)
     torch.manual_seed(0)
-    task, data = ClassificationTask(stub(), config), batches(4, 16)
+    task, data = ClassificationModule(stub(), config), batches(4, 16)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=30,
@@ -71,7 +71,7 @@ def test_learns_in_a_plain_trainer(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_mixed_targets_are_shares(size):
-    task = ClassificationTask(stub(), ClassifyConfig(smoothing=0.1))
+    task = ClassificationModule(stub(), ClassifyConfig(smoothing=0.1))
     images, labels = torch.rand(size, 3, 4, 4), torch.randint(7, (size,))
     before = images.clone()
     mixed, targets = task.mix(images, labels)
@@ -83,14 +83,14 @@ def test_mixed_targets_are_shares(size):
 
 
 def test_without_mixing_the_loss_is_smoothed_cross_entropy():
-    task = ClassificationTask(stub(), ClassifyConfig(mixup=0, cutmix=0, smoothing=0.2))
+    task = ClassificationModule(stub(), ClassifyConfig(mixup=0, cutmix=0, smoothing=0.2))
     [(images, labels)] = batches(1, 9)
     expected = nn.functional.cross_entropy(task.model(images), labels, label_smoothing=0.2)
     assert task.training_step((images, labels), 0).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def optimizer_of(model, **options):
-    task = ClassificationTask(model, ClassifyConfig(batch_size=256, **options), steps_per_epoch=10)
+    task = ClassificationModule(model, ClassifyConfig(batch_size=256, **options), steps_per_epoch=10)
     return task.configure_optimizers()
 
 

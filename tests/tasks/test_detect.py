@@ -5,14 +5,16 @@ from coco_scene import content, thing, write_coco
 
 pytest.importorskip("pycocotools")
 
+import sgformer
 from sgformer.core.errors import UserError
 from sgformer.data.coco import CocoDataset, collate, ground_truth, read_coco
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
+from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.detect.metrics import CocoMetric
-from sgformer.tasks.detect.module import DetectionTask, Detector, coco_results, new_detector
+from sgformer.tasks.detect.module import DetectionModule, Detector, coco_results, new_detector
 from sgformer.training.trainer import build_trainer, quiet
 
 QUICK = {"model": "sgformer_n", "image_size": 64, "batch_size": 2, "head_width": 16, "rois": 16, "drop_path": 0.0}
@@ -20,6 +22,11 @@ QUICK = {"model": "sgformer_n", "image_size": 64, "batch_size": 2, "head_width":
 
 def config(**more):
     return DetectConfig(**{**QUICK, **more})
+
+
+def started(settings, *shape):
+    """The network that a run with these settings begins with."""
+    return new_detector(settings, *shape, read_weights(settings.weights, settings.model) if settings.weights else None)
 
 
 def small(name="sgformer_n", classes=2, masks=True):
@@ -41,7 +48,7 @@ def listing(tmp_path):
 def task_of(model, listing, settings, **more):
     metric = CocoMetric(ground_truth(listing), listing.classes, listing.own_ids, listing.has_masks)
     ids = [image.id for image in listing.images]
-    return DetectionTask(model, settings, metric=metric, image_ids=ids, category_ids=listing.own_ids, **more)
+    return DetectionModule(model, settings, metric=metric, image_ids=ids, category_ids=listing.own_ids, **more)
 
 
 def loader(listing, settings, train):
@@ -57,7 +64,7 @@ def test_training_logs_every_loss_and_ap(tmp_path, masks):
     file = write_coco(tmp_path, content([thing(10, 3, [4, 4, 24, 24], **more)], images=3))
     listing = read_coco(file, tmp_path / "train")
     settings = config(epochs=1)
-    task = task_of(new_detector(settings, 2, listing.has_masks), listing, settings)
+    task = task_of(started(settings, 2, listing.has_masks), listing, settings)
     parts = []
 
     class Watch(L.Callback):
@@ -78,7 +85,7 @@ def test_it_learns_its_images_by_heart(listing):
     torch.manual_seed(0)
     more = {"image_size": 96, "head_width": 32, "rois": 64, "hflip": 0.0}
     settings = config(epochs=60, lr=3e-2, lr_drops=(48,), opt="muon", **more)
-    task = task_of(new_detector(settings, 2, True), listing, settings)
+    task = task_of(started(settings, 2, True), listing, settings)
     with quiet():
         trainer = build_trainer(max_epochs=60, device="cpu", gradient_clip_val=1.0)
         trainer.fit(task, loader(listing, settings, True))
@@ -118,7 +125,8 @@ def test_weights_come_back(tmp_path, name, masks):
     model = certain(small(name, masks=masks))
     path = tmp_path / "w.safetensors"
     model.save(path, {"classes": ["a", "b"]})
-    again, metadata = Detector.load(path)
+    again = sgformer.load_model(path)
+    metadata = again.metadata
     certain(again)
     assert metadata["classes"] == ["a", "b"] and metadata["task"] == "detect"
     x = [torch.rand(3, 64, 64)]
@@ -131,19 +139,19 @@ def test_a_detector_goes_on_with_other_classes(tmp_path):
     path = tmp_path / "w.safetensors"
     model = small()
     model.save(path, {})
-    same = new_detector(config(weights=str(path)), 2, True).state_dict()
+    same = started(config(weights=str(path)), 2, True).state_dict()
     assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
-    other = new_detector(config(weights=str(path)), 5, True)
+    other = started(config(weights=str(path)), 5, True)
     held = model.state_dict()
     fresh = {
         name for name, value in other.state_dict().items() if not (name in held and value.shape == held[name].shape)
     }
     assert fresh and all("predictor" in name for name in fresh)
     assert torch.equal(other.heads.fpn.inner_blocks[0][0].weight, model.heads.fpn.inner_blocks[0][0].weight)
-    boxes = new_detector(config(weights=str(path)), 2, False)
+    boxes = started(config(weights=str(path)), 2, False)
     assert not boxes.masks
     with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
-        new_detector(config(weights=str(path), model="sgformer_t"), 2, True)
+        started(config(weights=str(path), model="sgformer_t"), 2, True)
 
 
 def test_the_rate_warms_up_and_drops():

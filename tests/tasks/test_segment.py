@@ -12,13 +12,14 @@ from torch import nn
 
 import sgformer
 from sgformer.core.errors import UserError
+from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.tasks.segment.metrics import SegmentationEvaluation
-from sgformer.tasks.segment.module import (
+from sgformer.tasks.segment.module import SegmentationModule
+from sgformer.tasks.segment.network import (
     MULTI_SCALE,
-    Inference,
-    SegmentationTask,
+    InferenceSettings,
     Segmenter,
     _spans,
     class_probabilities,
@@ -42,6 +43,13 @@ class Pointwise(nn.Module):
     def forward(self, images):
         self.seen.append(tuple(images.shape[-2:]))
         return {"out": self.conv(images)}
+
+
+def started(settings, classes):
+    """The network that a run with these settings begins with."""
+    return new_segmenter(
+        settings, classes, read_weights(settings.weights, settings.model) if settings.weights else None
+    )
 
 
 def small(head="semantic-fpn", classes=3, name="sgformer_n"):
@@ -83,7 +91,7 @@ def run_validation(task, batches):
 @pytest.mark.filterwarnings("ignore")
 def test_validation_equals_counting_pixels_by_hand():
     """Images of several sizes in one batch, pixels without a class, an image with none at all."""
-    task = SegmentationTask(Pointwise(), SegmentConfig(image_size=40), class_names=("a", "b", "c"))
+    task = SegmentationModule(Pointwise(), SegmentConfig(image_size=40), class_names=("a", "b", "c"))
     torch.manual_seed(1)
     sizes = [(40, 48), (64, 40), (40, 48), (33, 90)]
     images = [torch.randn(3, *size) for size in sizes]
@@ -98,7 +106,7 @@ def test_validation_equals_counting_pixels_by_hand():
     jaccard = torchmetrics.classification.MulticlassJaccardIndex(3, ignore_index=255)
     for image, target in zip(images, targets, strict=True):
         with torch.no_grad():
-            shares = class_probabilities(task.model, image[None], Inference(40))
+            shares = class_probabilities(task.model, image[None], InferenceSettings(40))
         guess = shares.argmax(1)
         jaccard.update(guess, target[None])
         for true, predicted in zip(target.flatten().tolist(), guess.flatten().tolist(), strict=True):
@@ -115,7 +123,7 @@ def test_validation_equals_counting_pixels_by_hand():
 
 
 def test_loss_is_the_mean_over_pixels_with_a_class():
-    task = SegmentationTask(Pointwise())
+    task = SegmentationModule(Pointwise())
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     targets = torch.randint(0, 3, (2, 4, 4))
     targets[0] = 255
@@ -132,7 +140,7 @@ def test_auxiliary_loss_has_its_weight():
     losses = {}
     for weight in (0.0, 0.4, 1.0):
         torch.manual_seed(0)
-        losses[weight] = SegmentationTask(model, SegmentConfig(auxiliary=weight)).training_step(batch, 0).item()
+        losses[weight] = SegmentationModule(model, SegmentConfig(auxiliary=weight)).training_step(batch, 0).item()
     auxiliary = losses[1.0] - losses[0.0]
     assert auxiliary > 0.1 and losses[0.4] == pytest.approx(losses[0.0] + 0.4 * auxiliary, rel=1e-5)
 
@@ -143,7 +151,7 @@ def test_auxiliary_loss_has_its_weight():
 @pytest.mark.parametrize(("power", "warmup"), [(0.9, 0), (1.0, 15)])
 def test_rate_follows_the_polynomial_over_steps(power, warmup):
     config = SegmentConfig(lr=1e-2, batch_size=8, steps=100, power=power, warmup_steps=warmup)
-    parts = SegmentationTask(small(), config).configure_optimizers()
+    parts = SegmentationModule(small(), config).configure_optimizers()
     scheduler, group = parts["lr_scheduler"]["scheduler"], parts["optimizer"].param_groups[0]
     for step in (0, 5, 15, 50, 99, 100):
         scheduler.step_update(step)
@@ -156,7 +164,7 @@ def test_rate_follows_the_polynomial_over_steps(power, warmup):
 
 def test_norms_and_position_table_do_not_decay():
     model = small("upernet")
-    optimizer = SegmentationTask(model, SegmentConfig(weight_decay=0.01)).configure_optimizers()["optimizer"]
+    optimizer = SegmentationModule(model, SegmentConfig(weight_decay=0.01)).configure_optimizers()["optimizer"]
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         exempt = "norm" in name or "position" in name
@@ -197,7 +205,7 @@ def test_sliding_gives_each_pixel_its_mean_over_windows():
 
 def test_scales_and_mirror_images_are_averaged_as_probabilities():
     model, images = Pointwise(), torch.randn(1, 3, 64, 80)
-    how = Inference(short_side=64, scales=(0.5, 1.0), flip=True)
+    how = InferenceSettings(short_side=64, scales=(0.5, 1.0), flip=True)
     shares = class_probabilities(model, images, how)
     assert model.seen == [(32, 40), (32, 40), (64, 80), (64, 80)]
     with torch.no_grad():
@@ -219,7 +227,7 @@ def test_mirrored_logits_are_turned_back():
             out[:, 1, :, : x.shape[-1] // 2] = 50
             return {"out": out}
 
-    shares = class_probabilities(Left(), torch.zeros(1, 3, 32, 32), Inference(32, flip=True))
+    shares = class_probabilities(Left(), torch.zeros(1, 3, 32, 32), InferenceSettings(32, flip=True))
     # Where it says 1 looking straight it says "either" looking at the mirror, and the other way round.
     assert torch.allclose(shares[0, 1], torch.full((32, 32), 0.75), atol=1e-4)
 
@@ -232,7 +240,8 @@ def test_mirrored_logits_are_turned_back():
 def test_weights_come_back_to_the_bit(tmp_path, head, name):
     model = small(head, 4, name).eval()
     model.save(tmp_path / "w.safetensors", {"classes": ["a", "b", "c", "d"]})
-    again, metadata = Segmenter.load(tmp_path / "w.safetensors")
+    again = sgformer.load_model(tmp_path / "w.safetensors")
+    metadata = again.metadata
     assert metadata["classes"] == ["a", "b", "c", "d"] and metadata["task"] == "segment" and not again.training
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -243,7 +252,7 @@ def test_weights_come_back_to_the_bit(tmp_path, head, name):
 
 def test_every_parameter_learns():
     model = small("upernet").train()
-    task = SegmentationTask(model)
+    task = SegmentationModule(model)
     task.training_step((torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))), 0).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -252,7 +261,7 @@ def test_backbone_weights_from_a_classifier(tmp_path):
     classifier = sgformer.create_model("sgformer_n", num_classes=7)
     sgformer.save_model(classifier, tmp_path / "c.safetensors", {"model": "sgformer_n", "task": "classify"})
     config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "c.safetensors"))
-    model = new_segmenter(config, 5)
+    model = started(config, 5)
     own = dict(classifier.named_parameters())
     for name, parameter in model.backbone.network.named_parameters():
         assert torch.equal(parameter, own[name])
@@ -262,7 +271,7 @@ def test_a_whole_segmenter_goes_on_with_other_classes(tmp_path):
     model = small("semantic-fpn", 3)
     model.save(tmp_path / "s.safetensors", {})
     config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "s.safetensors"))
-    same, other = new_segmenter(config, 3), new_segmenter(config, 5)
+    same, other = started(config, 3), started(config, 5)
     for new in (same, other):
         for name, tensor in model.state_dict().items():
             if new is same or not name.startswith("head.classifier"):
@@ -271,12 +280,12 @@ def test_a_whole_segmenter_goes_on_with_other_classes(tmp_path):
     with pytest.raises(
         UserError, match=r"holds sgformer_n with semantic-fpn of .*, not --model sgformer_n --head upernet"
     ):
-        new_segmenter(SegmentConfig(model="sgformer_n", head="upernet", weights=str(tmp_path / "s.safetensors")), 3)
+        started(SegmentConfig(model="sgformer_n", head="upernet", weights=str(tmp_path / "s.safetensors")), 3)
 
 
 def test_one_class_is_refused():
     with pytest.raises(UserError, match="two classes"):
-        SegmentationTask(small(classes=1))
+        SegmentationModule(small(classes=1))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from photos import QUICK
 
 from sgformer.core.errors import UserError
-from sgformer.tasks.classify.api import evaluate, train_classifier
-from sgformer.tasks.classify.module import ClassificationTask
+from sgformer.tasks.api import evaluate, train
+from sgformer.tasks.classify.module import ClassificationModule
 from sgformer.training.callbacks import Checkpoints
 from sgformer.training.config import ELEMENTWISE
 from sgformer.training.run_folder import RunFolder
@@ -76,10 +76,10 @@ def main(photos: str, out: Path) -> None:
     for name, options in runs.items():
         if name == "fsdp_random":
             Checkpoints.on_train_end = lambda self, *args: (look(self, *args), end(self, *args))[1]
-        train_classifier(data=photos, run=str(out / name), **options)
+        train("classify", data=photos, run=str(out / name), **options)
         Checkpoints.on_train_end = end
         torch.distributed.barrier()  # the first process alone puts the last state in its place
-    train_classifier(resume=out / "fsdp_resumed", max_steps=6)
+    train("classify", resume=out / "fsdp_resumed", max_steps=6)
     torch.distributed.barrier()
     result = evaluate(out / "fsdp_random", photos, workers=0, device="cpu", batch_size=2)
 
@@ -87,21 +87,21 @@ def main(photos: str, out: Path) -> None:
     if rank == "1":
         RunFolder.usable_checkpoint = lambda folder: (None, 0)  # as if its machine saw an older state of the folder
     try:
-        train_classifier(resume=out / "fsdp_resumed", max_steps=7)
+        train("classify", resume=out / "fsdp_resumed", max_steps=7)
         seen = ""
     except UserError as error:
         seen = str(error)
     RunFolder.usable_checkpoint = usable
 
-    step = ClassificationTask.training_step
+    step = ClassificationModule.training_step
 
     def spoilt(task, batch, batch_idx):
         loss = step(task, batch, batch_idx)
         return loss * float("nan") if task.global_step == 3 and rank == "1" else loss
 
-    ClassificationTask.training_step = spoilt
+    ClassificationModule.training_step = spoilt
     try:
-        train_classifier(data=photos, run=str(out / "nan"), **RANDOM)
+        train("classify", data=photos, run=str(out / "nan"), **RANDOM)
         said = ""
     except UserError as error:
         said = str(error)

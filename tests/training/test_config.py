@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from sgformer.core.errors import UserError
+from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.segment.config import SegmentConfig
-from sgformer.training.config import ClassifyConfig, RunConfig, make_config, read_yaml, to_yaml
+from sgformer.training.config import RunConfig, make_config, read_yaml, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

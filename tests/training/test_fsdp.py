@@ -13,8 +13,9 @@ from photos import make_photos, tensors
 
 from sgformer.core.errors import UserError
 from sgformer.models.checkpoint import read_safetensors
-from sgformer.tasks.classify.api import evaluate, train_classifier
-from sgformer.training.config import ELEMENTWISE, ClassifyConfig
+from sgformer.tasks.api import evaluate, train
+from sgformer.tasks.classify.config import ClassifyConfig
+from sgformer.training.config import ELEMENTWISE
 
 pytest.importorskip("lightning")
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ def alone(photos, tmp_path_factory):
     from sharded_run import PLAIN
 
     run = tmp_path_factory.mktemp("alone") / "run"
-    return train_classifier(data=str(photos), run=str(run), max_steps=2, **PLAIN).path
+    return train("classify", data=str(photos), run=str(run), max_steps=2, **PLAIN).path
 
 
 def weights(run, name="last.safetensors"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.data.scenes import make_scenes
-from sgformer.tasks.classify.api import train_classifier
+from sgformer.tasks.api import train
 from sgformer.training.recorder import rank_correlation
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
     data = make_scenes(folder / "scenes", 20, 10, image_size=32)
     options = {**QUICK, "epochs": 2, "record_significance": 2, "crop_pct": 1.0}
-    return train_classifier(data=str(data), run=str(folder / "run"), **options).path
+    return train("classify", data=str(data), run=str(folder / "run"), **options).path
 
 
 def test_first_every_k_th_and_last_epoch_are_recorded(run):
@@ -63,10 +63,10 @@ def test_the_numbers_of_every_record(run):
 def test_recording_changes_nothing_and_survives_a_stop(tmp_path):
     photos = make_photos(tmp_path / "photos", val=1, classes=("ant", "bee"))
     options = {**QUICK, "data": str(photos)}
-    plain = train_classifier(run=str(tmp_path / "plain"), **options)
-    half = train_classifier(run=str(tmp_path / "half"), record_significance=1, max_steps=3, **options)
+    plain = train("classify", run=str(tmp_path / "plain"), **options)
+    half = train("classify", run=str(tmp_path / "half"), record_significance=1, max_steps=3, **options)
     assert len(rows_of(half.path)) == 1
-    whole = train_classifier(resume=half.path, max_steps=1000)
+    whole = train("classify", resume=half.path, max_steps=1000)
     assert [int(row["epoch"]) for row in rows_of(whole.path)] == [1, 2]
     assert rows_of(whole.path)[0]["salient_energy"] == ""  # nobody knows where the objects of photos are
     losses = []
@@ -80,10 +80,11 @@ def test_recording_changes_nothing_and_survives_a_stop(tmp_path):
 def test_dense_tasks_record_too(task, tmp_path):
     common = {"model": "sgformer_n", "workers": 0, "record_significance": 1, "run": str(tmp_path / "run")}
     if task == "segment":
-        from sgformer.tasks.segment.api import train_segmenter
+        from sgformer.tasks.api import train
 
         data = make_scenes(tmp_path / "data", 4, 3, image_size=48, layout="ade20k")
-        train_segmenter(
+        train(
+            "segment",
             data=str(data),
             head="semantic-fpn",
             head_width=16,
@@ -94,10 +95,10 @@ def test_dense_tasks_record_too(task, tmp_path):
             **common,
         )
     else:
-        from sgformer.tasks.detect.api import train_detector
+        from sgformer.tasks.api import train
 
         data = make_scenes(tmp_path / "data", 4, 3, image_size=48, layout="coco")
-        train_detector(data=str(data), image_size=48, epochs=2, batch_size=2, head_width=16, rois=16, **common)
+        train("detect", data=str(data), image_size=48, epochs=2, batch_size=2, head_width=16, rois=16, **common)
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 2 and all(0 < float(row["object_area"]) < 1 for row in rows)
     assert (tmp_path / "run" / "significance" / "02.gif").exists()
@@ -107,4 +108,4 @@ def test_dense_tasks_record_too(task, tmp_path):
 def test_only_networks_that_reallocate_can_be_recorded():
     for options in ({"model": "pvt_v2_b0"}, {"model": "sgformer_n", "pairs": "single"}):
         with pytest.raises(UserError, match="self-guided"):
-            train_classifier(data="photos", record_significance=1, **options)
+            train("classify", data="photos", record_significance=1, **options)

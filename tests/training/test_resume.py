@@ -9,7 +9,7 @@ from photos import QUICK, make_photos
 
 from sgformer.core.errors import UserError
 from sgformer.models.checkpoint import read_safetensors
-from sgformer.tasks.classify.api import train_classifier
+from sgformer.tasks.api import train
 from sgformer.training.callbacks import Interrupted
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
@@ -26,7 +26,7 @@ def photos(tmp_path_factory):
 def straight(photos, tmp_path_factory):
     """Six updates at once: an epoch and a half."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    return train_classifier(data=str(photos), run=str(run), max_steps=6, **QUICK).path
+    return train("classify", data=str(photos), run=str(run), max_steps=6, **QUICK).path
 
 
 def assert_same_run(a, b):
@@ -51,15 +51,15 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("stop", [3, 4, 5], ids=["inside the first epoch", "at its end", "inside the second"])
 def test_resumed_equals_uninterrupted(photos, straight, tmp_path, stop):
     run = tmp_path / "run"
-    train_classifier(data=str(photos), run=str(run), max_steps=stop, **QUICK)
-    train_classifier(resume=run, max_steps=6)
+    train("classify", data=str(photos), run=str(run), max_steps=stop, **QUICK)
+    train("classify", resume=run, max_steps=6)
     assert_same_run(straight, run)
 
 
 def test_stopped_by_a_signal(photos, straight, tmp_path, monkeypatch):
-    from sgformer.tasks.classify.module import ClassificationTask
+    from sgformer.tasks.classify.module import ClassificationModule
 
-    step = ClassificationTask.training_step
+    step = ClassificationModule.training_step
 
     def stop_in_the_second_update(task, batch, batch_idx):
         if task.global_step == 1:
@@ -68,12 +68,12 @@ def test_stopped_by_a_signal(photos, straight, tmp_path, monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
-        patch.setattr(ClassificationTask, "training_step", stop_in_the_second_update)
-        train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=6, **QUICK)
+        patch.setattr(ClassificationModule, "training_step", stop_in_the_second_update)
+        train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=6, **QUICK)
     assert stopped.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
-    train_classifier(resume=tmp_path / "run")
+    train("classify", resume=tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
 
 
@@ -82,54 +82,54 @@ def test_stopped_by_a_signal(photos, straight, tmp_path, monkeypatch):
 )
 def test_workers_and_checkpoints_do_not_change_the_run(photos, straight, tmp_path, workers):
     settings = {**QUICK, "workers": workers, "checkpoint_every": 1}
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=6, **settings).path
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=6, **settings).path
     assert_same_run(straight, run)
 
 
 def test_resume_with_accumulation_and_workers(photos, tmp_path):
     settings = {**QUICK, "accumulate": 2, "workers": 2}
-    whole = train_classifier(data=str(photos), run=str(tmp_path / "whole"), max_steps=6, **settings).path
-    train_classifier(data=str(photos), run=str(tmp_path / "parts"), max_steps=3, **settings)
-    train_classifier(resume=tmp_path / "parts", max_steps=6)
+    whole = train("classify", data=str(photos), run=str(tmp_path / "whole"), max_steps=6, **settings).path
+    train("classify", data=str(photos), run=str(tmp_path / "parts"), max_steps=3, **settings)
+    train("classify", resume=tmp_path / "parts", max_steps=6)
     assert_same_run(whole, tmp_path / "parts")
 
 
 def test_another_seed_is_another_run(photos, straight, tmp_path):
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=6, **{**QUICK, "seed": 1}).path
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=6, **{**QUICK, "seed": 1}).path
     weights = [read_safetensors(folder / "last.safetensors")[0]["head.fc.weight"] for folder in (straight, run)]
     assert not torch.equal(*weights)
 
 
 def test_what_may_change_on_resuming(photos, straight):
     with pytest.raises(UserError, match=r"--lr is 0.02 .* cannot change on resuming .*--epochs"):
-        train_classifier(resume=straight, lr=0.5)
+        train("classify", resume=straight, lr=0.5)
 
 
 def test_more_epochs_follow_the_longer_schedule(photos, tmp_path):
     settings = {**QUICK, "epochs": 1, "warmup_epochs": 0}
-    train_classifier(data=str(photos), run=str(tmp_path / "run"), **settings)
-    train_classifier(resume=tmp_path / "run", epochs=2)
-    whole = train_classifier(data=str(photos), run=str(tmp_path / "whole"), **{**settings, "epochs": 2}).path
+    train("classify", data=str(photos), run=str(tmp_path / "run"), **settings)
+    train("classify", resume=tmp_path / "run", epochs=2)
+    whole = train("classify", data=str(photos), run=str(tmp_path / "whole"), **{**settings, "epochs": 2}).path
     rates = [(run / "metrics.csv").read_text().splitlines()[-1].split(",")[2] for run in (tmp_path / "run", whole)]
     assert rates[0] == rates[1]
 
 
 def test_a_finished_run_has_nothing_left(photos, straight, caplog):
     before = (straight / "last.safetensors").read_bytes()
-    train_classifier(resume=straight)
+    train("classify", resume=straight)
     assert (straight / "last.safetensors").read_bytes() == before
 
 
 def test_a_broken_checkpoint_is_named(photos, tmp_path):
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=1, **QUICK)
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=1, **QUICK)
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"last\.ckpt: not a whole checkpoint"):
-        train_classifier(resume=run.path, max_steps=2)
+        train("classify", resume=run.path, max_steps=2)
 
 
 def test_a_run_that_never_came_to_a_checkpoint_starts_again(photos, straight, tmp_path):
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=2, **QUICK)
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=2, **QUICK)
     for name in ("checkpoints/last.ckpt", "best.safetensors", "last.safetensors"):
         (run.path / name).unlink()
-    train_classifier(resume=run.path, max_steps=6)
+    train("classify", resume=run.path, max_steps=6)
     assert_same_run(run.path, straight)

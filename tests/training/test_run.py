@@ -15,7 +15,8 @@ from sgformer.backends.optimize import optimize
 from sgformer.core.errors import UserError
 from sgformer.models.checkpoint import read_safetensors
 from sgformer.models.load import load_weights, read_metadata
-from sgformer.tasks.classify.api import Prediction, evaluate, predict, train_classifier
+from sgformer.results import Prediction
+from sgformer.tasks.api import evaluate, predict, train
 from sgformer.tasks.classify.metrics import Evaluation
 
 pytest.importorskip("lightning")
@@ -28,7 +29,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(photos, tmp_path_factory):
-    return train_classifier(data=str(photos), run=str(tmp_path_factory.mktemp("runs") / "run"), **QUICK).path
+    return train("classify", data=str(photos), run=str(tmp_path_factory.mktemp("runs") / "run"), **QUICK).path
 
 
 def test_a_run_folder_holds_everything(run):
@@ -89,9 +90,9 @@ def test_many_images_are_predicted_by_a_prepared_network(run, photos, monkeypatc
     few = predict(run, photos / "val", device="cpu")
     prepared = []
     monkeypatch.setattr(
-        "sgformer.tasks.classify.api.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1]
+        "sgformer.tasks.classify.predict.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1]
     )
-    monkeypatch.setattr("sgformer.tasks.classify.api.WORTH_PREPARING", 9)
+    monkeypatch.setattr("sgformer.tasks.classify.predict.WORTH_PREPARING", 9)
     many = predict(run, photos / "val", device="cpu")
     assert len(prepared) == 1 and len(few) == len(many) == 9
     for a, b in zip(few, many, strict=True):
@@ -114,7 +115,7 @@ def test_prediction_is_softmax_of_the_network(run, photos):
 
 @pytest.mark.slow
 def test_the_seed_decides_a_run(run, photos, tmp_path):
-    again = train_classifier(data=str(photos), run=str(tmp_path / "run"), **QUICK).path
+    again = train("classify", data=str(photos), run=str(tmp_path / "run"), **QUICK).path
     assert all(
         torch.equal(value, read_safetensors(again / "best.safetensors")[0][name])
         for name, value in read_safetensors(run / "best.safetensors")[0].items()
@@ -124,7 +125,7 @@ def test_the_seed_decides_a_run(run, photos, tmp_path):
 def test_fine_tune_at_another_size_and_class_count(run, tmp_path):
     others = make_photos(tmp_path / "photos", classes=("a", "b", "c", "d"))
     settings = {**QUICK, "image_size": 64, "max_steps": 1, "lr": 1e-9, "warmup_lr": 0.0, "min_lr": 0.0, "ema": 0.0}
-    tuned = train_classifier(data=str(others), weights=str(run), run=str(tmp_path / "run"), **settings).path
+    tuned = train("classify", data=str(others), weights=str(run), run=str(tmp_path / "run"), **settings).path
     before, after = read_safetensors(run / "best.safetensors")[0], read_safetensors(tuned / "last.safetensors")[0]
     assert after["head.fc.weight"].shape[0] == 4 and read_metadata(tuned)["classes"] == ["a", "b", "c", "d"]
     same = [name for name in before if before[name].shape == after[name].shape]
@@ -134,8 +135,8 @@ def test_fine_tune_at_another_size_and_class_count(run, tmp_path):
 
 def test_weights_of_another_model_are_refused(run, photos, tmp_path):
     with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
-        train_classifier(
-            data=str(photos), weights=str(run), run=str(tmp_path / "x"), **{**QUICK, "model": "sgformer_t"}
+        train(
+            "classify", data=str(photos), weights=str(run), run=str(tmp_path / "x"), **{**QUICK, "model": "sgformer_t"}
         )
     assert not (tmp_path / "x").exists()
 
@@ -143,16 +144,16 @@ def test_weights_of_another_model_are_refused(run, photos, tmp_path):
 @pytest.mark.slow
 def test_any_model_of_timm(photos, tmp_path):
     settings = {**QUICK, "model": "resnet10t", "epochs": 1, "layer_decay": 0.8, "accumulate": 2}
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), **settings).path
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), **settings).path
     assert evaluate(run, photos, workers=0).top1 == pytest.approx(read_metadata(run)["metrics"]["top1"])
-    tuned = train_classifier(data=str(photos), weights=str(run), run=str(tmp_path / "tuned"), max_steps=1, **settings)
+    tuned = train("classify", data=str(photos), weights=str(run), run=str(tmp_path / "tuned"), max_steps=1, **settings)
     assert read_metadata(tuned.path)["timm_model"] == "resnet10t"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_mixed_precision(photos, tmp_path, precision):
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), precision=precision, max_steps=2, **QUICK).path
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), precision=precision, max_steps=2, **QUICK).path
     weights = read_safetensors(run / "last.safetensors")[0]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
 
@@ -160,7 +161,7 @@ def test_mixed_precision(photos, tmp_path, precision):
 def test_accumulation_equals_the_whole_batch(photos, tmp_path):
     plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "max_steps": 2, "ema": 0.0, "lr": 10.0}
     runs = [
-        train_classifier(data=str(photos), run=str(tmp_path / str(n)), **{**QUICK, **plain, "accumulate": n}).path
+        train("classify", data=str(photos), run=str(tmp_path / str(n)), **{**QUICK, **plain, "accumulate": n}).path
         for n in (1, 2)
     ]
     whole, parts = (read_safetensors(run / "last.safetensors")[0] for run in runs)
@@ -171,14 +172,14 @@ def test_accumulation_equals_the_whole_batch(photos, tmp_path):
 
 def test_drop_path_zero_is_zero(photos, tmp_path):
     settings = {**QUICK, "drop_path": 0.0}
-    run = train_classifier(data=str(photos), run=str(tmp_path / "run"), max_steps=1, **settings).path
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=1, **settings).path
     assert sgformer.load_model(run / "last.safetensors").config.drop_path_rate == 0
 
 
 def test_a_run_folder_in_use_is_refused(run, photos):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(UserError, match="not empty"):
-        train_classifier(data=str(photos), run=str(run), **QUICK)
+        train("classify", data=str(photos), run=str(run), **QUICK)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -194,14 +195,14 @@ def damaged(photos, tmp_path):
 def test_an_unreadable_image_stops_the_run_by_name(damaged, tmp_path, workers):
     settings = {**QUICK, "workers": workers}
     with pytest.raises(UserError, match=r"train/ant/2\.png") as error:
-        train_classifier(data=str(damaged), run=str(tmp_path / "run"), **settings)
+        train("classify", data=str(damaged), run=str(tmp_path / "run"), **settings)
     assert "\n" not in str(error.value)
     assert "train/ant/2.png" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.slow
 def test_unreadable_images_are_skipped_and_counted(damaged, tmp_path):
-    run = train_classifier(data=str(damaged), run=str(tmp_path / "run"), bad_images="skip", **QUICK).path
+    run = train("classify", data=str(damaged), run=str(tmp_path / "run"), bad_images="skip", **QUICK).path
     assert "| Skipped images | 2 |" in (run / "report.md").read_text()
     result = evaluate(run, damaged, workers=0, bad_images="skip")
     assert result.images == 8 and len(result.skipped) == 1 and "val/bee/1.png" in result.skipped[0]
@@ -211,17 +212,17 @@ def test_unreadable_images_are_skipped_and_counted(damaged, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
-    from sgformer.tasks.classify.module import ClassificationTask
+    from sgformer.tasks.classify.module import ClassificationModule
 
-    step = ClassificationTask.training_step
+    step = ClassificationModule.training_step
 
     def broken(task, batch, batch_idx):
         loss = step(task, batch, batch_idx)
         return loss * float("nan") if task.global_step == 2 else loss
 
-    monkeypatch.setattr(ClassificationTask, "training_step", broken)
+    monkeypatch.setattr(ClassificationModule, "training_step", broken)
     with pytest.raises(UserError, match="the loss is nan at step 3"):
-        train_classifier(data=str(photos), run=str(tmp_path / "run"), checkpoint_every=2, **QUICK)
+        train("classify", data=str(photos), run=str(tmp_path / "run"), checkpoint_every=2, **QUICK)
     weights = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert weights["global_step"] == 2  # the state before it stands
 
@@ -241,19 +242,19 @@ def test_the_weights_open_as_a_plain_model(run):
 
 @pytest.mark.slow
 def test_deterministic_asks_torch_for_it(photos, tmp_path, monkeypatch):
-    from sgformer.tasks.classify.module import ClassificationTask
+    from sgformer.tasks.classify.module import ClassificationModule
 
-    seen, step = [], ClassificationTask.training_step
+    seen, step = [], ClassificationModule.training_step
 
     def look(task, batch, batch_idx):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return step(task, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", look)
+    monkeypatch.setattr(ClassificationModule, "training_step", look)
     try:
         for asked in (False, True):
             settings = {**QUICK, "max_steps": 1, "deterministic": asked}
-            train_classifier(data=str(photos), run=str(tmp_path / str(asked)), **settings)
+            train("classify", data=str(photos), run=str(tmp_path / str(asked)), **settings)
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [False, True]
@@ -271,7 +272,7 @@ def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, capl
     weights = []
     for asked, kernels in (("auto", "native"), ("on", "native"), ("off", "torch")):
         caplog.clear()
-        run = train_classifier(data=str(photos), run=str(tmp_path / asked), native=asked, **settings).path
+        run = train("classify", data=str(photos), run=str(tmp_path / asked), native=asked, **settings).path
         assert ("M parameters, native kernels, in" in caplog.text) == (kernels == "native")
         assert json.loads((run / "environment.json").read_text())["kernels"] == kernels
         weights.append(sgformer.load_model(run / "last.safetensors").state_dict())
@@ -289,7 +290,7 @@ def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, capl
         ("old", "native kernels are not used: the run was begun without"),
     ):
         caplog.clear()
-        train_classifier(resume=str(tmp_path / name), max_steps=4)
+        train("classify", resume=str(tmp_path / name), max_steps=4)
         assert said in caplog.text
 
     def none():
@@ -297,12 +298,12 @@ def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, capl
 
     monkeypatch.setattr(native, "library", none)
     caplog.clear()
-    assert train_classifier(data=str(photos), run=str(tmp_path / "without"), **settings).path.exists()
+    assert train("classify", data=str(photos), run=str(tmp_path / "without"), **settings).path.exists()
     assert "native kernels are not used: there is no C++ compiler" in caplog.text
-    train_classifier(resume=str(tmp_path / "auto"), max_steps=5)
+    train("classify", resume=str(tmp_path / "auto"), max_steps=5)
     assert "the last bits will differ from before" in caplog.text
     with pytest.raises(UserError, match="--native on: there is no C\\+\\+ compiler"):
-        train_classifier(data=str(photos), run=str(tmp_path / "refused"), native="on", **settings)
+        train("classify", data=str(photos), run=str(tmp_path / "refused"), native="on", **settings)
     assert not (tmp_path / "refused").exists()
 
 
@@ -311,4 +312,4 @@ def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, capl
 )
 def test_native_kernels_are_not_for_everything(photos, tmp_path, other):
     with pytest.raises(UserError, match="--native"):
-        train_classifier(data=str(photos), run=str(tmp_path / "run"), **{**QUICK, "native": "on", **other})
+        train("classify", data=str(photos), run=str(tmp_path / "run"), **{**QUICK, "native": "on", **other})

@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("lightning")
+
+from sgformer import evaluate, load_model, train
 from sgformer.core.errors import UserError
-from sgformer.tasks.segment.api import evaluate_segmentation, train_segmenter
-from sgformer.tasks.segment.module import Segmenter
 
 QUICK = {
     "model": "sgformer_n",
@@ -53,7 +53,7 @@ def weights(run, name="last"):
 
 @pytest.fixture(scope="module")
 def whole(shapes, tmp_path_factory):
-    return train_segmenter(data=str(shapes), run=str(tmp_path_factory.mktemp("runs") / "whole"), **QUICK).path
+    return train("segment", data=str(shapes), run=str(tmp_path_factory.mktemp("runs") / "whole"), **QUICK).path
 
 
 def test_a_run_leaves_everything(whole, shapes):
@@ -64,8 +64,8 @@ def test_a_run_leaves_everything(whole, shapes):
     assert {p.name for p in (whole / "validation").iterdir()} >= {"examples.png", "confusion.png", "classes.csv"}
     lines = (whole / "log.txt").read_text()
     assert "step 4/6" in lines and "step 6/6" in lines  # a last round that is shorter
-    _, metadata = Segmenter.load(whole)
-    result = evaluate_segmentation(whole, shapes, workers=0, device="cpu")
+    metadata = load_model(whole).metadata
+    result = evaluate(whole, shapes, workers=0, device="cpu")
     assert metadata["metrics"]["miou"] == pytest.approx(result.miou)
     assert json.loads((whole / "validation/metrics.json").read_text())["miou"] == pytest.approx(result.miou)
 
@@ -75,8 +75,8 @@ def test_a_run_leaves_everything(whole, shapes):
 def test_stopping_and_resuming_changes_nothing(whole, shapes, tmp_path, stop, workers):
     run = tmp_path / "run"
     options = {**QUICK, "workers": workers}
-    train_segmenter(data=str(shapes), run=str(run), max_steps=stop, **options)
-    train_segmenter(resume=run, max_steps=6)
+    train("segment", data=str(shapes), run=str(run), max_steps=stop, **options)
+    train("segment", resume=run, max_steps=6)
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(run)[name], tensor), name
 
@@ -86,7 +86,7 @@ def test_it_learns_squares_it_has_not_seen(shapes, tmp_path):
     schedule = {"steps": 100, "val_every": 100, "opt": "muon", "lr": 1.6e-2, "power": 1.0, "ema": 0}
     plain = {"drop_path": 0.0, "distortion": False, "scale_min": 1.0, "scale_max": 1.0, "hflip": 0.0}
     options = {**QUICK, "head": "semantic-fpn", "head_width": 16, **schedule, **plain}
-    run = train_segmenter(data=str(shapes), run=str(tmp_path / "run"), **options).path
+    run = train("segment", data=str(shapes), run=str(tmp_path / "run"), **options).path
     result = json.loads((run / "validation/metrics.json").read_text())
     assert result["miou"] > 0.6  # calling everything ground gives 0.2
 
@@ -94,16 +94,16 @@ def test_it_learns_squares_it_has_not_seen(shapes, tmp_path):
 @pytest.mark.slow
 def test_accumulated_parts_and_passes(shapes, tmp_path):
     options = {**QUICK, "head": "semantic-fpn", "accumulate": 2, "epochs": 4, "val_every": 2}
-    run = train_segmenter(data=str(shapes), run=str(tmp_path / "run"), **options).path
+    run = train("segment", data=str(shapes), run=str(tmp_path / "run"), **options).path
     assert "step 5/5" in (run / "log.txt").read_text()  # 4 passes over 5 images, 4 at a time
 
 
 def test_other_backbones_by_name(shapes, tmp_path):
     options = {**QUICK, "model": "pvt_v2_b0", "steps": 2}
-    run = train_segmenter(data=str(shapes), run=str(tmp_path / "run"), **options).path
-    assert evaluate_segmentation(run, shapes, workers=0, device="cpu").images == 3
+    run = train("segment", data=str(shapes), run=str(tmp_path / "run"), **options).path
+    assert evaluate(run, shapes, workers=0, device="cpu").images == 3
 
 
 def test_a_label_beyond_the_classes_stops_before_it_trains_on_it(shapes, tmp_path):
     with pytest.raises(UserError, match=r"annotations/training/\d\.png: label 2 at row 22, column 20"):
-        train_segmenter(data=str(shapes), classes=2, run=str(tmp_path / "run"), **QUICK)
+        train("segment", data=str(shapes), classes=2, run=str(tmp_path / "run"), **QUICK)

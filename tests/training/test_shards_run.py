@@ -7,7 +7,7 @@ import torch
 from photos import QUICK, make_photos, tensors
 
 from sgformer.data.sharding import make_shards
-from sgformer.tasks.classify.api import evaluate, train_classifier
+from sgformer.tasks.api import evaluate, train
 
 pytestmark = pytest.mark.slow  # whole runs, again and again
 
@@ -26,15 +26,15 @@ def shards(photos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_the_folder(photos, tmp_path_factory):
-    return train_classifier(data=str(photos), run=str(tmp_path_factory.mktemp("run") / "run"), max_steps=6, **QUICK)
+    return train("classify", data=str(photos), run=str(tmp_path_factory.mktemp("run") / "run"), max_steps=6, **QUICK)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_on_shards_is_straight_on_the_folder(shards, on_the_folder, tmp_path, workers):
     run = tmp_path / "run"
     settings = {**QUICK, "workers": workers}
-    train_classifier(data=str(shards), run=str(run), max_steps=3, **settings)  # inside the first epoch
-    train_classifier(resume=run, max_steps=6)
+    train("classify", data=str(shards), run=str(run), max_steps=3, **settings)  # inside the first epoch
+    train("classify", resume=run, max_steps=6)
     states = [torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in (on_the_folder.path, run)]
     for name in ("state_dict", "optimizer_states"):
         one, two = (tensors(state[name]) for state in states)

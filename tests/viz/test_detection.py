@@ -6,7 +6,7 @@ pytest.importorskip("matplotlib")
 
 from sgformer.viz.detection import (
     Example,
-    Objects,
+    Instances,
     draw_detections,
     draw_examples,
     draw_precision_recall,
@@ -23,7 +23,7 @@ def objects(**more):
     masks[0, 10:30, 10:40] = True
     masks[1, 40:55, 50:70] = True
     boxes = np.array([[10, 10, 40, 30], [50, 40, 70, 55]])
-    return Objects(
+    return Instances(
         **{"boxes": boxes, "labels": np.array([0, 1]), "scores": np.array([0.9, 0.4]), "masks": masks, **more}
     )
 
@@ -42,7 +42,7 @@ def test_masks_and_boxes_are_drawn_where_they_are():
 def test_small_images_are_enlarged_and_nothing_is_fine_too():
     image = np.zeros((60, 80, 3), np.uint8)
     assert overlay(image, objects(), NAMES).shape == (420, 560, 3)
-    nothing = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), None)
+    nothing = Instances(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), None)
     assert not overlay(image, nothing, NAMES).any()
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from sgformer.data.image import read_image
-from sgformer.explaining.explain import Explainer, load_explainer, ranked_by
-from sgformer.viz.significance import Explanation, draw_explanation
+from sgformer.explaining.base import Explainer, ranked_by
+from sgformer.results import Explanation
+from sgformer.tasks.api import load_explainer
+from sgformer.viz.significance import draw_explanation
 
 #: What is taken in. Decoders without helper programs of their own; pixels as the header says, before decoding.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -94,7 +96,7 @@ class Networks:
                 classes=tuple(explainer.names),
                 parameters=sum(p.numel() for p in explainer.model.parameters()),
                 answers=bool(getattr(explainer.model, "num_classes", 0)),
-                score=getattr(explainer, "score", 0.0),
+                score=explainer.score,
             )
             for name, (explainer, ranking) in self.loaded.items()
         ]
@@ -115,7 +117,7 @@ class Networks:
         explainer, ranking = self.loaded[name]
         image = read_upload(picture) if isinstance(picture, bytes) else picture
         with ranked_by(explainer.network, ranking):
-            return image, explainer.see(explainer.read(image))
+            return image, explainer.explain(explainer.read(image))
 
     def sheet(self, seen: Explanation) -> bytes:
         """The sheet of `sgformer explain`, as a PNG."""

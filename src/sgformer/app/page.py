@@ -13,9 +13,9 @@ from PIL import Image
 from sgformer.app.networks import FORMATS
 from sgformer.app.session import MAX_BYTES, Busy, Result, Session
 from sgformer.app.worker import Stopped
+from sgformer.tasks.registry import get_task
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-TASKS = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
 NOTHING = "nothing"
 
 
@@ -89,10 +89,9 @@ def _answer(result: Result) -> None:
     """What the network said, in words and bars; for dense tasks also as a picture."""
     if result.seen.overlay is not None:
         ui.image(f"/results/{result.id}/answer.png").props("no-spinner no-transition").classes("sg-overlay")
-    said = result.answer()
+    said, task = result.answer(), get_task(result.network.task)
     if not said:
-        sure = f"Nothing of which it is at least {100 * result.network.score:.0f} % sure."
-        ui.label(sure if result.network.task == "detect" else "This network names no classes.").classes("sg-quiet")
+        ui.label(task.nothing(result.network.score)).classes("sg-quiet")
     for entry in said[:12]:
         colour = entry.get("colour", "var(--sg-accent)")
         with ui.element("div").classes("sg-row"):
@@ -102,9 +101,8 @@ def _answer(result: Result) -> None:
             ui.label(_percent(entry["share"])).classes("sg-share")
     if len(said) > 12:
         ui.label(f"and {len(said) - 12} more").classes("sg-quiet")
-    what = {"classify": "probability", "segment": "share of the image", "detect": "confidence"}[result.network.task]
     with ui.element("div").classes("sg-foot"):
-        ui.label(what).classes("sg-quiet")
+        ui.label(task.quantity).classes("sg-quiet")
         name = f"{result.network.name.replace(', ', '-').replace(' ', '-').replace('/', '-')}.png"
         ui.button(
             "Sheet", icon="download", on_click=lambda: ui.download(f"/results/{result.id}/sheet.png", name)
@@ -175,7 +173,7 @@ class Page:
 
     def _header(self) -> None:
         network = self.session.networks[self.session.checkpoints[0]]
-        about = [network.model, f"{network.parameters / 1e6:.3g} M parameters", TASKS.get(network.task, "")]
+        about = [network.model, f"{network.parameters / 1e6:.3g} M parameters", get_task(network.task).title]
         about += [f"{len(network.classes)} classes"] if network.classes else []
         with ui.element("header").classes("sg-header"):
             ui.html(LOGO, sanitize=False)

@@ -21,10 +21,10 @@ from PIL import Image
 from sgformer.app.networks import Network, Networks, reduced
 from sgformer.app.worker import Worker
 from sgformer.core.errors import UserError, require
-from sgformer.data.image import read_image
-from sgformer.results import find_images
-from sgformer.viz.segmentation import palette
-from sgformer.viz.significance import Explanation, colour_map, region_colours, region_names
+from sgformer.data.image import find_images, read_image
+from sgformer.results import Explanation
+from sgformer.tasks.registry import get_task
+from sgformer.viz.significance import colour_map, region_colours, region_names
 
 #: Bytes of an image, and seconds that they may take to arrive.
 MAX_BYTES, ARRIVAL = 20 * 2**20, 30
@@ -64,28 +64,11 @@ class Result:
     picture: Image.Image
     seen: Explanation
 
-    def answer(self, most: int = 5) -> list[dict[str, Any]]:
-        """What the network says, as JSON takes it: the most probable classes, objects, or classes by their area."""
-        names = list(self.network.classes)
-        seen, said = self.seen, self.seen.answer
+    def answer(self) -> list[dict[str, Any]]:
+        """What the network found, as JSON takes it; see `Task.summary`."""
         if not self.network.answers:
             return []
-        if seen.logits is not None:
-            shares = np.exp(seen.logits - seen.logits.max())
-            shares = shares / shares.sum()
-            best = np.argsort(-shares, kind="stable")[:most]
-            return [{"class": names[i] if names else str(i), "share": float(shares[i])} for i in best]
-        count = max([len(names), *(int(i) + 1 for i in said["labels"].ravel())])
-        names = names or [str(i) for i in range(count)]
-        colours = ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in palette(names).tolist()]
-        if "boxes" not in said:
-            area = np.bincount(said["labels"].ravel(), minlength=len(names)) / said["labels"].size
-            there = [i for i in np.argsort(-area, kind="stable") if area[i]]
-            return [{"class": names[i], "share": float(area[i]), "colour": colours[i]} for i in there]
-        return [
-            {"class": names[i], "share": float(score), "colour": colours[i], "box": [round(v, 1) for v in box]}
-            for i, score, box in zip(said["labels"], said["scores"], said["boxes"].tolist(), strict=True)
-        ]
+        return get_task(self.network.task).summary(self.seen, self.network.classes)
 
     def kinds(self) -> dict[str, str]:
         """The maps that can be laid over the image: name -> what the page calls it."""

@@ -11,21 +11,20 @@ from sgformer._version import __version__
 from sgformer.cli.parser import HelpShown, run_function
 from sgformer.core import plugins
 from sgformer.core.errors import UserError
-from sgformer.training.config import nearest
+from sgformer.core.names import nearest
+from sgformer.tasks.registry import TASKS, get_task
 
 # Command -> (module, function, what it does). Training commands take the raw arguments; the parameters of the others
 # are their options.
 COMMANDS = {
-    "train classify": ("sgformer.cli.train", "classify", "train an image classifier on a folder of images"),
-    "train detect": ("sgformer.cli.train", "detect", "train a detector of boxes and masks on COCO annotations"),
-    "train segment": ("sgformer.cli.train", "segment", "train a network that tells the class of every pixel"),
+    **{f"train {name}": ("sgformer.cli.train", "train", get_task(name).about) for name in TASKS},
     "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
     "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
-    "explain": ("sgformer.cli.explain", "explain", "show where a trained network looked"),
+    "explain": ("sgformer.cli.explain", "explain", "show what a trained network attended to"),
     "export": ("sgformer.cli.export", "export", "write a network for another runtime: ONNX, OpenVINO, torch.export"),
-    "app": ("sgformer.cli.app", "app", "a page to look into trained networks with"),
+    "app": ("sgformer.cli.app", "app", "a page that shows what trained networks attend to"),
     "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
-    "localization": ("sgformer.cli.localization", "localization", "measure whether salient tokens land on the objects"),
+    "localization": ("sgformer.cli.localization", "localization", "measure whether salient tokens fall on the objects"),
     "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
     "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
@@ -101,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
             module, name_in_module, _ = COMMANDS[name]
             function = getattr(importlib.import_module(module), name_in_module)
             if name.startswith("train "):
-                return function(arguments[words:])
+                return function(name.removeprefix("train "), arguments[words:])
             return run_function(function, name, arguments[words:])
     group = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from sgformer.cli.output import write_json
 from sgformer.core.errors import UserError, require
+from sgformer.core.files import write_json
 
 
 def bench(
@@ -82,7 +82,7 @@ def bench(
     finally:  # also after Ctrl-C: what was measured is worth keeping
         done = [r for r in results if r.seconds or r.error]
         if done:
-            write_json(to_json(done, ["sgformer", *sys.argv[1:]], baseline or models[0]), str(folder / "bench.json"))
+            write_json(folder / "bench.json", to_json(done, ["sgformer", *sys.argv[1:]], baseline or models[0]))
             print_table(done, baseline or models[0])
             draw(done, folder)
     print(f"wrote {folder / 'bench.json'} and plots")

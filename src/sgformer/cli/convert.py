@@ -13,8 +13,8 @@ def convert(source: str, target: str, raw: bool = False) -> int:
         target: the .safetensors file to write
         raw: take the raw weights instead of the averaged (EMA) ones
     """
-    from sgformer.models import checkpoint
+    from sgformer.models.released import convert as convert_released
 
-    checkpoint.convert(source, target, raw=raw)
+    convert_released(source, target, raw=raw)
     print(f"wrote {target}")
     return 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sgformer.cli.tasks import DATA, options_of_task, task_of
 from sgformer.core.errors import UserError
 
 
@@ -21,6 +20,7 @@ def evaluate(
     flip: bool = False,
     sliding: bool = False,
     images: str | None = None,
+    model: str | None = None,
     workers: int = 4,
     device: str = "auto",
     devices: int | Literal["auto"] = "auto",
@@ -41,48 +41,44 @@ def evaluate(
         flip: segmentation: average over the mirror image
         sliding: segmentation: move a window over the image instead of taking it whole
         images: detection: folder of the images, if it is not beside the JSON
+        model: the network's name, where the weights are a plain state dict
         workers: processes that read images; 0: none
         device: auto, cpu, cuda, cuda:1, mps
         devices: processes on this machine, one per GPU
         precision: arithmetic; bf16, fp16: mixed
         bad_images: at an unreadable image: stop, or skip and count
     """
-    task = task_of(weights)
+    from sgformer.models.load import read_metadata
+    from sgformer.tasks import api
+    from sgformer.tasks.registry import task_of
+
+    task = task_of(read_metadata(weights).get("task", "classify"), weights)
     if data is None:
-        raise UserError(f"--data is missing: {DATA[task]}")
-    special = {"crop_pct": crop_pct, "multi_scale": multi_scale, "flip": flip, "sliding": sliding, "images": images}
-    own = options_of_task(weights, task, special)
-    given = {"split": split, "batch_size": batch_size}
-    options = {
-        **own,
-        **{name: value for name, value in given.items() if value is not None},
-        "image_size": image_size,
-        "workers": workers,
-        "device": device,
-        "devices": devices,
-        "precision": precision,
-        "bad_images": bad_images,
-    }
+        raise UserError(f"--data is missing: {task.data_help}")
+    options: dict[str, Any] = {"split": split, "batch_size": batch_size, "image_size": image_size}
+    options |= {"crop_pct": crop_pct, "images": images}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {n: True for n, v in (("multi_scale", multi_scale), ("flip", flip), ("sliding", sliding)) if v}
     path = Path(weights)
     folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")
-    if task == "segment":
-        from sgformer.cli import segment
-
-        return segment.evaluate(weights, data, folder, **options)
-    if task == "detect":
-        from sgformer.cli import detect
-
-        return detect.evaluate(weights, data, folder, **options)
-
+    result = api.evaluate(
+        weights,
+        data,
+        model=model,
+        out=folder,
+        workers=workers,
+        device=device,
+        devices=devices,
+        precision=precision,
+        bad_images=bad_images,
+        **options,
+    )
     from lightning.pytorch.utilities import rank_zero_only
 
-    from sgformer.tasks.classify import api
-
-    result = api.evaluate(weights, data, **options)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         result.write(folder)
-        print(f"top-1 {100 * result.top1:.2f} %   top-5 {100 * result.top5:.2f} %   loss {result.loss:.4f}")
-        print(f"{result.images} images of {len(result.class_names)} classes", end="")
-        print(f", {len(result.skipped)} unreadable ones left out" if result.skipped else "")
-        print(f"per class and confusion: {folder}")
+        print(result.table())
+        print(result.counted(), end="")
+        print(f", {len(result.skipped)} unreadable images left out" if result.skipped else "")
+        print(f"{task.written}: {folder}")
     return 0

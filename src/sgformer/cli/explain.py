@@ -14,6 +14,7 @@ def explain(
     limit: int | None = None,
     arrays: bool = False,
     image_size: int | tuple[int, int] | None = None,
+    model: str | None = None,
     device: str = "auto",
 ) -> int:
     """Show where a trained network looked: a sheet per image and a page of all sheets.
@@ -25,17 +26,20 @@ def explain(
         limit: so many images at most, spread evenly over those given
         arrays: also write everything drawn as .npz
         image_size: pixels; by default as trained
+        model: the network's name, where the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be above 0, got {limit}")
     require("matplotlib", extra="train")
 
-    from sgformer.explaining.explain import explain
+    from sgformer.tasks.api import explain
     from sgformer.viz.significance import draw_explanation, write_index
 
     entries = []
-    for number, seen in enumerate(explain(weights, images, image_size=image_size, limit=limit, device=device)):
+    for number, seen in enumerate(
+        explain(weights, images, image_size=image_size, limit=limit, device=device, model=model)
+    ):
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{number:04d}.png"

@@ -16,6 +16,7 @@ def export(
     significance: bool = False,
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     calibration: str | None = None,
+    model: str | None = None,
 ) -> int:
     """Write a network for another runtime, and compare it there with PyTorch at once.
 
@@ -27,11 +28,12 @@ def export(
         features: also give the four feature maps
         significance: also give the significance map of every hybrid-scale block
         precision: fp32; onnx: also fp16 and int8
-        calibration: folder of pictures to make int8 from (static), and to measure the change in the answers on
+        calibration: folder of pictures to make int8 from (static), and to measure the change in the results on
+        model: the network's name, where the weights are a plain state dict
     """
     if out is None:
         raise UserError("--out is missing: the file to write")
-    from sgformer.exporting.export import export as run
+    from sgformer.tasks.api import export as run
 
     result = run(
         weights,
@@ -42,6 +44,7 @@ def export(
         significance=significance,
         precision=precision,
         calibration=calibration,
+        model=model,
     )
     print(result.describe())
     return 0

@@ -12,6 +12,7 @@ def localization(
     out: str | None = None,
     limit: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    model: str | None = None,
     device: str = "auto",
 ) -> int:
     """Measure whether a trained network spends its tokens on the objects more often than chance.
@@ -23,6 +24,7 @@ def localization(
         out: folder for localization.csv, localization.json and localization.png
         limit: so many images at most, spread evenly
         image_size: pixels; by default as trained
+        model: the network's name, where the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
     """
     if data is None:
@@ -30,9 +32,14 @@ def localization(
     if limit is not None and limit < 2:
         raise UserError(f"--limit must be above 1, got {limit}")
 
-    from sgformer.explaining.localization import PERMUTATIONS, localization, table, write_localization
+    from sgformer.data.objects import find_objects
+    from sgformer.explaining.localization import PERMUTATIONS, localize, table, write_localization
+    from sgformer.tasks.api import load_explainer
 
-    found = localization(weights, data, split=split, limit=limit, image_size=image_size, device=device)
+    explainer, objects = load_explainer(weights, device, model), find_objects(data, split)
+    if image_size is not None:
+        explainer.take_size(image_size)
+    found = localize(explainer, objects, limit)
     print(table(found))
     print(
         "inside: energy of salient tokens on the image's own objects; area: the objects' share of the image; "

@@ -14,7 +14,8 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sgformer.core.errors import UserError
-from sgformer.training.config import RunConfig, dashed, nearest
+from sgformer.core.names import dashed, nearest
+from sgformer.training.config import RunConfig
 
 WIDTH = 100
 TRUTH = ("true", "false", "yes", "no")  # values that a switch takes

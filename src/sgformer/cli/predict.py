@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from sgformer.cli.report import report_classes, report_objects, report_segments
-from sgformer.cli.tasks import options_of_task, task_of
 from sgformer.core.errors import UserError
-from sgformer.training.config import dashed
+from sgformer.core.files import to_json, write_json
 
 
 def predict(
@@ -22,6 +23,7 @@ def predict(
     multi_scale: bool = False,
     flip: bool = False,
     sliding: bool = False,
+    model: str | None = None,
     device: str = "auto",
 ) -> int:
     """Say what is on images: the most probable classes of each, the class of every pixel, or objects and where.
@@ -31,58 +33,45 @@ def predict(
         images: image files, or folders of them
         top: classification: classes per image [5]
         score: detection: leave out what is less certain [0.5]
-        json: write the answers to this file (detection: COCO annotations); -: to standard output, and nothing else
+        json: write the results to this file (detection: COCO annotations); -: to standard output, and nothing else
         out: write annotated pictures (segmentation: and label maps) into this folder
         batch_size: classification: images at a time [32]
         image_size: pixels; by default as trained
         multi_scale: segmentation: average over six sizes, .5 to 1.75
         flip: segmentation: average over the mirror image
         sliding: segmentation: move a window over the image instead of taking it whole
+        model: the network's name, where the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
     """
     for name, value in (("--top", top), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be above 0, got {value}")
-    special = {"top": top, "score": score, "batch_size": batch_size}
-    special |= {"multi_scale": multi_scale, "flip": flip, "sliding": sliding}
-    if weights.endswith(".onnx"):
-        return predict_exported(weights, images, json, out, image_size, device, special)
-    task = task_of(weights)
-    options = {**options_of_task(weights, task, special), "image_size": image_size, "device": device}
-    if task == "detect":
-        from sgformer.models.load import read_metadata
-        from sgformer.tasks.detect.api import predict_detections
+    from sgformer.tasks.api import predict_images
 
-        report_objects(predict_detections(weights, images, **options), read_metadata(weights), json, out)
-    elif task == "segment":
-        from sgformer.tasks.segment.api import predict_segmentation
-
-        report_segments(predict_segmentation(weights, images, **options), json, out)
-    else:
-        from sgformer.tasks.classify import api
-
-        report_classes(api.predict(weights, images, **options), json, out)
+    options: dict[str, Any] = {"top": top, "score": score, "batch_size": batch_size, "image_size": image_size}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {n: True for n, v in (("multi_scale", multi_scale), ("flip", flip), ("sliding", sliding)) if v}
+    task, results, metadata, sources = predict_images(weights, images, model=model, device=device, **options)
+    wide = min(60, max(len(str(source)) for source in sources))
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    kept, stems = [], Counter[str]()
+    for number, (result, image) in enumerate(results):
+        if json:
+            kept.append(result)
+        if json != "-":
+            print(f"{result.image:<{wide}}  {task.line(result)}", flush=True)
+        if out:
+            task.draw(result, image, Path(out), number, own_stem(result.image, stems), metadata)
+    if json == "-":
+        sys.stdout.write(to_json(task.to_json(kept, metadata)) + "\n")
+    elif json:
+        write_json(json, task.to_json(kept, metadata))
     return 0
 
 
-def predict_exported(
-    path: str, images: list[str], json: str | None, out: str | None, image_size: Any, device: str, special: Any
-) -> int:
-    """The same with a file of `sgformer export`. Nothing here imports torch."""
-    from sgformer.exporting import onnx_predict as exported
-
-    if device not in ("auto", "cpu"):
-        raise UserError(f"--device {device}: exported files run on the CPU here")
-    network = exported.ExportedNetwork(path)
-    task = network.metadata["task"]
-    options = {**options_of_task(path, task, special), "image_size": image_size}
-    for name in ("multi_scale", "flip", "sliding"):
-        if name in options:
-            raise UserError(f"--{dashed(name)} is for weights; {path} is an exported file")
-    if task == "segment":
-        report_segments(exported.predict_segmentation(network, images, **options), json, out)
-    elif task == "detect":
-        report_objects(exported.predict_detections(network, images, **options), network.metadata, json, out)
-    else:
-        report_classes(exported.predict(network, images, **options), json, out)
-    return 0
+def own_stem(path: str, seen: Counter[str]) -> str:
+    """A file's name without its ending, numbered where an image of another folder had it before."""
+    stem = Path(path).stem
+    seen[stem] += 1
+    return stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"

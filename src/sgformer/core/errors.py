@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import signal
+from pathlib import Path
 from types import ModuleType
 
 
@@ -32,11 +34,25 @@ class MissingError(StalledError):
     """There is no such file."""
 
 
+class Interrupted(Exception):
+    """Training was asked to stop by a signal and did so after an update, with its checkpoint written."""
+
+    def __init__(self, signum: int, step: int, run: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum
+        self.run = run
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library or of the system says, short enough to be part of a line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = text.strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split())[:200]
+
+
+def first_sentence(error: BaseException) -> str:
+    """The beginning of what an error of a library says."""
+    return first_line(error).split(". ")[0]
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sgformer.core.errors import UserError
+from sgformer.core.files import to_json
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.image import probe_image, read_image
@@ -73,7 +73,7 @@ class CheckReport:
 
     def to_json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return to_json(asdict(self))
 
     def to_text(self, limit: int = 20) -> str:
         """Everything, to be read on a terminal; long lists are cut after `limit` lines."""

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from sgformer.data.image import fit_size
-from sgformer.data.transforms import MEAN, STD
+from sgformer.data.transforms import IMAGENET, Normalization
 
 DenseTransform = Callable[[Image.Image, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
@@ -31,6 +31,7 @@ def train_transform(
     cat_max_ratio: float = 0.75,
     distortion: bool = True,
     ignore: int = 255,
+    normalization: Normalization = IMAGENET,
 ) -> DenseTransform:
     """Ratio resize, diverse crop, flip, photometric distortion, normalisation, padding to the crop's size.
 
@@ -42,9 +43,10 @@ def train_transform(
         cat_max_ratio: see `DiverseCrop`.
         distortion: whether colours are changed.
         ignore: the label that stands for none; padding gets it too.
+        normalization: of the image.
 
     Returns:
-        (PIL RGB image, (H, W) integer label array) -> float32 (3, height, width), ImageNet mean and deviation removed,
+        (PIL RGB image, (H, W) integer label array) -> float32 (3, height, width), normalised,
         and int64 (height, width).
     """
     return _on_arrays(
@@ -52,14 +54,14 @@ def train_transform(
         DiverseCrop(crop, cat_max_ratio, ignore),
         v2.RandomHorizontalFlip(hflip),
         *([PhotometricDistortion()] if distortion else []),
-        *_normalized(),
+        *_normalized(normalization),
         PadTo(crop, {tv_tensors.Image: 0, tv_tensors.Mask: ignore}),  # after normalising: 0 is the mean colour
     )
 
 
-def eval_transform() -> DenseTransform:
+def eval_transform(normalization: Normalization = IMAGENET) -> DenseTransform:
     """Normalisation alone, at the size of the file. Returns what `train_transform` returns, of that size."""
-    return _on_arrays(*_normalized())
+    return _on_arrays(*_normalized(normalization))
 
 
 class RatioResize(v2.Transform):
@@ -129,9 +131,9 @@ class PadTo(v2.Transform):
         return TF.pad(inpt, [0, 0, right, down], fill=self.fill[type(inpt)]) if down or right else inpt
 
 
-def _normalized() -> list[v2.Transform]:
+def _normalized(normalization: Normalization) -> list[v2.Transform]:
     dtypes = {tv_tensors.Image: torch.float32, "others": None}
-    return [v2.ToDtype(dtypes, scale=True), v2.Normalize(list(MEAN), list(STD))]
+    return [v2.ToDtype(dtypes, scale=True), v2.Normalize(list(normalization.mean), list(normalization.std))]
 
 
 def _on_arrays(*transforms: v2.Transform) -> DenseTransform:

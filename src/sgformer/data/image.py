@@ -9,7 +9,7 @@ import queue
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, TypeVar
@@ -50,10 +50,53 @@ READ_TIMEOUT = 300.0
 
 T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
+Images = str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image]
 
 # Pillow's softer bound and its remarks on sloppy metadata would come once per file and worker; MAX_PIXELS is our bound.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
+
+
+# -- which images, and each as RGB ------------------------------------------------------------------------------------
+
+
+def find_images(sources: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Path | Image.Image]:
+    """Files as they are, folders replaced by the images in them in sorted order.
+
+    Raises:
+        UserError: no such file, or no image in a folder.
+    """
+    for source in sources:
+        if isinstance(source, Image.Image):
+            yield source
+            continue
+        path = Path(source)
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"{path}: no such image or folder")
+            yield path
+            continue
+        files = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and not p.name.startswith(".")
+        )
+        if not files:
+            raise UserError(f"{path}: no images in this folder")
+        yield from files
+
+
+def list_images(images: Images) -> list[Path | Image.Image]:
+    """`find_images` of one or several files, folders or PIL images."""
+    return list(find_images([images] if isinstance(images, (str, os.PathLike, Image.Image)) else images))
+
+
+def source_name(source: Path | Image.Image, number: int) -> str:
+    """What a result calls its image: the path or, for an image given as an object, its position as text."""
+    return str(number) if isinstance(source, Image.Image) else str(source)
+
+
+def open_image(source: Path | Image.Image) -> Image.Image:
+    """An RGB image, read as a viewer shows it."""
+    return source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
 
 
 class ImageHeader(NamedTuple):

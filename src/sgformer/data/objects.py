@@ -10,15 +10,13 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError
+from sgformer.core.names import GROUND
 from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import CocoDataset
 from sgformer.data.image import read_image
 
-#: Classes that are no objects.
-GROUND = frozenset({"background", "other", "void", "unlabeled", "unlabelled"})
 
-
-class Objects:
+class KnownObjects:
     """Images with known objects.
 
     Args:
@@ -37,7 +35,7 @@ class Objects:
         return self.read(index)
 
 
-def find_objects(data: str | os.PathLike[str], split: str = "val") -> Objects:
+def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjects:
     """The images of a split with their objects.
 
     Layouts: COCO (masks, or boxes where there are none), ADE20K (pixels of a class that is no ground), and the imagenet
@@ -51,18 +49,18 @@ def find_objects(data: str | os.PathLike[str], split: str = "val") -> Objects:
         from sgformer.data.ade20k import scan
 
         listing = scan(root, "validation" if split == "val" else split)
-        return Objects(len(listing), lambda i: _labelled(listing, i), "label maps")
+        return KnownObjects(len(listing), lambda i: _labelled(listing, i), "label maps")
     if root.is_file() or (root / "annotations").is_dir():
         from sgformer.data.coco import find_coco, read_coco
 
         coco = CocoDataset(read_coco(*find_coco(root, split)))
-        return Objects(len(coco), lambda i: _annotated(coco, i), "masks" if coco.listing.has_masks else "boxes")
+        return KnownObjects(len(coco), lambda i: _annotated(coco, i), "masks" if coco.listing.has_masks else "boxes")
     if (root / "scenes.json").is_file():
         from sgformer.data.imagefolder import scan as scan_images
         from sgformer.data.scenes import scene_objects
 
         images = scan_images(root, split)
-        return Objects(
+        return KnownObjects(
             len(images), lambda i: (read_image(images.path(i)), scene_objects(images.path(i))), "composed again"
         )
     raise UserError(

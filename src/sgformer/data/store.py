@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line, require
+from sgformer.core.files import replacing
 from sgformer.data.image import in_time
 
 MOST_OPEN = 64  # files that a process keeps open
@@ -136,12 +137,8 @@ class Store:
             except Exception as error:
                 raise UserError(f"{self.name(file)}: cannot be written ({first_line(error)})") from None
             return
-        unfinished = Path(self.name(f".{file}.tmp-{os.getpid()}"))
-        try:
+        with replacing(self.name(file)) as unfinished:
             unfinished.write_bytes(data)
-            os.replace(unfinished, self.name(file))
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def system(self) -> tuple[Any, str]:
         """fsspec's file system and the path of the root in it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,28 @@ from sgformer.core.errors import UserError
 Transform = Callable[[Image.Image], torch.Tensor]
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation of the channels of images in 0..1: subtracted, and divided by.
+
+    ImageNet's unless weights from elsewhere were trained with others, which they keep.
+    """
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Normalization:
+        """As weights remember it."""
+        return cls(tuple(metadata.get("mean", MEAN)), tuple(metadata.get("std", STD)))
+
+    def to_metadata(self) -> dict[str, list[float]]:
+        """What weights remember: nothing where it is ImageNet's."""
+        return {} if self == IMAGENET else {"mean": list(self.mean), "std": list(self.std)}
+
+
+IMAGENET = Normalization()
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -40,6 +62,7 @@ def train_transform(
     crop_scale: float = 0.08,
     hflip: float = 0.5,
     reprob: float = 0.25,
+    normalization: Normalization = IMAGENET,
 ) -> Transform:
     """Random crop and flip, RandAugment (or colour jitter where that is off), normalisation, random erasing.
 
@@ -47,9 +70,10 @@ def train_transform(
         image_size: (height, width) in pixels.
         auto_augment: a timm policy string, or None.
         crop_scale: smallest share of the image's area in a crop.
+        normalization: of the result.
 
     Returns:
-        PIL RGB image -> float32 (3, height, width), ImageNet mean and deviation removed. Random numbers come from the
+        PIL RGB image -> float32 (3, height, width), normalised. Random numbers come from the
         global generators of `random`, numpy and torch.
 
     Raises:
@@ -67,8 +91,8 @@ def train_transform(
                 hflip=hflip,
                 re_prob=reprob,
                 re_mode="pixel",
-                mean=MEAN,
-                std=STD,
+                mean=normalization.mean,
+                std=normalization.std,
             )
         )
     except AssertionError as error:
@@ -77,16 +101,27 @@ def train_transform(
         ) from None
 
 
-def eval_transform(image_size: tuple[int, int], crop_pct: float = 0.9) -> Transform:
-    """Resize (bicubic) to `image_size / crop_pct`, crop the centre, normalise. No randomness.
+def eval_transform(
+    image_size: tuple[int, int],
+    crop_pct: float = 0.9,
+    interpolation: str = "bicubic",
+    normalization: Normalization = IMAGENET,
+) -> Transform:
+    """Resize to `image_size / crop_pct`, crop the centre, normalise. No randomness.
 
     Returns:
         PIL RGB image -> float32 (3, height, width).
     """
-    transform = create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct, mean=MEAN, std=STD)
+    transform = create_transform(
+        (3, *image_size),
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        mean=normalization.mean,
+        std=normalization.std,
+    )
     for step in transform.transforms:
         if isinstance(step, ResizeKeepRatio):  # of sides that differ; older versions of timm resize these bilinearly
-            step.interpolation = InterpolationMode.BICUBIC
+            step.interpolation = InterpolationMode(interpolation)
     return _fused(transform)
 
 
@@ -109,10 +144,10 @@ def _fused(transform: Compose) -> Compose:
     return Compose([*steps[: at - 1], ToNormalizedTensor(steps[at].mean, steps[at].std), *steps[at + 1 :]])
 
 
-def denormalize(images: torch.Tensor) -> torch.Tensor:
+def denormalize(images: torch.Tensor, normalization: Normalization = IMAGENET) -> torch.Tensor:
     """Undo the normalisation: float (..., 3, H, W) -> values in 0..1 for showing."""
-    mean = torch.tensor(MEAN).view(3, 1, 1)
-    std = torch.tensor(STD).view(3, 1, 1)
+    mean = torch.tensor(normalization.mean).view(3, 1, 1)
+    std = torch.tensor(normalization.std).view(3, 1, 1)
     return (images.float().cpu() * std + mean).clamp(0, 1)
 
 
@@ -122,4 +157,6 @@ def preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "image_size": (size, size) if isinstance(size, int) else tuple(size),
         "crop_pct": metadata.get("crop_pct", 0.9),
+        "interpolation": metadata.get("interpolation", "bicubic"),
+        "normalization": Normalization.of(metadata),
     }

@@ -5,7 +5,7 @@ Three numbers for every self-guided block, over images whose objects are known:
 * energy inside: the share of salient tokens' area that lies on objects (salient: the most significant region);
 * area: the objects' share of the image, which is what tokens placed at random would reach;
 * shuffled: energy inside again, but with each image's salient tokens laid on the objects of all other images. Maps and
-  objects both prefer the middle of an image; this baseline keeps that, so any difference left is about the image itself.
+  objects both prefer the middle of an image; this baseline keeps that, so what differs is about the image itself.
 
 The test is a permutation test of energy inside: the objects are reassigned to images at random many times, and p is the
 share of assignments (the true one included) that reach the measured value.
@@ -14,7 +14,6 @@ share of assignments (the true one included) that reach the measured value.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -24,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from sgformer.core.errors import UserError
+from sgformer.core.files import write_json
 from sgformer.core.progress import track
-from sgformer.data.objects import Objects, find_objects
-from sgformer.explaining.explain import Explainer, load_explainer
-from sgformer.viz.significance import Explanation
+from sgformer.data.objects import KnownObjects
+from sgformer.explaining.base import Explainer
+from sgformer.results import Explanation
 
 PERMUTATIONS = 10_000
 #: The name of the mean over all blocks, as a block.
@@ -95,8 +95,8 @@ def measure(
     Args:
         pairs: what a network saw of an image, and the objects' pixels on the image it was shown, (H, W) bool. Images
             without objects are left out; all have to be of one size.
-        permutations: deals of the permutation test.
-        seed: of the deals.
+        permutations: of the permutation test.
+        seed: of the permutations.
 
     Returns:
         One for every self-guided block, and "all".
@@ -129,12 +129,12 @@ def _test(block: str, crossed: np.ndarray, area: np.ndarray, permutations: int, 
     n = len(crossed)
     own = np.diag(crossed)
     rng, rows = np.random.default_rng(seed), np.arange(n)
-    dealt = np.array([crossed[rows, rng.permutation(n)].mean() for _ in range(permutations)])
-    p = (1 + np.count_nonzero(dealt >= own.mean() - 1e-12)) / (1 + permutations)
+    permuted = np.array([crossed[rows, rng.permutation(n)].mean() for _ in range(permutations)])
+    p = (1 + np.count_nonzero(permuted >= own.mean() - 1e-12)) / (1 + permutations)
     more, less = int((own > area + 1e-12).sum()), int((own < area - 1e-12).sum())
-    others = (crossed.sum() - own.sum()) / (n * (n - 1))
+    shuffled = (crossed.sum() - own.sum()) / (n * (n - 1))
     return Localization(
-        block, n, float(own.mean()), float(area.mean()), float(others), float(p), more, sign_test(more, less)
+        block, n, float(own.mean()), float(area.mean()), float(shuffled), float(p), more, sign_test(more, less)
     )
 
 
@@ -144,41 +144,35 @@ def sign_test(more: int, less: int) -> float:
     return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n
 
 
-def look_at(asked: Explainer, objects: Objects, limit: int | None = None) -> Iterable[tuple[Explanation, np.ndarray]]:
-    """What a network sees of images, and their objects' pixels on what it was shown; `limit` spreads evenly."""
+def explain_objects(
+    explainer: Explainer, objects: KnownObjects, limit: int | None = None
+) -> Iterable[tuple[Explanation, np.ndarray]]:
+    """Images explained, and their objects' pixels on the image the network got; `limit` spreads evenly."""
     count = len(objects) if limit is None else min(limit, len(objects))
     for i in range(count):
         image, mask = objects[i * len(objects) // count]
-        yield asked.see(asked.read(image)), asked.mask(asked.read_mask(mask))
+        yield explainer.explain(explainer.read(image)), explainer.mask(explainer.read_mask(mask))
 
 
-def localization(
-    weights: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    *,
-    split: str = "val",
+def localize(
+    explainer: Explainer,
+    objects: KnownObjects,
     limit: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
     permutations: int = PERMUTATIONS,
-    device: str = "auto",
 ) -> list[Localization]:
-    """Whether trained weights of any task spend their tokens on the objects of a data set; see the module.
+    """Whether a trained network spends its tokens on the objects of a data set; see the module.
 
     Args:
-        weights: a run folder, a weights file, or a released `.pth`.
-        data: a data set in which the objects are known; see `sgformer.data.objects.find_objects`.
+        explainer: of the network.
+        objects: the images and where their objects are, from `sgformer.data.objects.find_objects`.
         limit: so many images at most, spread evenly.
+        permutations: of the test.
 
     Raises:
-        UserError: weights or data do not do, or do not go together.
+        UserError: network or data are invalid, or do not go together.
     """
-    from sgformer.explaining.explain import sized
-
-    asked, objects = load_explainer(weights, device), find_objects(data, split)
-    if image_size is not None:
-        asked.metadata |= sized(asked, image_size)
     count = min(limit or len(objects), len(objects))
-    return measure(track(look_at(asked, objects, limit), count, "looking"), permutations)
+    return measure(track(explain_objects(explainer, objects, limit), count, "explaining"), permutations)
 
 
 def write_localization(found: list[Localization], folder: str | os.PathLike[str], about: Mapping[str, object]) -> None:
@@ -192,7 +186,7 @@ def write_localization(found: list[Localization], folder: str | os.PathLike[str]
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    (out / "localization.json").write_text(json.dumps({**about, "blocks": rows}, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "localization.json", {**about, "blocks": rows})
     draw_localization(rows, out / "localization.png")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor
 from sgformer import ops
 from sgformer.core.errors import UserError
 from sgformer.exporting.formats import FORMATS, Runner, check_suffix
-from sgformer.exporting.graphs import Graph, build_graph
+from sgformer.exporting.graphs import Graph
 
-__all__ = ["Check", "Export", "export"]
+#: (exported file, PIL image) -> (1, 3, H, W) float32, as the file takes it.
+Prepare = Callable[[Any, Any], Any]
 
 #: The largest difference from PyTorch that passes, relative to the output's largest value, in float32.
 TOLERANCE = 1e-4
@@ -96,36 +97,25 @@ class Export:
         return "\n".join([*lines, *(self.quantized.describe() if self.quantized else ())])
 
 
-def export(
-    weights: str | os.PathLike[str],
+def export_graph(
+    graph_of: Callable[[bool], Graph],
     out: str | os.PathLike[str],
     *,
     format: str = "onnx",
     image_size: int | tuple[int, int] | None = None,
-    features: bool = False,
-    significance: bool = False,
     precision: str = "fp32",
     calibration: str | os.PathLike[str] | None = None,
+    prepare: Prepare | None = None,
 ) -> Export:
-    """Write a network for another runtime, run the file there, and compare it with PyTorch.
-
-    Batch, height and width are open where network and format allow it. Nothing is left if the comparison fails.
+    """Write a graph for another runtime, run the file there, and compare it with PyTorch.
 
     Args:
-        weights: a run folder, a .safetensors file or a released .pth.
-        out: the file; its ending is the format's (.onnx, .pt2, .xml).
-        format: "onnx", "torch-export" or "openvino".
-        image_size: take this size only: pixels or (height, width), in multiples of 32. A whole detector always has one
-            size, by default the square of the side it was trained with.
-        features: also give the four feature maps.
-        significance: also give the significance map of every hybrid-scale block.
-        precision: "fp32"; "fp16" or "int8" (both ONNX only).
-        calibration: a folder of pictures: int8 is made from what the network makes of them (static), and the change
-            in the answers is measured on them.
+        graph_of: whether the format can hold a whole detector -> the graph.
+        out, format, image_size, precision, calibration: see `sgformer.export`.
+        prepare: how pictures are prepared for the exported file; needed for `calibration`.
 
     Raises:
-        UserError: weights cannot be read, or not be exported so; the file differs from PyTorch by more than 1e-4 of
-            the largest output; a package is missing.
+        UserError: see `sgformer.export`.
     """
     out = Path(out)
     if format not in FORMATS:
@@ -141,7 +131,7 @@ def export(
         raise UserError(f"{out}: the folder {out.parent} does not exist")
     kind = FORMATS[format]
     kind.require()
-    graph = build_graph(weights, format != "torch-export", features, significance)
+    graph = graph_of(format != "torch-export")
     size = _fixed_size(graph, image_size)
     reason = None
     if size is not None:
@@ -165,7 +155,7 @@ def export(
         if precision != "fp32":
             from sgformer.exporting.quantize import convert
 
-            quantized = convert(unfinished, precision, calibration, graph, about)
+            quantized = convert(unfinished, precision, calibration, prepare, about)
         for file in files:
             os.replace(file, out.parent / file.name)
     return Export([out.parent / f.name for f in files], reason, size, step, graph.names, checks, quantized)

@@ -5,7 +5,6 @@ Legend: B batch, H x W image, C_s channels of stage s.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +15,7 @@ from sgformer._version import __version__
 from sgformer.backends.traceable import why_fixed_size, why_unsupported
 from sgformer.core.errors import UserError
 from sgformer.data.transforms import MEAN, STD
-from sgformer.heads.common import resize
 from sgformer.models.backbone import SGFormer
-from sgformer.models.load import load_weights, read_metadata
 from sgformer.models.pyramid import STRIDES
 
 FEATURES = tuple(f"stride{stride}" for stride in STRIDES)
@@ -55,8 +52,8 @@ class Graph(nn.Module):
             "model": metadata.get("model") or type(network).__name__,
             "config": network.config.to_dict() if isinstance(network, SGFormer) else None,
             "classes": [str(name) for name in metadata.get("classes") or range(model.num_classes)],
-            "mean": list(MEAN),
-            "std": list(STD),
+            "mean": list(metadata.get("mean", MEAN)),
+            "std": list(metadata.get("std", STD)),
             "outputs": self.names,
             "image_size": size if isinstance(size, int) else list(size),
             **self._reading(metadata),
@@ -101,116 +98,8 @@ class Graph(nn.Module):
         return [*(seen.features if self.features else ()), *(seen.significance.values() if self.significance else ())]
 
 
-class ClassifierGraph(Graph):
-    """logits (B, classes)."""
-
-    task = "classify"
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        if not (self.features or self.significance):
-            return (self.model(image),)
-        seen = self.model.inspect(image)
-        return (seen.logits, *self._extra(seen))
-
-    def _network(self) -> Any:
-        return self.model
-
-    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        return {"crop_pct": metadata.get("crop_pct", 0.9), "interpolation": "bicubic"}
-
-
 class DenseGraph(Graph):
     """A network below heads."""
 
     def _network(self) -> Any:
         return self.model.backbone.network
-
-
-class SegmenterGraph(DenseGraph):
-    """logits (B, classes, H, W)."""
-
-    task = "segment"
-
-    def _own_maps(self) -> dict[str, tuple[int, int]]:
-        return {"logits": (2, 3)}
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        if not (self.features or self.significance):
-            return (self.model(image)["out"],)
-        seen = self._network().inspect(image)
-        return (resize(self.model.head(seen.features), image), *self._extra(seen))
-
-    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        return {"short_side": metadata["short_side"], "reduce_zero_label": bool(metadata["reduce_zero_label"])}
-
-
-class PyramidGraph(DenseGraph):
-    """A detector's backbone and feature pyramid: "level0" ... "level4", (B, width, H / s, W / s), strides s 4 to 64."""
-
-    task = "detect"
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        if not (self.features or self.significance):
-            return self._levels(self.model.backbone(image))
-        seen = self._network().inspect(image)
-        return (*self._levels(seen.features), *self._extra(seen))
-
-    def _levels(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self.model.heads.fpn({str(i): m for i, m in enumerate(maps)}).values())
-
-    def _own(self) -> list[str]:
-        return [f"level{i}" for i in range(len(STRIDES) + 1)]
-
-    def _own_maps(self) -> dict[str, tuple[int, int]]:
-        return dict.fromkeys(self._own(), (2, 3))
-
-    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        return {"category_ids": list(metadata["category_ids"]), "part": "backbone and feature pyramid"}
-
-
-class DetectorGraph(PyramidGraph):
-    """The whole detector for one image of a fixed size: boxes (N, 4) [x1, y1, x2, y2] in its pixels, labels (N,) class
-    indices, scores (N,), and where it has them masks (N, 1, 28, 28), for the N found."""
-
-    whole_image = True
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        maps, extra = self.model.backbone(image), []
-        if self.features or self.significance:
-            seen = self._network().inspect(image)
-            maps, extra = seen.features, self._extra(seen)
-        size = (int(image.shape[-2]), int(image.shape[-1]))
-        (found,), _ = self.model.heads(maps, image, [size])
-        masks = (found["masks"],) if self.model.masks else ()
-        return (found["boxes"], found["labels"] - 1, found["scores"], *masks, *extra)
-
-    def axes(self, open_size: bool) -> dict[str, dict[int, str]]:
-        return {name: {0: "objects"} for name in self._own()}
-
-    def _own(self) -> list[str]:
-        return ["boxes", "labels", "scores", *(["masks"] if self.model.masks else [])]
-
-    def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super()._reading(metadata), "part": "whole"}
-
-
-def build_graph(weights: str | os.PathLike[str], whole: bool, features: bool, significance: bool) -> Graph:
-    """What is exported of a run folder or weights file.
-
-    Args:
-        whole: of a detector, everything and not only its pyramid.
-
-    Raises:
-        UserError: unreadable, or without what is asked for.
-    """
-    task = read_metadata(weights).get("task", "classify")
-    if task == "segment":
-        from sgformer.tasks.segment.module import Segmenter
-
-        return SegmenterGraph(*Segmenter.load(weights), features, significance).eval()
-    if task == "detect":
-        from sgformer.tasks.detect.module import Detector
-
-        kind = DetectorGraph if whole else PyramidGraph
-        return kind(*Detector.load(weights), features, significance).eval()
-    return ClassifierGraph(*load_weights(weights), features, significance).eval()

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sgformer.data.image import list_images, open_image
 from sgformer.exporting.formats import onnx_session, quiet, set_onnx_metadata
-from sgformer.exporting.graphs import Graph
-from sgformer.exporting.onnx_predict import ExportedNetwork, centre, fit_multiple, resize_smooth
-from sgformer.results import find_images, open_image
+from sgformer.exporting.onnx_predict import ExportedNetwork
 
 #: Pictures at most: to find ranges from, and to measure on.
 CALIBRATED, MEASURED = 64, 200
@@ -57,7 +56,7 @@ class Quantized:
         ]
 
 
-def convert(path: Path, precision: str, calibration: Any, graph: Graph, about: dict[str, Any]) -> Quantized:
+def convert(path: Path, precision: str, calibration: Any, prepare: Any, about: dict[str, Any]) -> Quantized:
     """Turn the float32 file at ``path`` into one of less precision, in place, and compare the two.
 
     Raises:
@@ -81,34 +80,30 @@ def convert(path: Path, precision: str, calibration: Any, graph: Graph, about: d
             quantize_dynamic(twin, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
             how = "int8, dynamic"
         else:
-            _static(twin, path, calibration)
+            _static(twin, path, calibration, prepare)
             how = "int8, static"
-    pictures = list(read_pictures(ExportedNetwork(twin), calibration, MEASURED)) if calibration is not None else []
+    pictures = []
+    if calibration is not None:
+        pictures = list(read_pictures(ExportedNetwork(twin), calibration, MEASURED, prepare))
     return _compare(twin, path, how, pictures, about)
 
 
-def read_pictures(network: ExportedNetwork, folder: str | os.PathLike[str], most: int) -> Iterator[np.ndarray]:
+def read_pictures(
+    network: ExportedNetwork, folder: str | os.PathLike[str], most: int, prepare: Any
+) -> Iterator[np.ndarray]:
     """Pictures of a folder as the network takes them, (1, 3, H, W) float32, one at a time."""
-    about = network.metadata
-    for source in list(find_images([folder]))[:most]:
-        image = open_image(source)
-        if about["task"] == "classify":
-            size = network.input_size or about["image_size"]
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            yield network.normalised(centre(image, size, about["crop_pct"]))[None]
-        else:
-            target = network.input_size or fit_multiple(image, about["short_side"], about["multiple"])
-            yield resize_smooth(network.normalised(np.asarray(image)), target)[None]
+    for source in list_images(folder)[:most]:
+        yield prepare(network, open_image(source))
 
 
-def _static(twin: Path, path: Path, calibration: str) -> None:
+def _static(twin: Path, path: Path, calibration: str, prepare: Any) -> None:
     """Weights of linear maps and convolutions, and what goes into them, in 8 bits, by the ranges seen on pictures."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.pictures = read_pictures(ExportedNetwork(twin), calibration, CALIBRATED)
+            self.pictures = read_pictures(ExportedNetwork(twin), calibration, CALIBRATED, prepare)
 
         def get_next(self) -> Any:
             picture = next(self.pictures, None)

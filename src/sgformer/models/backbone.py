@@ -373,13 +373,6 @@ class SGFormer(nn.Module):
         seen.logits = self.forward_head(seen.features[-1])
         return seen
 
-    def explain(self, image: Any, image_size: int | tuple[int, int] | None = None) -> Any:
-        """Where the network looked on one image: a file, a PIL image, an array (H, W, 3) uint8, or a normalised tensor
-        (3, H, W). Returns a `viz.significance.Explanation`; see `sgformer.explaining.explain.explain_image`."""
-        from sgformer.explaining.explain import explain_image  # reads files and draws: loaded when asked for
-
-        return explain_image(self, image, image_size)
-
     def forward_intermediates(
         self,
         x: Tensor,

@@ -1,7 +1,8 @@
 """Self-guided attention of sequences: text, time series, sets in an order. It is not bound to images.
 
-All tokens attend to few, and the few are dense where significance is high, as in the backbone; only the local term's convolution is along one axis, and there is no hybrid-scale block before: significance comes from the tokens
-themselves, from a head trained with the task, or from the caller.
+All tokens attend to few, and the few are dense where significance is high, as in the backbone. Only the local term's
+convolution is along one axis, and there is no hybrid-scale block before: significance comes from the tokens themselves,
+from a head trained with the task, or from the caller.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""One file a task: backbone, head, loss and metric as a Lightning module."""
+"""A task is a folder: its words in `__init__`, what it does in the files beside; `registry` lists them."""

@@ -42,11 +42,12 @@ from typing import Any
 import yaml
 
 from sgformer.core.errors import UserError
-from sgformer.training.config import ClassifyConfig, RunConfig, make_config, nearest, read_yaml, to_yaml
+from sgformer.core.names import nearest
+from sgformer.tasks.registry import TASKS, get_task
+from sgformer.training.config import RunConfig, make_config, read_yaml, to_yaml
 
 log = logging.getLogger("sgformer")
 
-SCORES = {"classify": "top1", "segment": "miou", "detect": "box_ap"}
 KEYS = ("task", "config", "data", "options", "seeds", "variants", "grid", "score", "question")
 
 
@@ -82,7 +83,7 @@ class Ablation:
         for name, value in options.items():
             if isinstance(value, str):
                 options[name] = value.replace("{variant}", _plain(variant)).replace("{seed}", str(seed))
-        return make_config(config_class(self.task), {**options, "seed": seed})
+        return make_config(get_task(self.task).Config, {**options, "seed": seed})
 
 
 @dataclass
@@ -104,19 +105,6 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
 
-def config_class(task: str) -> type[RunConfig]:
-    """The settings of a task's runs."""
-    if task == "segment":
-        from sgformer.tasks.segment.config import SegmentConfig
-
-        return SegmentConfig
-    if task == "detect":
-        from sgformer.tasks.detect.config import DetectConfig
-
-        return DetectConfig
-    return ClassifyConfig
-
-
 def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Ablation:
     """Read and check a file as above.
 
@@ -136,9 +124,11 @@ def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Abla
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
     task = held.get("task", "classify")
-    if task not in SCORES:
-        raise UserError(f"{path}: task is one of {', '.join(SCORES)}, got {task!r}")
-    common: dict[str, Any] = read_yaml(path.parent / held["config"], config_class(task)) if held.get("config") else {}
+    if task not in TASKS:
+        raise UserError(f"{path}: task is one of {', '.join(TASKS)}, got {task!r}")
+    common: dict[str, Any] = (
+        read_yaml(path.parent / held["config"], get_task(task).Config) if held.get("config") else {}
+    )
     common |= {str(k).replace("-", "_"): v for k, v in (held.get("options") or {}).items()}
     given = data or held.get("data")
     if given is None:
@@ -157,7 +147,7 @@ def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Abla
     if len({_plain(name) for name in variants}) < len(variants):
         raise UserError(f"{path}: two variants would have one folder, as their names differ in signs only")
     found = Ablation(
-        task, common, variants, seeds, held.get("score", SCORES[task]), held.get("question", ""), path.stem
+        task, common, variants, seeds, held.get("score", get_task(task).score), held.get("question", ""), path.stem
     )
     for name in variants:
         try:
@@ -264,8 +254,8 @@ def _run(command: list[str], output: Any) -> int:
 
 
 def _check_same(place: Path, config: RunConfig) -> None:
-    held = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-    held = {**type(config)().to_dict(), **held}  # an option that there was not yet is at its default
+    stored = read_yaml(place / "config.yaml", type(config))
+    held = {**type(config)().to_dict(), **stored}  # an option that there was not yet is at its default
     for name, value in config.to_dict().items():
         if name not in ("run", "workers", "device", "devices") and held[name] != value:
             raise UserError(f"{place} was made with {name} {held[name]}, not {value}: take another --out")
@@ -305,18 +295,9 @@ def network_cost(run: Path, task: str, size: tuple[int, int]) -> tuple[int, int]
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sgformer.models.load import load_weights
+    from sgformer.tasks.api import load_model
 
-    if task == "segment":
-        from sgformer.tasks.segment.module import Segmenter
-
-        model: Any = Segmenter.load(run)[0]
-    elif task == "detect":
-        from sgformer.tasks.detect.module import Detector
-
-        model = Detector.load(run)[0].backbone
-    else:
-        model = load_weights(run)[0]
+    model: Any = get_task(task).measured(load_model(run))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, *size))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

@@ -11,12 +11,10 @@ import csv
 import io
 import logging
 import math
-import os
 import random
 import signal
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,7 +25,8 @@ from lightning.pytorch.callbacks import Callback
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import Interrupted, UserError
+from sgformer.core.files import write_text
 from sgformer.models.load import read_metadata, save_weights
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.sharded import full, own
@@ -37,15 +36,6 @@ log = logging.getLogger("sgformer")
 
 #: Signals that ask a run to save its state and stop: ctrl-C, a scheduler's, and SLURM's warning.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-
-class Interrupted(Exception):
-    """Training was asked to stop by a signal and did so after an update, with its checkpoint written."""
-
-    def __init__(self, signum: int, step: int, run: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum = signum
-        self.run = run
 
 
 class StepSeeds(Callback):
@@ -349,9 +339,7 @@ class RunLog(Callback):
         writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
-        unfinished = self.table.with_suffix(".tmp")
-        unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(unfinished, self.table)
+        write_text(self.table, text.getvalue(), newline="")
 
 
 class Checkpoints(Callback):

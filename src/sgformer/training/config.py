@@ -1,21 +1,21 @@
-"""The settings of a run: one frozen dataclass per task, the source of the command line, its help and `config.yaml`.
+"""The settings that every run has: a frozen dataclass, the source of the command line, its help and `config.yaml`.
 
-No torch here: `sgformer train classify --help` reads this file and nothing heavier.
+Each task adds a dataclass of its own. No torch here: `sgformer train TASK --help` reads these and nothing heavier.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from sgformer.core.errors import UserError
+from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
 
 # `lr`, `min_lr` and `warmup_lr` are stated for this many images per update and scaled linearly to the actual batch.
@@ -39,6 +39,7 @@ class RunConfig:
     """What every training task has in common."""
 
     base_batch = LR_BASE_BATCH  # learning rates are stated for so many images per update
+    former_names: ClassVar[Mapping[str, str]] = {}  # in the config.yaml of runs that were begun before
 
     data: str | None = option(None, "Run", "folder with the images", main=True)
     model: str = option("sgformer_s", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
@@ -207,56 +208,6 @@ class RunConfig:
         return values
 
 
-@dataclass(frozen=True)
-class ClassifyConfig(RunConfig):
-    """Image classification on the ImageNet layout."""
-
-    data: str | None = option(
-        None, "Run", "folder with train/CLASS/* and val/CLASS/*, or folder or address of shards", main=True
-    )
-
-    layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer downwards")
-    warmup_epochs: float = option(5, "Optimiser", "linear warm-up")
-    warmup_lr: float = option(1e-6, "Optimiser", "rate it starts from, scaled as --lr")
-    min_lr: float = option(1e-5, "Optimiser", "where the cosine ends, scaled as --lr")
-    cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
-
-    auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "Augmentation", "timm policy; null: none")
-    color_jitter: float = option(0.4, "Augmentation", "used where auto-augment is null")
-    interpolation: Literal["random", "bilinear", "bicubic"] = option("random", "Augmentation", "of training crops")
-    crop_scale: float = option(0.08, "Augmentation", "smallest share of the image in a training crop")
-    hflip: float = option(0.5, "Augmentation", "chance of a mirror image")
-    reprob: float = option(0.25, "Augmentation", "chance of random erasing")
-    mixup: float = option(0.8, "Augmentation", "alpha; 0: off")
-    cutmix: float = option(1.0, "Augmentation", "alpha; 0: off")
-    mix_prob: float = option(1.0, "Augmentation", "chance per batch of either")
-    smoothing: float = option(0.1, "Augmentation", "of labels")
-    crop_pct: float = option(0.9, "Augmentation", "evaluation: resize to size / crop-pct, crop the centre")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs"):
-            self._check(name, lambda v: v >= 0, "must be 0 or more")
-        self._check("layer_decay", lambda v: 0 < v <= 1, "must be in (0, 1]")
-        for name in ("hflip", "reprob", "mix_prob", "smoothing"):
-            self._check(name, lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        for name in ("crop_scale", "crop_pct"):
-            self._check(name, lambda v: 0 < v <= 1, "must be in (0, 1]")
-        for name in ("mixup", "cutmix", "color_jitter"):
-            self._check(name, lambda v: v >= 0, "must be 0 or more")
-
-
-def dashed(name: str) -> str:
-    """The command line's spelling of a key: `batch_size` -> `batch-size`."""
-    return name.replace("_", "-")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`", did you mean X?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f", did you mean {close[0]}?" if close else ""
-
-
 def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> dict[str, Any]:
     """The keys and values of a recipe or of a run's `config.yaml`, types not yet checked.
 
@@ -276,6 +227,7 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
         raise UserError(f"{path}: expected lines of `key: value`, got {type(values).__name__}")
     known = [f.name for f in dataclasses.fields(config_class)]
     renamed = {str(key).replace("-", "_"): value for key, value in (values or {}).items()}
+    renamed = {config_class.former_names.get(key, key): value for key, value in renamed.items()}
     for key in renamed:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, known)}")

@@ -6,22 +6,22 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.processes import end_with_parent
+from sgformer.models.load import read_weights
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
 from sgformer.training.nan_guard import NanGuard
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.task import Task
 from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
 from sgformer.training.worker_errors import worker_errors
 from sgformer.viz.curves import draw_curves
@@ -29,79 +29,12 @@ from sgformer.viz.curves import draw_curves
 log = logging.getLogger("sgformer")
 
 
-class Result(Protocol):
-    """The numbers of an evaluation."""
-
-    def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None: ...
-
-    def headline(self) -> str:
-        """The result in a line."""
-        ...
-
-
-@dataclass
-class Job:
-    """What a task brings to a training run.
-
-    Attributes:
-        task: the LightningModule, with `model`, `eval_model`, `evaluate_with`, `mix` and `monitor`; its `training_step`
-            returns the loss, or {"loss": ..., "parts": {name: scalar}} to have the parts in `metrics.csv`, too.
-        train, val: data sets of `Sample`s, indexed by (epoch, index).
-        train_sampler: an `EpochSampler`; one pass of it is what lies between two validations.
-        val_sampler: another one, that yields everything once.
-        total_steps: updates of the whole schedule.
-        steps_per_pass: updates that make a pass over the training images.
-        collate: a list of samples -> a batch (images, targets, indices, skipped); `val_collate` for validation.
-        metadata: saved in the weights; `task`, `model`, `classes`, and what evaluation needs to know.
-        about: a line on the data for the log and the report.
-        size: of images, for the log.
-        draw: (images, targets, names the PNG to write) for the first samples as the network sees them.
-        evaluation: what the last validation found; the argument lists images that could not be read.
-        read: `evaluation(...)` from the folder it was written to.
-        report: (model, result, facts, pictures) -> Markdown.
-        scores: columns of `metrics.csv` in the curves, the first one is what counts.
-        pictures: (title, file in the run's folder) for the report.
-        finish: called by the first process at the end with the folder of the best validation, to add to it.
-        unit: what the log counts in, "epoch" or "step".
-        objects: the objects' pixels (H, W) bool of a validation sample by index, or None where they are not known.
-    """
-
-    task: Any
-    train: Dataset
-    val: Dataset
-    train_sampler: Any
-    val_sampler: Any
-    total_steps: int
-    steps_per_pass: float
-    collate: Callable[[Sequence[Any]], Any]
-    metadata: Mapping[str, Any]
-    about: str
-    size: str
-    draw: Callable[[list[Any], list[Any], Path], None]
-    evaluation: Callable[[Sequence[str]], Result]
-    read: Callable[[Path], Any]
-    report: Callable[[str, Any, Mapping[str, Any], Sequence[tuple[str, str]]], str]
-    scores: tuple[str, ...]
-    pictures: Sequence[tuple[str, str]] = ()
-    val_collate: Callable[[Sequence[Any]], Any] | None = None
-    finish: Callable[[Path], None] = field(default=lambda folder: None)
-    unit: str = "epoch"
-    objects: Callable[[int], Any] = field(default=lambda index: None)
-
-
-#: (config, images per forward pass, rank, world) -> what the task brings.
-Prepare = Callable[[Any, int, int, int], Job]
-
-
-def run_training(
-    config: RunConfig, name: str, prepare: Prepare, resume: str | os.PathLike[str] | None = None
-) -> RunFolder:
+def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] | None = None) -> RunFolder:
     """Train, validate, and leave a run folder.
 
     Args:
         config: all settings.
-        name: of the task.
-        prepare: builds network, data and so on; called once, with every generator seeded.
+        task: builds data, network and so on, with every generator seeded.
         resume: the folder of a run to go on with, whose settings `config` has.
 
     Raises:
@@ -113,50 +46,58 @@ def run_training(
     world, rank = trainer.world_size, trainer.global_rank
     batch = per_process_batch(config, world)
     L.seed_everything(config.seed, verbose=False)
-    job = prepare(config, batch, rank, world)
-    model = job.task.model
+    weights = read_weights(config.weights, config.model) if config.weights else None
+    splits = task.splits(config, weights, batch, rank, world)
+    module = task.module(config, splits, weights)
+    model = module.model
     begun_with = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
     kernels, why = use_native_kernels(config, model, trainer.strategy.root_device, begun_with)
 
-    steps = len(job.train_sampler) // config.accumulate  # from one validation to the next
+    steps = len(splits.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
-        raise UserError(f"--accumulate {config.accumulate} is too many parts for {len(job.train)} training images")  # type: ignore[arg-type]
-    total_steps = min(job.total_steps, config.max_steps or job.total_steps)
+        raise UserError(f"--accumulate {config.accumulate} is too many parts for {len(splits.train)} training images")  # type: ignore[arg-type]
+    total_steps = min(splits.total_steps, config.max_steps or splits.total_steps)
 
-    folder = RunFolder(resume, first) if resume else RunFolder.create(config, name, first)
+    folder = RunFolder(resume, first) if resume else RunFolder.create(config, task.name, first)
     state, start = folder.usable_checkpoint() if resume else (None, 0)
     if resume:
         folder.clear_unfinished()
-    job.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
-    train_loader = build_loader(job.train, job.train_sampler, config.workers, job.collate)
-    val_loader = build_loader(job.val, job.val_sampler, config.workers, job.val_collate or job.collate)
+    splits.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
+    train_loader = build_loader(splits.train, splits.train_sampler, config.workers, splits.collate)
+    val_loader = build_loader(splits.val, splits.val_sampler, config.workers, splits.val_collate)
     handler = folder.start_log()
     try:
         skipped, drawn = cb.SkippedImages(), folder.path / "train_batch.png"
         run_log = cb.RunLog(
-            folder, config.batch_size, total_steps, config.log_every, job.steps_per_pass, job.total_steps, job.unit
+            folder,
+            config.batch_size,
+            total_steps,
+            config.log_every,
+            splits.steps_per_pass,
+            splits.total_steps,
+            task.unit,
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
         unsharded = [cb.UnshardedCopy()] if config.strategy == "fsdp" else []
         seeds = cb.StepSeeds(config.seed)
-        guard = NanGuard(folder, job.metadata, seeds.on_train_batch_start, job.train.listing.path)  # type: ignore[attr-defined]
+        guard = NanGuard(folder, splits.metadata, seeds.on_train_batch_start, splits.train.listing.path)
         recorder = []
         if config.record_significance:
             from sgformer.training.recorder import SignificanceRecorder
 
-            recorder = [
-                SignificanceRecorder(folder, config.record_significance, job.val, job.metadata, job.objects, job.unit)
-            ]
+            recorder = [SignificanceRecorder(folder, config.record_significance, task, splits)]
         bar = [cb.ProgressBar(batch * world)] if first and sys.stdout.isatty() else []
         trainer = build_trainer(
             **trainer_options(config),
-            max_epochs=math.ceil(job.total_steps / steps),
+            max_epochs=math.ceil(splits.total_steps / steps),
             limit_train_batches=steps * config.accumulate,
             sync_batchnorm=world > 1 and trainer.strategy.root_device.type == "cuda",
             callbacks=[
                 cb.SameStart(folder, start),
                 skipped,
-                cb.FirstBatches(config.seed, lambda images, targets: job.draw(images, targets, drawn)),
+                cb.FirstBatches(
+                    config.seed, lambda images, targets: task.draw_batch(config, splits, images, targets, drawn)
+                ),
                 seeds,
                 guard,
                 *averaging,
@@ -165,10 +106,10 @@ def run_training(
                 *recorder,
                 cb.Checkpoints(
                     folder,
-                    job.metadata,
+                    splits.metadata,
                     config.checkpoint_every,
                     total_steps,
-                    on_best=lambda _: job.evaluation(sorted(skipped.lines)).write(
+                    on_best=lambda _: module.evaluation(sorted(skipped.lines)).write(
                         folder.path / "validation", picture=False
                     ),
                 ),
@@ -190,9 +131,9 @@ def run_training(
                 f"{'resuming' if resume else 'training'} {config.model}, {parameters / 1e6:.1f} M parameters, "
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
                 *([f"native kernels are not used: {why}"] if why else []),
-                f"data {job.about}",
+                f"data {splits.about}",
                 f"{total_steps - start} updates to go, {steps} from one validation to the next, of {config.batch_size} "
-                f"images ({world} x {batch} x {config.accumulate}) at {job.size}",
+                f"images ({world} x {batch} x {config.accumulate}) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
                 f"/ {config.base_batch}",
             ):
@@ -201,17 +142,17 @@ def run_training(
             model.compile()
         if start < total_steps:
             with worker_errors():
-                trainer.fit(job.task, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
+                trainer.fit(module, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
         else:
             log.info("nothing left to train; pass more --epochs or --max-steps to go on")
         if first:
-            result = job.read(folder.path / "validation")
+            result = task.read_evaluation(folder.path / "validation")
             result.write(folder.path / "validation")
-            job.finish(folder.path / "validation")
-            draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", job.scores)
+            task.finish(folder.path / "validation", splits, module)
+            draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", task.scores(module))
             facts = {
                 "Parameters": f"{parameters / 1e6:.2f} M",
-                "Data": job.about,
+                "Data": splits.about,
                 "Updates": total_steps,
                 "Time": cb.clock(run_log.seconds),
                 "Throughput": f"{run_log.images_per_second:.0f} images/s in training",
@@ -220,23 +161,23 @@ def run_training(
             }
             pictures = [
                 ("Curves", "curves.png"),
-                *job.pictures,
+                *task.pictures,
                 ("How significance grew", "significance/evolution.png"),
                 ("Significance of a validation image", "significance/00.png"),
                 ("A training batch as the network sees it", "train_batch.png"),
             ]
             pictures = [(title, file) for title, file in pictures if (folder.path / file).exists()]
-            folder.write("report.md", job.report(config.model, result, facts, pictures))
+            folder.write("report.md", task.report(config.model, result, facts, pictures))
             log.info(f"best {result.headline()}; see {folder.path}/report.md")
         return folder
-    except cb.Interrupted as stop:
+    except Interrupted as stop:
         folder.note(f"stopped: {stop}")
         raise
     except (UserError, OSError) as error:
         problem = error if isinstance(error, UserError) else _disk_error(error, folder)
         folder.note(f"stopped: {problem}")
         if first:
-            log.info(folder.standing(name))
+            log.info(folder.standing(task.name))
         raise problem from error
     finally:
         log.removeHandler(handler)

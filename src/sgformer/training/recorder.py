@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,14 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from sgformer.explaining.explain import explainer_for
+from sgformer.core.files import write_text
 from sgformer.explaining.localization import coverage, salient, stride_of
 from sgformer.training.run_folder import RunFolder
+from sgformer.training.task import Splits, Task
 from sgformer.viz.evolution import draw_animation, draw_growth, draw_strip
 from sgformer.viz.significance import draw_explanation, hybrid_of
 
 IMAGES = 4
-
-#: (index) -> the objects' pixels (H, W) bool on the validation sample of that index, or None where they are not known.
-Known = Callable[[int], Any]
 
 
 class SignificanceRecorder(Callback):
@@ -43,20 +39,16 @@ class SignificanceRecorder(Callback):
     Args:
         folder: of the run; only the process that writes there records.
         every: epochs from one record to the next; the first and the last are always recorded.
-        val: data set of validation samples.
-        metadata: of the weights.
-        objects: tells where the objects are; asked once for each image.
-        unit: "epoch" or "step", what records are called by.
+        task: of the run.
+        splits: of the run.
         images: how many validation images, spread evenly.
     """
 
-    def __init__(
-        self, folder: RunFolder, every: int, val: Any, metadata: Any, objects: Known, unit: str, images: int = IMAGES
-    ):
-        self.path, self.writes, self.every, self.unit = folder.path / "significance", folder.writes, every, unit
-        self.val, self.metadata, self.objects = val, metadata, objects
-        count = min(images, len(val))
-        self.indices = [i * len(val) // count + len(val) // (2 * count) for i in range(count)]
+    def __init__(self, folder: RunFolder, every: int, task: Task, splits: Splits, images: int = IMAGES):
+        self.path, self.writes, self.every = folder.path / "significance", folder.writes, every
+        self.task, self.splits, self.val = task, splits, splits.val
+        count = min(images, len(self.val))
+        self.indices = [i * len(self.val) // count + len(self.val) // (2 * count) for i in range(count)]
         self._samples: list[tuple[int, torch.Tensor, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -68,7 +60,7 @@ class SignificanceRecorder(Callback):
         for index in self.indices:
             image = self.val[index].image
             if image is not None:  # an unreadable file, which --bad-images skip leaves out
-                self._samples.append((index, image, self.objects(index)))
+                self._samples.append((index, image, self.task.objects(self.splits, index)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         epoch = trainer.current_epoch + 1
@@ -78,7 +70,7 @@ class SignificanceRecorder(Callback):
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         if self.writes:
-            finish(self.path, self.unit)
+            finish(self.path, self.task.unit)
 
     def _records(self) -> list[Path]:
         return records(self.path)
@@ -87,13 +79,13 @@ class SignificanceRecorder(Callback):
         folder = self.path / f"{epoch:04d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        asked = explainer_for(model, self.metadata)
+        explainer = self.task.explainer(model, self.splits.metadata)
         for number, (_, image, mask) in enumerate(self._samples):
-            seen = asked.see(image)
+            seen = explainer.explain(image)
             draw_explanation(seen, folder / f"{number:02d}.png")
             arrays: dict[str, Any] = {"epoch": epoch, "step": step, "image": seen.image}
             if mask is not None:
-                arrays["objects"] = asked.mask(torch.as_tensor(mask))
+                arrays["objects"] = explainer.mask(torch.as_tensor(mask))
             for block in seen.tokens:
                 arrays[f"significance/{block}"] = seen.significance[hybrid_of(block)]
                 arrays[f"salient/{block}"] = salient(seen, block)
@@ -162,9 +154,7 @@ def write_numbers(path: Path) -> list[dict[str, Any]]:
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    unfinished = path / "evolution.tmp"
-    unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(unfinished, path / "evolution.csv")
+    write_text(path / "evolution.csv", text.getvalue(), newline="")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -18,11 +19,16 @@ from typing import Any
 
 from sgformer._version import __version__
 from sgformer.core.errors import UserError
-from sgformer.training.config import RunConfig, to_yaml
+from sgformer.core.files import to_json, write_text
+from sgformer.core.names import dashed
+from sgformer.training.config import Config, RunConfig, make_config, read_yaml, to_yaml
 
 log = logging.getLogger("sgformer")
 TIME = "%Y-%m-%d %H:%M:%S"
 CONFIG = "config.yaml"
+
+# Settings of a run that may change when it is resumed.
+RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "native", "run")
 
 
 class RunFolder:
@@ -122,16 +128,11 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
         if self.writes:
-            unfinished = self.path / f"{name}.tmp"
-            try:
-                unfinished.write_text(text, encoding="utf-8")
-                os.replace(unfinished, self.path / name)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path / name)) from None
+            write_text(self.path / name, text)
 
     def write_environment(self, **facts: Any) -> None:
         """`environment.json`: versions, commit, machine, command line, and the given facts."""
-        self.write("environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
+        self.write("environment.json", to_json({**environment(), **facts}) + "\n")
 
     def environment(self) -> dict[str, Any]:
         """What :meth:`write_environment` wrote last; empty where it cannot be read."""
@@ -155,6 +156,23 @@ class RunFolder:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
         log.addHandler(handler)
         return handler
+
+
+def resumed_config(config_class: type[Config], run: str | os.PathLike[str], options: dict[str, Any]) -> Config:
+    """A run's own settings with the options that may change.
+
+    Raises:
+        UserError: another option differs from the run's.
+    """
+    folder = RunFolder.open(run)
+    stored = make_config(config_class, read_yaml(folder.path / "config.yaml", config_class))
+    config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **options}), run=str(folder.path))
+    for name in (field.name for field in dataclasses.fields(config)):
+        if name not in RESUME_MAY_CHANGE and getattr(config, name) != getattr(stored, name):
+            may = ", ".join(f"--{dashed(n)}" for n in RESUME_MAY_CHANGE if n != "run")
+            was = f"--{dashed(name)} is {getattr(stored, name)} in {folder.path}"
+            raise UserError(f"{was} and cannot change on resuming (only {may} can)")
+    return config
 
 
 def environment() -> Mapping[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sgformer.core.errors import require
+from sgformer.core.files import replacing
+from sgformer.results import Detections
 from sgformer.viz.segmentation import palette
 from sgformer.viz.style import COLOURS, INK, figure
 
@@ -19,7 +22,7 @@ MOST_CURVES = 5
 
 
 @dataclass(frozen=True)
-class Objects:
+class Instances:
     """What is drawn over an image, annotated or detected.
 
     Attributes:
@@ -34,16 +37,16 @@ class Objects:
     scores: np.ndarray | None = None
     masks: np.ndarray | None = None
 
-    def above(self, score: float) -> Objects:
+    def above(self, score: float) -> Instances:
         """Those with at least this score."""
         if self.scores is None:
             return self
         keep = np.asarray(self.scores) >= score
         masks = None if self.masks is None else self.masks[keep]
-        return Objects(self.boxes[keep], self.labels[keep], self.scores[keep], masks)
+        return Instances(self.boxes[keep], self.labels[keep], self.scores[keep], masks)
 
 
-def overlay(image: np.ndarray, objects: Objects, names: Sequence[str]) -> np.ndarray:
+def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.ndarray:
     """Masks, boxes, class names and scores over an image, the best object on top.
 
     Args:
@@ -85,20 +88,39 @@ def overlay(image: np.ndarray, objects: Objects, names: Sequence[str]) -> np.nda
     return np.asarray(canvas)
 
 
+def instances_of(detections: Detections, names: Sequence[str]) -> Instances:
+    """A network's detections on one image, for drawing.
+
+    Args:
+        detections: with results whose `class` is one of `names`.
+        names: of the classes, in the order of their indices.
+    """
+    corners = np.array([r["bbox"] for r in detections.results], dtype=float).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    outlined = [r["segmentation"] for r in detections.results if "segmentation" in r]
+    masks = [require("pycocotools.mask", extra="detect").decode(outline) for outline in outlined]
+    labels = np.array([list(names).index(r["class"]) for r in detections.results], dtype=np.int64)
+    return Instances(corners, labels, np.array([r["score"] for r in detections.results]), stack_masks(masks))
+
+
+def stack_masks(masks: Sequence[np.ndarray]) -> np.ndarray | None:
+    """(N, H, W) bool of N masks, None of none."""
+    return np.stack(masks).astype(bool) if masks else None
+
+
 def _upright(box: np.ndarray) -> tuple[float, float, float, float]:
     x1, y1, x2, y2 = box.tolist()
     return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)
 
 
-def draw_detections(image: np.ndarray, objects: Objects, names: Sequence[str], out: str | Path) -> None:
+def draw_detections(image: np.ndarray, objects: Instances, names: Sequence[str], out: str | Path) -> None:
     """Write `overlay` as a PNG."""
-    unfinished = Path(out).with_suffix(".tmp")
-    Image.fromarray(overlay(image, objects, names)).save(unfinished, format="PNG")
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        Image.fromarray(overlay(image, objects, names)).save(unfinished, format="PNG")
 
 
 def draw_training_images(
-    images: Sequence[np.ndarray], objects: Sequence[Objects], names: Sequence[str], out: str | Path, most: int = 12
+    images: Sequence[np.ndarray], objects: Sequence[Instances], names: Sequence[str], out: str | Path, most: int = 12
 ) -> None:
     """A sheet of augmented training images with their objects.
 
@@ -125,8 +147,8 @@ class Example:
     """An image, what is annotated, what was detected, and how well that fits."""
 
     image: np.ndarray
-    truth: Objects
-    found: Objects
+    truth: Instances
+    found: Instances
     title: str
 
 

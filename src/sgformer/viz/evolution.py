@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import require
+from sgformer.core.files import replacing
 from sgformer.viz.style import COLOURS, FAINT, INK, SETTINGS, figure
 
 MAP = "viridis"
@@ -76,10 +77,9 @@ def draw_animation(
     joined = Image.fromarray(np.concatenate([np.asarray(f) for f in (frames[0], frames[-1])]))
     palette = joined.quantize(256)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    unfinished = Path(out).with_suffix(".tmp")
     durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
-    frames[0].save(unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        frames[0].save(unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = "epoch") -> None:

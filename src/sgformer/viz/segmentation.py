@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import require
+from sgformer.core.files import replacing
+from sgformer.core.names import GROUND
+from sgformer.results import Segments
 from sgformer.viz.style import INK, figure
 
 MOST_IN_LEGEND = 18
 BLACK, GREY = (0, 0, 0), (176, 180, 186)
-#: Classes of these names are grey, and not drawn over an image.
-GROUND = frozenset({"background", "other", "void", "unlabeled", "unlabelled"})
 
 
 def palette(names: Sequence[str]) -> np.ndarray:
@@ -45,9 +46,8 @@ def write_label_png(labels: np.ndarray, out: str | Path, names: Sequence[str], f
     else:
         image = Image.fromarray(values.astype(np.uint8))
         image.putpalette(np.concatenate([np.zeros((first, 3), np.uint8), palette(names)]).tobytes())
-    unfinished = Path(out).with_suffix(".tmp")
-    image.save(unfinished, format="PNG")
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        image.save(unfinished, format="PNG")
 
 
 def blend(image: np.ndarray, labels: np.ndarray, names: Sequence[str], opacity: float = 0.55) -> np.ndarray:
@@ -92,6 +92,25 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str], ou
         axes.axis("off")
         axes.set_title(title if len(title) <= 60 else "…" + title[-59:])
         _legend(fig, [labels], names, shares=True)
+
+
+def write_segments(segments: Segments, out: str | Path, pixels: np.ndarray, stem: str | None = None) -> list[Path]:
+    """Write `STEM_labels.png` (a label map with a palette) and `STEM_overlay.png` into a folder.
+
+    Args:
+        segments: of one image.
+        out: the folder.
+        pixels: the image, (H, W, 3) uint8.
+        stem: by default the image's name without its ending.
+
+    Returns:
+        The two files.
+    """
+    stem = stem or Path(segments.image).stem
+    labels, overlay = Path(out) / f"{stem}_labels.png", Path(out) / f"{stem}_overlay.png"
+    write_label_png(segments.labels, labels, segments.class_names, segments.first)
+    draw_overlay(pixels, segments.labels, segments.class_names, overlay, Path(segments.image).name)
+    return [labels, overlay]
 
 
 def draw_training_batch(

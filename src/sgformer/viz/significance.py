@@ -5,8 +5,7 @@ Everything drawn comes from arrays that a forward pass returned; nothing is comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,54 +13,11 @@ from typing import Any
 import numpy as np
 
 from sgformer.core.errors import require
+from sgformer.results import Explanation
 from sgformer.viz.style import figure
 
 MAP = "viridis"  # perceptually uniform, also in print and for the colour-blind
 REGION_COLOURS = ("#440154", "#21918c", "#fde725")  # low, middle, high: the ends and middle of the same map
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What one forward pass saw of one image, as arrays. Keys are "stage.block", stages from 1, blocks from 0.
-
-    Attributes:
-        image: (H, W, 3) uint8, as the network got it.
-        title: a line or two about it, e.g. its name and what the network said.
-        significance: per hybrid-scale block, (h, w) float32, what the self-guided block after it sorted by.
-        coarse, fine: per hybrid-scale block, (h, w) float32, the attention received from coarse and from fine heads;
-            their sum is significance, unless the network is guided by something else.
-        regions: per self-guided block, (h, w) int: the region of each token, 0 the least significant.
-        tokens: per self-guided block, (h, w) int: the key/value token each token went into.
-        rates: per self-guided block, how many tokens of each region make one key/value token.
-        logits: (classes,) float32, a classifier's answer.
-        overlay: (h, w, 3) uint8, a dense answer over the image: boxes, masks or classes of pixels.
-        answer: a dense answer: `labels` (H, W); or `boxes` (N, 4), `labels`, `scores` (N,), `masks` (N, H, W).
-    """
-
-    image: np.ndarray
-    title: str
-    significance: Mapping[str, np.ndarray]
-    coarse: Mapping[str, np.ndarray]
-    fine: Mapping[str, np.ndarray]
-    regions: Mapping[str, np.ndarray]
-    tokens: Mapping[str, np.ndarray]
-    rates: Mapping[str, Sequence[int]]
-    logits: np.ndarray | None = None
-    overlay: np.ndarray | None = None
-    answer: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def density(self, block: str) -> np.ndarray:
-        """(h, w) float: key/value tokens spent per token of the grid in a self-guided block."""
-        sizes = np.bincount(self.tokens[block].ravel())
-        return 1 / sizes[self.tokens[block]]
-
-    def save_arrays(self, path: str | Path) -> None:
-        """Everything as one .npz: ``image``, ``logits``, ``significance/1.0``, ``tokens/1.1``, ``density/1.1`` ..."""
-        kinds = ("significance", "coarse", "fine", "regions", "tokens", "answer")
-        arrays = {f"{kind}/{key}": value for kind in kinds for key, value in getattr(self, kind).items()}
-        arrays |= {f"density/{key}": self.density(key) for key in self.tokens}
-        arrays |= {name: getattr(self, name) for name in ("logits", "overlay") if getattr(self, name) is not None}
-        np.savez_compressed(path, image=self.image, **arrays)
 
 
 #: What the columns of a sheet show; the `None`s are colour bars.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgformer.core.errors import require
+from sgformer.core.files import replacing
 
 INK = "#22262b"
 FAINT = "#d9dde2"
@@ -47,6 +48,5 @@ def figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     with matplotlib.rc_context(SETTINGS):
         fig = figures.Figure(figsize=(width, height), layout="constrained")  # the canvas is Agg: no display needed
         yield fig
-        unfinished = Path(path).with_suffix(".tmp")
-        fig.savefig(unfinished, dpi=130, format="png")
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            fig.savefig(unfinished, dpi=130, format="png")

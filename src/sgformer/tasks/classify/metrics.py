@@ -1,10 +1,7 @@
-"""The numbers of an evaluation, and the files that tell them."""
+"""The numbers of a classifier's evaluation, and the files that hold them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from sgformer.viz.confusion import draw_confusion
+from sgformer.training.report import (
+    class_tables,
+    facts_table,
+    read_confusion,
+    show,
+    taken_for,
+    write_confusion,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Evaluation:
     def headline(self) -> str:
         """The result in a line."""
         return f"top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} %"
+
+    def table(self) -> str:
+        """All numbers, for a terminal."""
+        return f"top-1 {100 * self.top1:.2f} %   top-5 {100 * self.top5:.2f} %   loss {self.loss:.4f}"
+
+    def counted(self) -> str:
+        """What was measured on."""
+        return f"{self.images} images of {len(self.class_names)} classes"
 
     def summary(self) -> dict[str, Any]:
         """The numbers, as JSON takes them."""
@@ -88,13 +100,14 @@ def report(model: str, evaluation: Evaluation, facts: Mapping[str, Any], picture
         "",
         f"{evaluation.images} validation images, {len(evaluation.class_names)} classes; weights of the best epoch.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| Top-1 | {100 * evaluation.top1:.2f} % |",
-        f"| Top-5 | {100 * evaluation.top5:.2f} % |",
-        f"| Loss | {evaluation.loss:.4f} |",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-        "",
+        *facts_table(
+            {
+                "Top-1": f"{100 * evaluation.top1:.2f} %",
+                "Top-5": f"{100 * evaluation.top5:.2f} %",
+                "Loss": f"{evaluation.loss:.4f}",
+                **facts,
+            }
+        ),
     ]
     ranked = sorted((row for row in evaluation.per_class() if row["images"]), key=lambda row: row["accuracy"])
     lines += class_tables(
@@ -104,60 +117,4 @@ def report(model: str, evaluation: Evaluation, facts: Mapping[str, Any], picture
     return "\n".join([*lines, *show(pictures)])
 
 
-def taken_for(confusion: np.ndarray, names: Sequence[str], i: int) -> str:
-    """What class `i` was mostly taken for instead; "" if it never was."""
-    others = np.where(np.arange(len(confusion)) == i, 0, confusion[i])
-    return names[int(others.argmax())] if others.any() else ""
-
-
-def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
-    """The files of a result that has `summary()`, `per_class()`, `confusion` and `class_names`; a picture if `unit`
-    says what was counted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "metrics.json", json.dumps(result.summary(), indent=2) + "\n")
-    rows = result.per_class()
-    write_text(folder / "classes.csv", csv_text(list(rows[0]), [list(row.values()) for row in rows]))
-    counts = [[name, *line] for name, line in zip(result.class_names, result.confusion.tolist(), strict=True)]
-    write_text(folder / "confusion.csv", csv_text(["true \\ predicted", *result.class_names], counts))
-    if unit:
-        draw_confusion(result.confusion, result.class_names, folder / "confusion.png", unit)
-
-
-def read_confusion(folder: Path) -> tuple[dict[str, Any], np.ndarray, tuple[str, ...]]:
-    """The summary, the counts and the class names that `write_confusion` left in `folder`."""
-    numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    with (folder / "confusion.csv").open(newline="", encoding="utf-8") as file:
-        header, *lines = csv.reader(file)
-    return numbers, np.array([line[1:] for line in lines], dtype=np.int64), tuple(header[1:])
-
-
-def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list[str]:
-    """Markdown of classes from the hardest to the easiest; the ten at both ends if there are more than twenty."""
-    tables = [("Classes, hardest first", ranked)]
-    if len(ranked) > 20:
-        tables = [("Hardest classes", ranked[:10]), ("Easiest classes", ranked[:-11:-1])]
-    lines = []
-    for title, rows in tables:
-        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
-        lines.append("")
-    return lines
-
-
-def show(pictures: Sequence[tuple[str, str]]) -> list[str]:
-    """Markdown of pictures, (title, file) each."""
-    return [line for title, file in pictures for line in (f"## {title}", "", f"![{title}]({file})", "")]
-
-
-def csv_text(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+read = Evaluation.read

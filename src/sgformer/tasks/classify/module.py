@@ -10,16 +10,19 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from timm.data.mixup import Mixup, mixup_target
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from sgformer.core.errors import UserError
-from sgformer.training.config import ClassifyConfig, nearest
-from sgformer.training.task_module import NetworkTask
+from sgformer.models.config import VARIANTS
+from sgformer.models.load import Weights, build_model, build_network
+from sgformer.tasks.classify.config import ClassifyConfig
+from sgformer.tasks.classify.metrics import Evaluation
+from sgformer.training.task import Splits
+from sgformer.training.task_module import ScheduledModule, check_optimizer, readable
 
 
-class ClassificationTask(NetworkTask):
+class ClassificationModule(ScheduledModule):
     """Trains `model` on batches that begin with (images, targets).
 
     Args:
@@ -48,9 +51,7 @@ class ClassificationTask(NetworkTask):
         self.model = model
         self.config = config or ClassifyConfig()
         self.steps_per_epoch = steps_per_epoch
-        known = [str(name) for name in list_optimizers()]
-        if self.config.opt.lower() not in known:
-            raise UserError(f"unknown --opt {self.config.opt}{nearest(self.config.opt, known)}")
+        check_optimizer(self.config.opt)
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         self.class_names = list(class_names or map(str, range(self.num_classes)))
         self.confusion: np.ndarray | None = None
@@ -83,7 +84,7 @@ class ClassificationTask(NetworkTask):
         return images, soft
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, targets = self.mix(*_readable(batch))
+        images, targets = self.mix(*readable(batch))
         return F.cross_entropy(self.model(images).float(), targets)
 
     def on_validation_epoch_start(self) -> None:
@@ -106,6 +107,11 @@ class ClassificationTask(NetworkTask):
         self.confusion = self.val_confusion.compute().cpu().numpy()
         # Each value is already over all processes: synchronising again would change nothing.
         self.log_dict(values, rank_zero_only=False, sync_dist=False)
+
+    def evaluation(self, skipped: Sequence[str]) -> Evaluation:
+        top1, top5, loss = (float(self.trainer.callback_metrics[name]) for name in ("top1", "top5", "val_loss"))
+        assert self.confusion is not None
+        return Evaluation(top1, top5, loss, self.confusion, tuple(self.class_names), tuple(skipped))
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -132,20 +138,25 @@ class ClassificationTask(NetworkTask):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.global_step)
 
-    def on_train_start(self) -> None:
-        # The rate is a function of the step and of this run's settings: also on resuming with more epochs.
-        self.lr_schedulers().step_update(self.global_step)  # type: ignore[union-attr]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lr_schedulers"] = []
+def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> ClassificationModule:
+    """As of `Task.module`."""
+    classes = splits.metadata["classes"]
+    model = new_classifier(config, len(classes), weights)
+    return ClassificationModule(model, config, int(splits.steps_per_pass), classes)
 
 
-def _readable(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images and targets of a batch that has any."""
-    images, targets = batch[:2]
-    if not len(targets):
-        raise UserError(f"not one image of this batch could be read; the first: {batch[3][0]}")
-    return images, targets
+def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | None = None) -> nn.Module:
+    """The network to train: fresh, or from some weights, with their classifier kept if the number of classes fits."""
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path}
+    if config.model in VARIANTS:
+        options |= {"coarse": config.coarse, "img_size": config.image_hw, **config.guidance}
+    elif not config.drop_path:
+        options = {}  # not every network of timm knows the word
+    if weights is None:
+        model = build_model(config.model, num_classes, **options)
+    else:
+        model = build_network(weights, num_classes=num_classes, **options)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return model.train()

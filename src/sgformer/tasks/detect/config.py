@@ -64,3 +64,6 @@ class DetectConfig(RunConfig):
         warmup = min(1000, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
         warm = min(1.0, self.warmup_factor + (1 - self.warmup_factor) * step / warmup) if warmup else 1.0
         return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in self.lr_drops)
+
+
+Config = DetectConfig

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from sgformer.core.errors import require
-from sgformer.tasks.classify.metrics import class_tables, csv_text, show, write_text
+from sgformer.core.files import write_json, write_text
+from sgformer.training.report import class_tables, csv_text, facts_table, show
 from sgformer.viz.detection import draw_precision_recall
 
 #: The twelve numbers in pycocotools' order: average precision and recall, by IoU, object size and detections per image.
@@ -71,12 +72,9 @@ class DetectionEvaluation:
         return dataclasses.replace(self, skipped=tuple(skipped))
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, as JSON takes them."""
+        """The numbers by name, as `metrics.json` holds them (NaN is null there)."""
         return {
-            **{
-                kind: {n: None if math.isnan(v) else v for n, v in values.items()}
-                for kind, values in self.kinds.items()
-            },
+            **self.kinds,
             "images": self.images,
             "objects": self.objects,
             "skipped": list(self.skipped),
@@ -89,6 +87,10 @@ class DetectionEvaluation:
             for kind, values in self.kinds.items()
         )
 
+    def counted(self) -> str:
+        """What was measured on."""
+        return f"{self.images} images, {self.objects} objects of {len(self.classes)} classes"
+
     def table(self) -> str:
         """All numbers in columns, for a terminal."""
         lines = ["       " + "".join(f"{name:>7}" for name in NUMBERS)]
@@ -100,13 +102,13 @@ class DetectionEvaluation:
         """`metrics.json`, `classes.csv`, `results_box.json` (and `_mask`), and on request `precision_recall.png`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "metrics.json", json.dumps(self.summary(), indent=2) + "\n")
+        write_json(folder / "metrics.json", self.summary())
         if self.classes:
             write_text(
                 folder / "classes.csv", csv_text(list(self.classes[0]), [list(r.values()) for r in self.classes])
             )
         for kind, results in self.results.items():
-            write_text(folder / f"results_{kind}.json", json.dumps(results))
+            write_json(folder / f"results_{kind}.json", results, indent=None)
         if self.image_scores:
             rows = [[key, _blank(value)] for key, value in self.image_scores.items()]
             write_text(folder / "images.csv", csv_text(["image_id", "f1"], rows))
@@ -271,10 +273,7 @@ def report(
         "|---|" + "---|" * len(NUMBERS),
         *(f"| {k} | " + " | ".join(_percent(values[n]) for n in NUMBERS) + " |" for k, values in result.kinds.items()),
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-        "",
+        *facts_table(facts),
     ]
     kind = "mask" if result.mask else "box"
     ranked = sorted((r for r in result.classes if r[f"{kind}_AP"] is not None), key=lambda r: r[f"{kind}_AP"])
@@ -305,3 +304,6 @@ def _blank(value: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+read = DetectionEvaluation.read

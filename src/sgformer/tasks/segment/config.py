@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sgformer.training.config import RunConfig, option
 
@@ -13,6 +14,7 @@ class SegmentConfig(RunConfig):
     """Semantic segmentation on the ADE20K layout."""
 
     base_batch = 16
+    former_names: ClassVar[Mapping[str, str]] = {"most_of_one_class": "cat_max_ratio"}
 
     data: str | None = option(None, "Run", "folder with images/training, annotations/training ...", main=True)
     head: Literal["semantic-fpn", "upernet"] = option("upernet", "Run", "what stands on the backbone", main=True)
@@ -65,3 +67,6 @@ class SegmentConfig(RunConfig):
     def total_steps(self, steps_per_pass: float) -> int:
         """Updates of the whole schedule, where a pass over the images takes so many."""
         return max(1, round(self.epochs * steps_per_pass)) if self.epochs else self.steps
+
+
+Config = SegmentConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sgformer.tasks.classify.metrics import class_tables, read_confusion, show, taken_for, write_confusion
+from sgformer.training.report import class_tables, facts_table, read_confusion, show, taken_for, write_confusion
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,14 @@ class SegmentationEvaluation:
             f"pixel accuracy {100 * self.pixel_accuracy:.2f} %   loss {self.loss:.4f}"
         )
 
+    def table(self) -> str:
+        """All numbers, for a terminal."""
+        return self.headline()
+
+    def counted(self) -> str:
+        """What was measured on."""
+        return f"{self.images} images of {len(self.class_names)} classes"
+
     def per_class(self) -> list[dict[str, Any]]:
         """One row per class: pixels, IoU, accuracy, and what its pixels were mostly taken for instead."""
         rows = []
@@ -111,14 +119,15 @@ def report(
         "",
         f"{result.images} validation images, {len(result.class_names)} classes.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| mIoU | {100 * result.miou:.2f} % |",
-        f"| Mean class accuracy | {100 * result.macc:.2f} % |",
-        f"| Pixel accuracy | {100 * result.pixel_accuracy:.2f} % |",
-        f"| Loss | {result.loss:.4f} |",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-        "",
+        *facts_table(
+            {
+                "mIoU": f"{100 * result.miou:.2f} %",
+                "Mean class accuracy": f"{100 * result.macc:.2f} %",
+                "Pixel accuracy": f"{100 * result.pixel_accuracy:.2f} %",
+                "Loss": f"{result.loss:.4f}",
+                **facts,
+            }
+        ),
     ]
     ranked = sorted((row for row in result.per_class() if row["iou"] is not None), key=lambda row: row["iou"])
     lines += class_tables(
@@ -140,3 +149,6 @@ def _mean(values: np.ndarray) -> float:
     """Mean without NaN; NaN if nothing is left."""
     there = values[~np.isnan(values)]
     return float(there.mean()) if len(there) else float("nan")
+
+
+read = SegmentationEvaluation.read

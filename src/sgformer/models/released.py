@@ -1,0 +1,253 @@
+"""Checkpoints as the authors released them, in and out: their names, and what ours are made of.
+
+Pickles are read with torch's restricted loader, so nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgformer.core.errors import UserError, first_sentence
+from sgformer.core.names import some
+from sgformer.models.backbone import SGFormer
+from sgformer.models.checkpoint import POSITION, build_from_tensors, save_model
+from sgformer.models.config import VARIANTS, SGFormerConfig
+
+# How one parameter of ours is put together from released ones, within a block's attention. Rows are stacked in this
+# order; "name[0]" and "name[1]" are the first and second half of a released matrix's rows (keys and values).
+HYBRID = {
+    "reduce": ["sr"],
+    "reduce_norm": ["norm"],
+    "kv_coarse": ["kv1"],
+    "proj_in": ["q1", "q2", "kv2", "lepe_linear"],
+}
+GUIDED = {"proj_in": ["q", "lepe_linear"], "kv": ["kv1[0]", "kv2[0]", "kv1[1]", "kv2[1]"]}
+PLAIN = {"proj_in": ["q", "kv", "lepe_linear"]}
+EVERY = {"local": ["lepe_conv"], "proj": ["proj"]}
+# Rows of each released matrix inside a stacked one, in halves of C; 1 where only one matrix goes in.
+ROWS = {"q1": 1, "q2": 1, "kv2": 2, "q": 2, "kv": 4, "lepe_linear": 2}
+
+
+def released_map(config: SGFormerConfig) -> dict[str, list[str]]:
+    """Our modules and the released ones each is made of: {ours: [released, ...]}, without ".weight" and ".bias"."""
+    pairs: dict[str, list[str]] = {"head.fc": ["head"], "stem.norm": ["patch_embed1.norm"]}
+    convs = {"stem": ("patch_embed1.conv.{}", {"conv1": 0, "conv2": 2, "conv3": 4})}
+    for s in range(2, len(config.stages) + 1):
+        convs[f"stages.{s - 1}.downsample"] = (f"patch_embed{s}.conv{{}}", {"expand": 1, "reduce": 2, "mix": 3})
+    for ours, (theirs, names) in convs.items():
+        for name, number in names.items():
+            pairs[f"{ours}.{name}.conv"] = [theirs.format(number) + ".c"]
+            pairs[f"{ours}.{name}.norm"] = [theirs.format(number) + ".bn"]
+    for s, stage in enumerate(config.stages, start=1):
+        pairs[f"stages.{s - 1}.norm"] = [f"norm{s}"]
+        for j in range(stage.depth):
+            block, released = f"stages.{s - 1}.blocks.{j}", f"block{s}.{j}"
+            for name, theirs in (("fc1", "fc1"), ("conv", "dwconv.dwconv"), ("fc2", "fc2")):
+                pairs[f"{block}.mlp.{name}"] = [f"{released}.mlp.{theirs}"]
+            for name in ("norm1", "norm2"):
+                pairs[f"{block}.{name}"] = [f"{released}.{name}"]
+            attention = PLAIN if stage.reduction is None else HYBRID if j % 2 == 0 else GUIDED
+            for name, sources in (attention | EVERY).items():
+                pairs[f"{block}.attn.{name}"] = [f"{released}.attn.{source}" for source in sources]
+            if attention is GUIDED:
+                for i in range(len(stage.regions)):
+                    pairs[f"{block}.attn.aggregate.{i}"] = [f"{released}.attn.f{i + 1}"]
+    return pairs
+
+
+def from_released(state_dict: Mapping[str, Tensor], config: SGFormerConfig, source: str) -> dict[str, Tensor]:
+    """Released names to ours, dtype kept. Raises UserError listing what is missing or left over."""
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in SGFormer(config).state_dict().items()}
+    unused = set(state_dict)
+    missing: list[str] = []
+
+    def rows(name: str, leaf: str) -> Tensor | None:
+        base, half = (name[:-3], int(name[-2])) if name.endswith("]") else (name, None)
+        full = f"{base}.{leaf}"
+        if full not in state_dict:
+            missing.append(full)
+            return None
+        unused.discard(full)
+        return state_dict[full] if half is None else state_dict[full].chunk(2)[half]
+
+    result: dict[str, Tensor] = {}
+    if "pos_embed" in state_dict:
+        unused.discard("pos_embed")
+        result[POSITION] = _table_from_released(state_dict["pos_embed"], source)
+    else:
+        missing.append("pos_embed")
+    for ours, theirs in released_map(config).items():
+        for leaf in ("weight", "bias"):
+            if f"{ours}.{leaf}" in expected:
+                parts = [rows(name, leaf) for name in theirs]
+                known = [p for p in parts if p is not None]
+                if len(known) == len(parts):
+                    result[f"{ours}.{leaf}"] = _stack(known, f"{source}: {theirs[0]}.{leaf}")
+    listed = [f"{len(n)} {what}: {some(n, 4)}" for what, n in (("missing", missing), ("unknown", sorted(unused))) if n]
+    if listed:
+        raise UserError(f"{source}: not a released SG-Former checkpoint of this size ({'; '.join(listed)})")
+    return result
+
+
+def to_released(model: SGFormer) -> dict[str, Tensor]:
+    """The model's weights under the released names and shapes: the inverse of :func:`load_released`.
+
+    Needs the square position table of the released layout and a classifier, as every released checkpoint has them.
+    """
+    state = model.state_dict()
+    result = {"pos_embed": state[POSITION].flatten(0, 1)[None]}
+    halves: dict[str, dict[int, Tensor]] = {}
+    for ours, theirs in released_map(model.config).items():
+        for leaf in ("weight", "bias"):
+            if f"{ours}.{leaf}" not in state:
+                continue
+            tensor = state[f"{ours}.{leaf}"]
+            lengths = [ROWS.get(name.rsplit(".", 1)[-1], 1) for name in theirs]
+            unit = tensor.shape[0] // sum(lengths)
+            for name, part in zip(theirs, tensor.split([n * unit for n in lengths]), strict=True):
+                if name.endswith("]"):
+                    halves.setdefault(f"{name[:-3]}.{leaf}", {})[int(name[-2])] = part
+                else:
+                    result[f"{name}.{leaf}"] = part
+    result.update({name: torch.cat([parts[0], parts[1]]) for name, parts in halves.items()})
+    return {name: t.detach().clone() for name, t in result.items()}
+
+
+def detect_variant(state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> SGFormerConfig:
+    """The published size whose dims and depths a released state dict has, with its number of classes.
+
+    Raises:
+        UserError: no such size, or not an SG-Former state dict.
+    """
+    depths = [0] * 4
+    for name in state_dict:
+        if m := re.match(r"block([1-4])\.(\d+)\.", name):
+            depths[int(m[1]) - 1] = max(depths[int(m[1]) - 1], int(m[2]) + 1)
+    norms = [state_dict.get(f"norm{s}.weight") for s in range(1, 5)]
+    dims = [-1 if t is None else t.shape[0] for t in norms]
+    for config in VARIANTS.values():
+        if [s.dim for s in config.stages] == dims and [s.depth for s in config.stages] == depths:
+            stem, head = state_dict.get("patch_embed1.conv.0.c.weight"), state_dict.get("head.weight")
+            return config.replace(
+                in_chans=3 if stem is None or stem.ndim != 4 else stem.shape[1],
+                num_classes=0 if head is None else head.shape[0],
+            )
+    names = some(list(state_dict), 4)
+    raise UserError(f"{source}: not a released SG-Former of a known size (dims {dims}, depths {depths}; holds {names})")
+
+
+def load_released(source: str | os.PathLike[str] | Mapping[str, Any], raw: bool = False, **overrides: Any) -> SGFormer:
+    """Build the model of a released checkpoint; the size is read off the weights, the dtype is kept.
+
+    Args:
+        source: a released .pth file, or what ``torch.load`` gave: a state dict, or a dict that holds one under
+            "state_dict_ema" or "state_dict".
+        raw: take "state_dict" even where there are averaged weights ("state_dict_ema", the reported ones).
+        overrides: SGFormerConfig fields to change, as in :func:`load_model`.
+
+    Raises:
+        UserError: unreadable, would run code, or names and shapes that do not fit; one line that lists them.
+    """
+    name = "state dict" if isinstance(source, Mapping) else str(source)
+    state_dict = pick_weights(source if isinstance(source, Mapping) else read_pickle(Path(source)), raw, name)
+    stored, tensors = adapt(state_dict, name)
+    return build_from_tensors(stored.replace(**overrides), tensors, name)
+
+
+def is_released(state_dict: Mapping[str, Any]) -> bool:
+    """Whether names are those of the published code."""
+    return any(name.startswith(("patch_embed1.", "block1.")) for name in state_dict)
+
+
+def adapt(state_dict: Mapping[str, Tensor], source: str) -> tuple[SGFormerConfig, dict[str, Tensor]]:
+    """The config of a released state dict, and its tensors under our names.
+
+    Raises:
+        UserError: as :func:`load_released`.
+    """
+    foreign = [name for name, tensor in state_dict.items() if not tensor.is_floating_point()]
+    if foreign:
+        raise UserError(f"{source}: weights must be floating point ({some(foreign, 4)})")
+    stored = detect_variant(state_dict, source)
+    tensors = from_released(state_dict, stored, source)
+    rows, columns, _ = tensors[POSITION].shape
+    return stored.replace(img_size=(4 * rows, 4 * columns)), tensors
+
+
+def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], raw: bool = False) -> SGFormer:
+    """Released checkpoint in, safetensors file out; returns the model.
+
+    Raises:
+        UserError: as :func:`load_released`; nothing is written then.
+    """
+    model = load_released(source, raw)
+    save_model(model, target, {"source": Path(source).name, "weights": "raw" if raw else "ema where stored"})
+    return model
+
+
+def pick_weights(loaded: Any, raw: bool, source: str) -> dict[str, Tensor]:
+    """The tensors of what ``torch.load`` gave: averaged ones where there are some, unless ``raw``; "module." goes.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{source}: holds a {type(loaded).__name__}, not a checkpoint")
+    keys = ("state_dict",) if raw else ("state_dict_ema", "state_dict")
+    inner = next((loaded[k] for k in keys if isinstance(loaded.get(k), Mapping)), loaded)
+    tensors = {str(k).removeprefix("module."): v for k, v in inner.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise UserError(f"{source}: holds no weights (keys: {some([str(k) for k in inner], 4)})")
+    return tensors
+
+
+def read_pickle(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, if that is tensors, plain values and an ``argparse.Namespace``.
+
+    Raises:
+        UserError: no such file, damaged, or loading it would run code.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # What is marked as a folder, torch does not read: its tensors would be whatever was in the memory.
+                folders = (entry.filename for entry in archive.infolist() if entry.is_dir() or entry.external_attr & 16)
+                damaged = archive.testzip() or next(folders, None)
+            if damaged is not None:
+                raise UserError(f"{path}: damaged: {damaged} in it is not what was written")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their options under "args"
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if m := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            raise UserError(f"{path}: refused, because loading it would run code ({m[1]})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_sentence(e)})") from None
+    except UserError:
+        raise
+    except Exception as e:  # torch's readers fail in a zoo of ways on broken files
+        raise UserError(f"{path}: cut short or damaged ({first_sentence(e)})") from None
+
+
+def _table_from_released(table: Tensor, source: str) -> Tensor:
+    side = round((table.shape[1] if table.ndim == 3 else 0) ** 0.5)
+    if table.ndim != 3 or table.shape[0] != 1 or side * side != table.shape[1] or side < 8:
+        raise UserError(f"{source}: pos_embed must be (1, side * side, C) with side >= 8 (got {tuple(table.shape)})")
+    return table[0].unflatten(0, (side, side))
+
+
+def _stack(parts: list[Tensor], what: str) -> Tensor:
+    if len({p.shape[1:] for p in parts}) > 1:
+        raise UserError(f"{what}: shapes do not go together (got {', '.join(str(tuple(p.shape)) for p in parts)})")
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,0 +1,321 @@
+"""One way in, for every task: train, evaluate, predict, explain, export, load.
+
+run = sgformer.train("classify", data="photos", model="sgformer_t", epochs=50)
+result = sgformer.evaluate(run.path, data="photos")
+predictions = sgformer.predict(run.path, ["cat.jpg"])
+
+`weights` is whatever you have in hand: a run folder, a .safetensors file of any task, a released checkpoint, a
+checkpoint of timm's `train.py`, or a plain state dict together with `model`, its name. The command line calls the same
+functions. Nothing here imports torch before it is needed: exported files work where it is not installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sgformer.core.errors import UserError, require
+from sgformer.core.names import dashed
+from sgformer.tasks.registry import get_task, refuse_foreign, task_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sgformer.explaining.base import Explainer, Picture
+    from sgformer.exporting.export import Export
+    from sgformer.results import Explanation
+    from sgformer.training.config import RunConfig
+    from sgformer.training.run_folder import RunFolder
+
+Source = str | os.PathLike[str]
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(task: str, config: RunConfig | None = None, *, resume: Source | None = None, **options: Any) -> RunFolder:
+    """Train a network on your images, validate it, and leave a run folder.
+
+    Args:
+        task: "classify" (`data/train/CLASS/*`, `data/val/CLASS/*`, or tar shards), "detect" (COCO annotations) or
+            "segment" (`data/images/training`, `data/annotations/training` ...).
+        config: all settings; or give them as keywords, named as on the command line with underscores.
+        resume: folder of a run to go on with, at the very step it had reached; its settings hold, and `options` may
+            only change `epochs`, `max_steps`, `workers`, `device` and `devices`.
+        options: settings of the task, e.g. `data`, `model`, `epochs`; see `sgformer train TASK --help-all`.
+
+    Returns:
+        The run's folder; `.path`, absolute, holds config.yaml, metrics.csv, report.md, best.safetensors and so on.
+
+    Raises:
+        UserError: a setting, the data or the machine is invalid; the message says which.
+        Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
+    """
+    trained = get_task(task)
+    for package in ("lightning", "torchmetrics", "matplotlib"):
+        require(package, extra="train")
+    trained.require()
+    from sgformer.training.config import make_config
+    from sgformer.training.fit import run_training
+    from sgformer.training.run_folder import resumed_config, shown_log
+    from sgformer.training.trainer import quiet
+
+    if resume is not None:
+        config = resumed_config(trained.Config, resume, dataclasses.asdict(config) if config else options)
+    elif config is None:
+        config = make_config(trained.Config, options)
+    elif options:
+        config = dataclasses.replace(config, **options)
+    with quiet(), shown_log():
+        run = run_training(config, trained, resume)
+    run.path = run.path.absolute()
+    return run
+
+
+# -- trained weights --------------------------------------------------------------------------------------------------
+
+
+def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.Module:
+    """The network of any weights, in evaluation mode and in the stored dtype; `.metadata` is what the file says of it.
+
+    Args:
+        weights: see the module.
+        model: the network's name, for a plain state dict.
+        options: of a classifier or backbone. For SG-Former, fields of :class:`SGFormerConfig` to change
+            (``num_classes`` other than the stored one gives a fresh classifier, ``img_size`` resizes the position
+            table); for other models of timm, arguments of ``timm.create_model``.
+
+    Returns:
+        An :class:`SGFormer` or another network of timm; of a detector or a segmentation, the backbone with its heads.
+
+    Raises:
+        UserError: unreadable, damaged, of an unknown network, or tensors that do not fit.
+    """
+    from sgformer.models.load import build_network, read_weights
+
+    held = read_weights(weights, model)
+    if held.architecture is None:
+        return build_network(held, options.pop("num_classes", None), **options)
+    if options:
+        raise UserError(f"{weights}: a network for {held.task} takes no options, got {', '.join(options)}")
+    return task_of(held.task, weights).network(held)
+
+
+def evaluate(weights: Source, data: Source, *, model: str | None = None, **options: Any) -> Any:
+    """Measure trained weights on a part of a data set, every image counted once.
+
+    Args:
+        weights: see the module.
+        data: the data set, in the layout of the training.
+        model: the network's name, for a plain state dict.
+        options: `split`, `batch_size`, `image_size`, `workers`, `device`, `devices`, `precision`, `bad_images`, `out`
+            (a folder for pictures), and the task's own: `crop_pct`; `multi_scale`, `flip`, `sliding`; `images`.
+
+    Returns:
+        The task's evaluation, e.g. with `.top1`, `.miou` or `.box["AP"]`; `.write(folder)` leaves its files.
+
+    Raises:
+        UserError: weights or data are invalid, or do not go together.
+    """
+    for package in ("lightning", "torchmetrics"):
+        require(package, extra="train")
+    from sgformer.models.load import read_weights
+
+    held = read_weights(weights, model)
+    task = task_of(held.task, weights)
+    task.require()
+    refuse_foreign(options, task, "eval_options", weights)
+    return task.evaluate(held, data, **options)
+
+
+def predict(
+    weights: Source, images: Any, *, model: str | None = None, stream: bool = False, **options: Any
+) -> list[Any] | Iterator[Any]:
+    """What a network says of images.
+
+    Args:
+        weights: see the module; also an `.onnx` file of `sgformer export`, which needs no torch.
+        images: one or several files, folders (searched for images, also nested) or PIL images.
+        model: the network's name, for a plain state dict.
+        stream: give an iterator that yields results as they come, for more images than fit in memory.
+        options: `image_size`, `device`, and the task's own: `top`, `batch_size`; `multi_scale`, `flip`, `sliding`;
+            `score`.
+
+    Returns:
+        For each image a `Prediction` (`.labels`), `Segments` (`.labels`, `.shares()`) or `Detections` (`.results`).
+
+    Raises:
+        UserError: weights or an image cannot be read, or an option is invalid.
+    """
+    results = (result for result, _ in predict_images(weights, images, model=model, **options)[1])
+    return results if stream else list(results)
+
+
+def predict_images(
+    weights: Source, images: Any, *, model: str | None = None, **options: Any
+) -> tuple[Any, Iterator[tuple[Any, Any]], dict[str, Any], Sequence[Any]]:
+    """What :func:`predict` does, for whoever also shows the results.
+
+    Returns:
+        The task, an iterator over (result, PIL RGB image), the metadata of the weights, and the images' sources.
+    """
+    from sgformer.data.image import list_images
+
+    sources = list_images(images)
+    if is_exported(weights):
+        from sgformer.exporting.onnx_predict import ExportedNetwork
+
+        if options.pop("device", "auto") not in ("auto", "cpu"):
+            raise UserError(f"--device: {weights} is an exported file, which runs on the CPU here")
+        network = ExportedNetwork(weights)
+        task = task_of(network.metadata["task"], weights)
+        refuse_foreign(options, task, "predict_options", weights)
+        for name in ("multi_scale", "flip", "sliding"):
+            if options.get(name):
+                raise UserError(f"--{dashed(name)} is for weights; {weights} is an exported file")
+        return task, task.predict_exported(network, sources, **options), network.metadata, sources
+    from sgformer.models.load import read_weights
+
+    held = read_weights(weights, model)
+    task = task_of(held.task, weights)
+    task.require()
+    refuse_foreign(options, task, "predict_options", weights)
+    return task, task.predict(held, sources, **options), dict(held.metadata), sources
+
+
+def is_exported(weights: Source) -> bool:
+    """Whether a WEIGHTS argument is a file of `sgformer export` that is predicted with."""
+    return Path(weights).suffix == ".onnx"
+
+
+# -- looking inside, taking elsewhere ---------------------------------------------------------------------------------
+
+
+def explainer_for(model: nn.Module, metadata: Any = None) -> Explainer:
+    """An explainer of a network in memory.
+
+    Args:
+        model: an :class:`SGFormer`, or a network of :func:`load_model`.
+        metadata: of its weights; by default what the network remembers.
+
+    Raises:
+        UserError: another network than SG-Former, which has no significance.
+    """
+    about = getattr(model, "metadata", None) if metadata is None else metadata
+    about = dict(about or {})
+    task = getattr(type(model), "task", None) or about.get("task", "classify")
+    return get_task(task).explainer(model, about)
+
+
+def load_explainer(weights: Source, device: str = "auto", model: str | None = None, **metadata: Any) -> Explainer:
+    """An explainer of trained weights.
+
+    Args:
+        weights: see the module.
+        device: "auto", "cpu", "cuda" ...
+        model: the network's name, for a plain state dict.
+        metadata: entries that differ from those of the weights.
+
+    Raises:
+        UserError: unreadable, or weights of another network than SG-Former.
+    """
+    from sgformer.core.device import find_device
+    from sgformer.models.load import read_weights
+
+    where = find_device(device)
+    held = read_weights(weights, model)
+    task = task_of(held.task, weights)
+    about = {**held.metadata, **metadata}
+    if held.architecture is None:
+        about.setdefault("image_size", 224)
+    try:
+        return task.explainer(task.network(held).to(where), about)
+    except UserError as error:
+        raise UserError(f"{weights}: holds {error}") from None
+
+
+def explain(
+    weights: Source | nn.Module,
+    images: Picture | Sequence[Picture],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    model: str | None = None,
+) -> Iterator[Explanation]:
+    """What a network attended to on images, one after the other.
+
+    Args:
+        weights: of any task, see the module; or a network in memory, which is left in the mode it was in.
+        images: one or several files, folders (searched for images, also nested), PIL images, (H, W, 3) uint8 arrays, or
+            tensors (3, H, W) as the network takes them (normalised; for a detector in 0..1).
+        image_size: pixels, as in validation (classification: height and width; segmentation: the short side; detection:
+            short side, or short and longest); by default as trained or, where weights do not say, the image's own.
+        limit: so many images at most, spread evenly over those given.
+        device: "auto", "cpu", "cuda" ...; a network in memory stays where it is.
+        model: the network's name, for a plain state dict.
+
+    Raises:
+        UserError: weights or an image cannot be read, or the network is another than SG-Former.
+    """
+    from sgformer.explaining.base import as_pictures
+
+    pictures = as_pictures(images, limit)
+    if isinstance(weights, str | os.PathLike):
+        explainer = load_explainer(weights, device, model)
+    else:
+        explainer = explainer_for(weights)
+    if image_size is not None:
+        explainer.take_size(image_size)
+    return explainer.explain_all(pictures)
+
+
+def export(
+    weights: Source,
+    out: Source,
+    *,
+    format: str = "onnx",
+    image_size: int | tuple[int, int] | None = None,
+    features: bool = False,
+    significance: bool = False,
+    precision: str = "fp32",
+    calibration: Source | None = None,
+    model: str | None = None,
+) -> Export:
+    """Write a network for another runtime, run the file there, and compare it with PyTorch.
+
+    Batch, height and width are open where network and format allow it. Nothing is left if the comparison fails.
+
+    Args:
+        weights: see the module.
+        out: the file; its ending is the format's (.onnx, .pt2, .xml).
+        format: "onnx", "torch-export" or "openvino".
+        image_size: take this size only: pixels or (height, width), in multiples of 32. A whole detector always has one
+            size, by default the square of the side it was trained with.
+        features: also give the four feature maps.
+        significance: also give the significance map of every hybrid-scale block.
+        precision: "fp32"; "fp16" or "int8" (both ONNX only).
+        calibration: a folder of pictures: int8 is made from what the network makes of them (static), and the change
+            in the results is measured on them.
+        model: the network's name, for a plain state dict.
+
+    Raises:
+        UserError: weights cannot be read, or not be exported so; the file differs from PyTorch by more than 1e-4 of
+            the largest output; a package is missing.
+    """
+    from sgformer.exporting.export import export_graph
+    from sgformer.models.load import read_weights
+
+    held = read_weights(weights, model)
+    task = task_of(held.task, weights)
+    return export_graph(
+        lambda whole: task.graph(held, whole, features, significance),
+        out,
+        format=format,
+        image_size=image_size,
+        precision=precision,
+        calibration=calibration,
+        prepare=task.prepare_exported,
+    )

@@ -1,0 +1,93 @@
+"""The images of a classification run: `train/CLASS/*` and `val/CLASS/*`, or tar shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sgformer.core.errors import UserError
+from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
+from sgformer.data.shards import open_splits
+from sgformer.data.transforms import Normalization, denormalize, eval_transform, preprocessing, train_transform
+from sgformer.models.load import Weights
+from sgformer.tasks.classify.config import ClassifyConfig
+from sgformer.training.task import Splits
+from sgformer.viz.sheets import draw_batch as draw_sheet
+
+AUGMENTATION = ("auto_augment", "color_jitter", "interpolation", "crop_scale", "hflip", "reprob")
+
+
+def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
+    """As of `Task.splits`."""
+    normalization = Normalization.of(weights.metadata if weights else {})
+    if config.data is None:
+        raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
+    train, val = open_splits(config.data)
+    sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
+    steps = len(sampler) // config.accumulate
+    augmentation = {name: getattr(config, name) for name in AUGMENTATION}
+    transforms = (
+        train_transform(config.image_hw, **augmentation, normalization=normalization),
+        eval_transform(config.image_hw, config.crop_pct, normalization=normalization),
+    )
+    datasets = [
+        ImageFolderDataset(listing, transform, seed=config.seed, bad_images=config.bad_images)
+        for listing, transform in zip((train, val), transforms, strict=True)
+    ]
+    return Splits(
+        train=datasets[0],
+        val=datasets[1],
+        train_sampler=sampler,
+        val_sampler=EpochSampler(len(val), max(1, config.batch_size // world), train=False, rank=rank, world=world),
+        total_steps=steps * (config.epochs + config.cooldown_epochs),
+        steps_per_pass=steps,
+        collate=collate,
+        val_collate=collate,
+        metadata={
+            "task": "classify",
+            "model": config.model,
+            "classes": list(train.classes),
+            "image_size": config.to_dict()["image_size"],
+            "crop_pct": config.crop_pct,
+            **normalization.to_metadata(),
+        },
+        about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
+        size="x".join(map(str, config.image_hw)),
+    )
+
+
+def objects(splits: Splits, index: int) -> np.ndarray | None:
+    """Objects' pixels on a validation sample, where the data are composed scenes; else None."""
+    listing, transform = splits.val.listing, splits.val.transform
+    if not hasattr(listing, "root") or not (listing.root / "scenes.json").is_file():
+        return None
+    from sgformer.data.scenes import scene_objects
+
+    mask = scene_objects(listing.path(index))
+    return (denormalize(transform(Image.fromarray(mask).convert("RGB")))[0] > 0.5).numpy()
+
+
+def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:
+    """Arguments of `eval_transform`: as in training, unless told otherwise.
+
+    Raises:
+        UserError: the size or the crop is invalid.
+    """
+    given = {"image_size": image_size, "crop_pct": crop_pct}
+    result = preprocessing({**metadata, **{name: value for name, value in given.items() if value is not None}})
+    if min(result["image_size"]) < 32 or not 0 < result["crop_pct"] <= 1:
+        raise UserError(f"--image-size must be 32 or more and --crop-pct in (0, 1], got {image_size} and {crop_pct}")
+    return result
+
+
+def draw_batch(
+    config: ClassifyConfig, splits: Splits, images: list[torch.Tensor], targets: list[torch.Tensor], out: Path
+) -> None:
+    """As of `Task.draw_batch`."""
+    pixels = denormalize(torch.stack(images), Normalization.of(splits.metadata)).permute(0, 2, 3, 1).numpy()
+    draw_sheet(pixels, torch.stack(targets).numpy(), splits.metadata["classes"], out, config.smoothing)

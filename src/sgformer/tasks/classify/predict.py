@@ -1,0 +1,110 @@
+"""Classifying images with trained weights, and measuring how well that goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sgformer.backends.optimize import optimize
+from sgformer.core.device import find_device
+from sgformer.core.errors import UserError
+from sgformer.data.image import open_image, source_name
+from sgformer.data.transforms import eval_transform
+from sgformer.models.backbone import SGFormer
+from sgformer.models.load import Weights, build_network
+from sgformer.results import Prediction
+from sgformer.tasks.classify.data import reading
+
+#: From so many images on, preparing a network for the CPU takes less time than it saves.
+WORTH_PREPARING = 64
+
+
+network = build_network
+
+
+def predict(
+    weights: Weights,
+    sources: Sequence[Path | Image.Image],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+    image_size: int | tuple[int, int] | None = None,
+    device: str = "auto",
+) -> Iterator[tuple[Prediction, Image.Image]]:
+    """As of `Task.predict`. On a CPU many images are worth :func:`sgformer.optimize`, which is done.
+
+    Args:
+        weights: of a classifier.
+        sources: files or PIL images.
+        top: number of classes per image.
+        batch_size: images at a time.
+        image_size: pixels, or (height, width); by default as trained.
+        device: "auto", "cpu", "cuda" ...
+
+    Raises:
+        UserError: an image cannot be read, or a value is invalid.
+    """
+    model: Any = build_network(weights)
+    where = find_device(device)
+    model.to(where)
+    if where.type == "cpu" and isinstance(model, SGFormer) and len(sources) >= WORTH_PREPARING:
+        model = optimize(model)
+    names = weights.metadata.get("classes") or [str(i) for i in range(model.num_classes)]
+    transform = eval_transform(**reading(weights.metadata, image_size))
+    for start in range(0, len(sources), batch_size):
+        part = sources[start : start + batch_size]
+        images = [open_image(source) for source in part]
+        with torch.inference_mode():
+            pixels = torch.stack([transform(image) for image in images])
+            shares = model(pixels.to(where)).float().softmax(-1).cpu()
+        values, indices = shares.topk(min(top, shares.shape[1]))
+        for i, (source, image) in enumerate(zip(part, images, strict=True)):
+            labels = tuple((names[k], v) for k, v in zip(indices[i].tolist(), values[i].tolist(), strict=True))
+            yield Prediction(source_name(source, start + i), labels), image
+
+
+def evaluate(
+    weights: Weights,
+    data: str | os.PathLike[str],
+    *,
+    split: str = "val",
+    batch_size: int = 64,
+    image_size: int | tuple[int, int] | None = None,
+    crop_pct: float | None = None,
+    bad_images: str = "stop",
+    out: Any = None,
+    **machine: Any,
+) -> Any:
+    """Top-1, top-5 and confusion on `data/split/CLASS/*`; every image counts exactly once.
+
+    Args:
+        weights: of a classifier; classes of released ones are taken to be the sorted folders.
+        data: the data set's folder, or folder or address of its shards.
+        split: part of it.
+        batch_size: images per forward pass on each process.
+        image_size, crop_pct: by default those of the training.
+        bad_images: "stop" at an unreadable image, or "skip" and list them.
+        out: not used; a classifier has no pictures that need the images.
+        machine: `workers`, `device`, `devices`, `precision`, as of `training.validate.validate`.
+
+    Raises:
+        UserError: weights or data are invalid, or do not go together.
+    """
+    from sgformer.data.imagefolder import ImageFolderDataset, collate
+    from sgformer.data.shards import open_split
+    from sgformer.tasks.classify.module import ClassificationModule
+    from sgformer.training.validate import validate
+
+    model: Any = build_network(weights)
+    listing = open_split(data, split, weights.metadata.get("classes"))
+    if len(listing.classes) != model.num_classes:
+        raise UserError(f"{weights.path} knows {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
+    transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
+    dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
+    module = ClassificationModule(model, class_names=listing.classes)
+    return validate(module, dataset, collate, batch_size=batch_size, **machine)[0]

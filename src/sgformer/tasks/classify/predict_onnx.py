@@ -1,0 +1,65 @@
+"""Classifying images with an exported file: onnxruntime, numpy and Pillow do it, torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sgformer.core.errors import UserError
+from sgformer.data.image import open_image, source_name
+from sgformer.exporting.onnx_predict import ExportedNetwork, centre, softmax
+from sgformer.results import Prediction
+
+
+def predict(
+    network: ExportedNetwork,
+    sources: Sequence[Path | Image.Image],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+    image_size: Any = None,
+) -> Iterator[tuple[Prediction, Image.Image]]:
+    """As of `Task.predict`.
+
+    Args:
+        network: an exported classifier.
+        sources: files or PIL images.
+        top: number of classes per image.
+        batch_size: images at a time.
+        image_size: pixels, or (height, width); by default as trained. Only where the file leaves it open.
+
+    Raises:
+        UserError: an image cannot be read, or the size is invalid.
+    """
+    network.refuse_size(image_size)
+    size = image_size or network.input_size or network.metadata["image_size"]
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    step = network.metadata["multiple"]
+    if network.input_size is None and (min(size) < 32 or size[0] % step or size[1] % step):
+        steps = f" in steps of {step}" if step > 1 else ""
+        raise UserError(f"{network.path}: takes images from 32 pixels up{steps}, got {size[0]} x {size[1]}")
+    for start in range(0, len(sources), batch_size):
+        part = sources[start : start + batch_size]
+        images = [open_image(source) for source in part]
+        batch = np.concatenate([_prepare(network, image, size) for image in images])
+        shares = softmax(network(batch)["logits"].astype(np.float32), 1)
+        for i, (source, image, row) in enumerate(zip(part, images, shares, strict=True), start):
+            order = np.argsort(-row, kind="stable")[:top]
+            labels = tuple((network.classes[k], float(row[k])) for k in order)
+            yield Prediction(source_name(source, i), labels), image
+
+
+def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
+    """An image as an exported classifier takes it: (1, 3, H, W) float32."""
+    size = network.input_size or network.metadata["image_size"]
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    return _prepare(network, image, size)
+
+
+def _prepare(network: ExportedNetwork, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    about = network.metadata
+    return network.normalised(centre(image, size, about["crop_pct"], about.get("interpolation", "bicubic")))[None]

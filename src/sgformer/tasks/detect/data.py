@@ -1,0 +1,127 @@
+"""The images of a detection run: COCO annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgformer.core.errors import UserError
+from sgformer.data.coco import CocoDataset, CocoListing, collate, find_coco, ground_truth, read_coco
+from sgformer.data.detection_transforms import eval_transform, train_transform
+from sgformer.data.image import short_and_longest
+from sgformer.data.imagefolder import EpochSampler
+from sgformer.data.objects import annotated_pixels
+from sgformer.data.transforms import Normalization
+from sgformer.models.load import Weights
+from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.metrics import CocoMetric
+from sgformer.training.task import Splits
+from sgformer.viz.detection import Instances, draw_training_images
+
+
+def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
+    """As of `Task.splits`."""
+    normalization = Normalization.of(weights.metadata if weights else {})
+    listings = learn, val = read_splits(config)
+    sampler = EpochSampler(len(learn), batch, train=True, seed=config.seed, rank=rank, world=world)
+    steps = len(sampler) // config.accumulate
+    transforms = train_transform(config.image_size, config.multi_scale, config.hflip), eval_transform(config.image_size)
+    train_data, val_data = (
+        CocoDataset(listing, transform, seed=config.seed, bad_images=config.bad_images, objects=listing is learn)
+        for listing, transform in zip(listings, transforms, strict=True)
+    )
+    short, longest = short_and_longest(config.image_size)
+    return Splits(
+        train=train_data,
+        val=val_data,
+        train_sampler=sampler,
+        val_sampler=EpochSampler(len(val), max(1, config.batch_size // world), train=False, rank=rank, world=world),
+        total_steps=steps * config.epochs,
+        steps_per_pass=steps,
+        collate=collate,
+        val_collate=collate,
+        metadata={
+            "task": "detect",
+            "model": config.model,
+            "classes": list(learn.classes),
+            "category_ids": list(learn.own_ids),
+            "image_size": config.to_dict()["image_size"],
+            **normalization.to_metadata(),
+        },
+        about=f"{config.data}: {len(learn.classes)} classes; " + "; ".join(listing.describe() for listing in listings),
+        size=f"{short}x{longest}",
+    )
+
+
+def read_splits(config: DetectConfig) -> tuple[CocoListing, CocoListing]:
+    """The training and the validation images that a config names.
+
+    Raises:
+        UserError: they are not there, or not as they should be.
+    """
+    if config.data is None:
+        raise UserError("--data is missing: a COCO folder (annotations/*.json and images), or its train JSON")
+    val_data = config.val_data or config.data
+    if config.val_data is None and Path(config.data).is_file():
+        stem = Path(config.data).name
+        twin = Path(config.data).with_name(stem.replace("train", "val"))
+        if twin.name == stem or not twin.is_file():
+            raise UserError(f"--val-data is missing: the JSON to validate on beside --data {config.data}")
+        val_data = str(twin)
+    check = config.bad_images == "stop"
+    learn = read_coco(
+        *find_coco(config.data, "train", config.images),
+        masks=config.masks,
+        drop_empty=config.drop_empty,
+        check_files=check,
+    )
+    if not any(learn.objects_of(i) for i in range(len(learn))):
+        raise UserError(f"{learn.json}: no object to learn from in it")
+    val = read_coco(
+        *find_coco(val_data, "val", config.images),
+        categories=learn.categories,
+        masks=learn.has_masks,
+        check_files=check,
+    )
+    return learn, val
+
+
+def coco_metric(listing: CocoListing) -> CocoMetric:
+    """What evaluates detections against a listing's own file."""
+    return CocoMetric(ground_truth(listing), listing.classes, listing.own_ids, listing.has_masks)
+
+
+def reading(metadata: Any, image_size: int | tuple[int, int] | None) -> int | tuple[int, int]:
+    """The image size of `eval_transform`: as in training, unless told otherwise.
+
+    Raises:
+        UserError: the size is invalid.
+    """
+    size = metadata["image_size"] if image_size is None else image_size
+    size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if min(short_and_longest(size)) < 32:
+        raise UserError(f"--image-size must be 32 pixels or more, got {image_size}")
+    return size
+
+
+def draw_batch(
+    config: DetectConfig, splits: Splits, images: list[torch.Tensor], targets: list[dict[str, Any]], out: Path
+) -> None:
+    """As of `Task.draw_batch`."""
+    pixels = [(255 * image.permute(1, 2, 0)).round().byte().numpy() for image in images]
+    instances = [
+        Instances(
+            t["boxes"].numpy(), t["labels"].numpy() - 1, None, t["masks"].bool().numpy() if "masks" in t else None
+        )
+        for t in targets
+    ]
+    draw_training_images(pixels, instances, splits.metadata["classes"], out)
+
+
+def objects(splits: Splits, index: int) -> np.ndarray:
+    """As of `Task.objects`."""
+    sample = CocoDataset(splits.val.listing, splits.val.transform)[index]  # with its objects
+    return annotated_pixels(sample.target, tuple(sample.image.shape[-2:]))

@@ -1,0 +1,172 @@
+"""The network of object detection and instance segmentation: a backbone and the heads of Mask R-CNN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from sgformer.data.transforms import MEAN, STD, Normalization
+from sgformer.heads.mask_rcnn import RCNNHeads, paste_masks
+from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
+from sgformer.models.pyramid import Pyramid, pyramid_backbone
+from sgformer.results import coco_result
+from sgformer.tasks.detect.config import DetectConfig
+
+PAD_TO = 32  # pixels: the batch's sides are multiples of it
+
+
+class Detector(nn.Module):
+    """A backbone with the heads of Mask R-CNN or, without masks, Faster R-CNN.
+
+    Args:
+        backbone: four feature maps.
+        num_classes: without the background.
+        masks: whether it also finds masks.
+        width: of the heads; 256 is the standard.
+        options: of `RCNNHeads`.
+
+    Attributes:
+        architecture: a plain dict from which `Detector.build` makes the same network.
+    """
+
+    mean: Tensor
+    std: Tensor
+    task = "detect"
+    metadata: dict[str, Any]  # of the file it was loaded from
+
+    def __init__(self, backbone: Pyramid, num_classes: int, masks: bool = True, width: int = 256, **options: Any):
+        super().__init__()
+        self.architecture = {
+            "backbone": backbone.architecture,
+            "head": "mask-rcnn" if masks else "faster-rcnn",
+            "num_classes": num_classes,
+            "width": width,
+        }
+        self.num_classes, self.masks = num_classes, masks
+        self.backbone = backbone
+        self.heads = RCNNHeads(backbone.channels, backbone.strides, num_classes, masks, width, **options)
+        for name, value in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: list[dict[str, Tensor]] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in evaluation mode.
+
+        Args:
+            images: (3, H_i, W_i) floats in 0..1, of any sizes.
+            targets: in training mode; see `RCNNHeads.forward`.
+            sizes: (height, width) that the detections' pixels refer to, of each image; by default its own.
+
+        Returns:
+            The losses by name; or per image `boxes` (N, 4) [x1, y1, x2, y2], `labels` (N,) class indices from 0,
+            `scores` (N,) falling, and `masks` (N, 1, 28, 28), to be laid out by `heads.mask_rcnn.paste_masks`.
+        """
+        own = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        batch = self.batch(images)
+        detections, losses = self.heads(self.backbone(batch), batch, own, targets)
+        if self.training:
+            return losses
+        for found, size, wanted in zip(detections, own, sizes or own, strict=True):
+            factors = [wanted[1] / size[1], wanted[0] / size[0]] * 2
+            found["boxes"] = found["boxes"] * torch.tensor(factors, device=batch.device)
+            found["labels"] = found["labels"] - 1
+        return detections
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """Normalised images in one (B, 3, H, W), zeros to the right and below, H and W multiples of 32."""
+        height, width = (-(-max(image.shape[d] for image in images) // PAD_TO) * PAD_TO for d in (-2, -1))
+        return torch.stack(
+            [
+                F.pad((image - self.mean) / self.std, [0, 0, width - image.shape[-1], height - image.shape[-2]])
+                for image in images
+            ]
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the backbone; the heads' shapes differ from image to image."""
+        self.backbone.compile(*args, **kwargs)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that do not decay, besides norms."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def normalize_as(self, normalization: Normalization) -> None:
+        """Normalise images by other values than ImageNet's."""
+        for name, values in zip(("mean", "std"), normalization, strict=True):
+            buffer = getattr(self, name)
+            buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
+        """Write weights and metadata to a safetensors file, whole or not at all."""
+        save_weights(self, path, {**metadata, "task": "detect"})
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any], **options: Any) -> Detector:
+        """A network with fresh weights from an `architecture`; options as of the class."""
+        backbone = pyramid_backbone(architecture["backbone"])
+        masks = architecture["head"] == "mask-rcnn"
+        return cls(backbone, architecture["num_classes"], masks, architecture["width"], **options)
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Detector:
+        """A trained network, in evaluation mode.
+
+        Raises:
+            UserError: the tensors do not fit.
+        """
+        model = load_dense(cls.build, weights)
+        model.normalize_as(Normalization.of(weights.metadata))
+        return model
+
+
+def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: Weights | None = None) -> Detector:
+    """The network to train: fresh, on the backbone of some weights, or from a whole detector's weights.
+
+    With the latter, what depends on the number of classes starts fresh if that differs.
+
+    Raises:
+        UserError: weights of another network.
+    """
+    whole = weights is not None and weights.task == "detect"
+    backbone = pyramid_backbone(
+        weights.architecture["backbone"] if whole else config.model,  # type: ignore[union-attr, index]
+        weights=None if whole else weights,
+        drop_path=config.drop_path,
+        coarse=config.coarse,
+        guidance=config.guidance,
+        freeze_stages=config.freeze_stages,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+    model = Detector(backbone, num_classes, masks, config.head_width, rois=config.rois)
+    if weights is not None:
+        model.normalize_as(Normalization.of(weights.metadata))
+    return take_fitting(model, weights.tensors if whole else {}).train()  # type: ignore[union-attr]
+
+
+def coco_results(
+    found: Mapping[str, Tensor], image_id: Any, category_ids: Sequence[Any], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's results format, boxes and, if there are any, masks as RLE.
+
+    Args:
+        found: what `Detector` returned for the image.
+        image_id: in the results.
+        category_ids: by class index; detections of a class with None are left out.
+        size: the image's (height, width), to which the boxes refer.
+    """
+    boxes, labels, scores = (found[name].cpu().tolist() for name in ("boxes", "labels", "scores"))
+    masks = paste_masks(found["masks"], found["boxes"], size) if "masks" in found else [None] * len(boxes)
+    return [
+        coco_result(image_id, category_ids[label], box, score, None if mask is None else mask.numpy())
+        for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
+        if category_ids[label] is not None
+    ]

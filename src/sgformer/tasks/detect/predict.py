@@ -1,0 +1,166 @@
+"""Detecting objects with trained weights, and measuring how well that goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sgformer.core.device import find_device
+from sgformer.core.errors import UserError
+from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask, find_coco, read_coco
+from sgformer.data.detection_transforms import eval_transform
+from sgformer.data.image import open_image, source_name
+from sgformer.models.load import Weights
+from sgformer.results import SHOWN, Detections, named
+from sgformer.tasks.detect.data import coco_metric, reading
+from sgformer.tasks.detect.network import Detector, coco_results
+from sgformer.training.task import Splits
+
+network = Detector.from_weights
+
+
+def predict(
+    weights: Weights,
+    sources: Sequence[Path | Image.Image],
+    *,
+    score: float = SHOWN,
+    image_size: int | tuple[int, int] | None = None,
+    device: str = "auto",
+) -> Iterator[tuple[Detections, Image.Image]]:
+    """As of `Task.predict`: boxes, classes, scores and, if the weights have them, masks.
+
+    Args:
+        weights: of a detector.
+        sources: files or PIL images.
+        score: detections of less confidence are left out; from .05 up.
+        image_size: short side, or (short, longest); by default as trained.
+        device: "auto", "cpu", "cuda" ...
+
+    Raises:
+        UserError: an image cannot be read, or a value is invalid.
+    """
+    if not 0 <= score <= 1:
+        raise UserError(f"--score must be in [0, 1], got {score}")
+    where = find_device(device)
+    model = Detector.from_weights(weights).to(where)
+    names = weights.metadata["classes"]
+    transform = eval_transform(reading(weights.metadata, image_size))
+    for number, source in enumerate(sources):
+        image = open_image(source)
+        size = (image.height, image.width)
+        with torch.inference_mode():
+            (found,) = model([transform(image).to(where)], sizes=[size])
+        keep = found["scores"] >= score
+        found = {name: value[keep] for name, value in found.items()}
+        name = source_name(source, number)
+        results = coco_results(found, name, range(len(names)), size)
+        yield Detections(name, named(results, weights.metadata["category_ids"], names), size), image
+
+
+def evaluate(
+    weights: Weights,
+    data: str | os.PathLike[str],
+    *,
+    split: str = "val",
+    images: str | os.PathLike[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 8,
+    bad_images: str = "stop",
+    out: str | os.PathLike[str] | None = None,
+    **machine: Any,
+) -> Any:
+    """The twelve COCO numbers for boxes and, if weights and data have masks, for masks.
+
+    Args:
+        weights: of a detector.
+        data: a COCO folder or JSON file.
+        split: part of the folder.
+        images: the image folder, where it is not beside the JSON.
+        image_size: short side, or (short, longest); by default as trained.
+        batch_size: images per forward pass on each process.
+        bad_images: "stop" at an unreadable image, or "skip" and list them; those skipped do not count.
+        out: a folder to write tables, results and pictures to (the first process does).
+        machine: `workers`, `device`, `devices`, `precision`, as of `training.validate.validate`.
+
+    Raises:
+        UserError: weights or data are invalid, or do not go together.
+    """
+    from sgformer.tasks.detect.module import DetectionModule
+    from sgformer.training.validate import validate
+
+    model, metadata = Detector.from_weights(weights), weights.metadata
+    categories = [Category(i, name) for i, name in zip(metadata["category_ids"], metadata["classes"], strict=True)]
+    listing = read_coco(
+        *find_coco(data, split, images),
+        categories=categories,
+        masks=None if model.masks else False,
+        check_files=bad_images == "stop",
+    )
+    dataset = CocoDataset(listing, eval_transform(reading(metadata, image_size)), bad_images=bad_images, objects=False)
+    module = DetectionModule(
+        model,
+        metric=coco_metric(listing),
+        image_ids=[image.id for image in listing.images],
+        category_ids=listing.own_ids,
+    )
+    result, first = validate(module, dataset, collate, batch_size=batch_size, **machine)
+    if out is not None and first:
+        result.write(out)
+        draw_examples(Path(out), listing)
+    return result
+
+
+def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
+    """`examples.png`: best and worst images by F1 at IoU .5, from the results that an evaluation left in a folder."""
+    from sgformer.tasks.detect.metrics import read_image_scores
+    from sgformer.viz.detection import Example, Instances, draw_examples, stack_masks
+
+    scores = read_image_scores(folder)
+    place = {str(image.id): i for i, image in enumerate(listing.images)}
+    told = [(score, key) for key, score in scores.items() if not math.isnan(score) and key in place]
+    order = [key for _, key in sorted(told, key=lambda entry: (-entry[0], place[entry[1]]))]
+    best, worst = order[: min(each, (len(order) + 1) // 2)], order[::-1][: min(each, len(order) // 2)]
+    kind = "mask" if listing.has_masks and (folder / "results_mask.json").is_file() else "box"
+    boxes = json.loads((folder / "results_box.json").read_text(encoding="utf-8"))
+    masks = (
+        json.loads((folder / "results_mask.json").read_text(encoding="utf-8"))
+        if kind == "mask"
+        else [None] * len(boxes)
+    )
+    index = {key: i for i, key in enumerate(listing.own_ids)}
+    dataset = CocoDataset(listing)
+
+    def example(key: Any) -> Example:
+        i = place[key]
+        sample, about = dataset[i], listing.images[i]
+        mine = [(b, m) for b, m in zip(boxes, masks, strict=True) if str(b["image_id"]) == key and b["score"] >= SHOWN]
+        mine.sort(key=lambda pair: -pair[0]["score"])
+        corners = np.array([b["bbox"] for b, _ in mine], dtype=float).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        found = Instances(
+            corners,
+            np.array([index[b["category_id"]] for b, _ in mine], dtype=np.int64),
+            np.array([b["score"] for b, _ in mine]),
+            stack_masks([decode_mask(m["segmentation"], about.height, about.width) for _, m in mine])
+            if kind == "mask"
+            else None,
+        )
+        target = sample.target
+        known = target["masks"].numpy().astype(bool) if "masks" in target else None
+        truth = Instances(target["boxes"].numpy(), target["labels"].numpy() - 1, None, known)
+        return Example(np.asarray(sample.image), truth, found, f"detected: F1 {100 * scores[key]:.0f} %")
+
+    draw_examples([example(k) for k in best], [example(k) for k in worst], listing.classes, folder / "examples.png")
+
+
+def finish(folder: Path, splits: Splits, module: Any) -> None:
+    """As of `Task.finish`: `examples.png` of the best validation."""
+    draw_examples(folder, splits.val.listing)

@@ -1,0 +1,174 @@
+"""The network of semantic segmentation, a backbone and a head, and how it sees images of any size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgformer.core.errors import UserError
+from sgformer.data.image import fit_size
+from sgformer.heads.common import resize
+from sgformer.heads.semantic_fpn import SemanticFPN
+from sgformer.heads.upernet import UPerNet
+from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
+from sgformer.models.pyramid import Pyramid, pyramid_backbone
+from sgformer.tasks.segment.config import SegmentConfig
+
+HEADS: dict[str, type[nn.Module]] = {"semantic-fpn": SemanticFPN, "upernet": UPerNet}
+#: The factors of multi-scale evaluation.
+MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+class Segmenter(nn.Module):
+    """A backbone with a segmentation head.
+
+    Args:
+        backbone: four feature maps.
+        head: "semantic-fpn" or "upernet".
+        num_classes: of the logits.
+        width: of the head; None: 128 for semantic-fpn, 512 for upernet, the standard.
+
+    Attributes:
+        architecture: a plain dict from which `Segmenter.build` makes the same network.
+    """
+
+    task = "segment"
+    metadata: dict[str, Any]  # of the file it was loaded from
+
+    def __init__(self, backbone: Pyramid, head: str, num_classes: int, width: int | None = None):
+        super().__init__()
+        self.architecture = {
+            "backbone": backbone.architecture,
+            "head": head,
+            "num_classes": num_classes,
+            "width": width,
+        }
+        self.num_classes = num_classes
+        self.backbone = backbone
+        standard = {} if width is None else {"dim": width}
+        self.head = HEADS[head](backbone.channels, backbone.strides, num_classes, **standard)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {"out": logits (B, num_classes, H, W)}; in training also "aux" if the head has one."""
+        features = self.backbone(images)
+        outputs = {"out": self.head(features)}
+        if self.training and hasattr(self.head, "auxiliary"):
+            outputs["aux"] = self.head.auxiliary(features)  # type: ignore[operator]
+        return {name: resize(logits, images) for name, logits in outputs.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that do not decay, besides norms and biases."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
+        """Write weights and metadata to a safetensors file, whole or not at all."""
+        save_weights(self, path, {**metadata, "task": "segment"})
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any]) -> Segmenter:
+        """A network with fresh weights from an `architecture`."""
+        backbone = pyramid_backbone(architecture["backbone"])
+        return cls(backbone, architecture["head"], architecture["num_classes"], architecture["width"])
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Segmenter:
+        """A trained network, in evaluation mode.
+
+        Raises:
+            UserError: the tensors do not fit.
+        """
+        return load_dense(cls.build, weights)
+
+
+def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | None = None) -> Segmenter:
+    """The network to train: fresh, on the backbone of some weights, or all of a segmentation's weights.
+
+    With the latter, what depends on the number of classes starts fresh if that differs.
+
+    Raises:
+        UserError: weights of another network or head.
+    """
+    source: Any = config.model
+    tensors: Mapping[str, Tensor] = {}
+    whole = weights is not None and weights.task == "segment"
+    if whole:
+        assert weights is not None and weights.architecture is not None
+        held, tensors = weights.architecture, weights.tensors
+        source = held["backbone"]
+        if (held["head"], held["width"]) != (config.head, config.head_width):
+            raise UserError(
+                f"{config.weights} holds {source['model']} with {held['head']} of width {held['width'] or 'standard'}, "
+                f"not --model {config.model} --head {config.head} --head-width {config.head_width or 'standard'}"
+            )
+    backbone = pyramid_backbone(
+        source,
+        weights=None if whole else weights,
+        drop_path=config.drop_path,
+        coarse=config.coarse,
+        guidance=config.guidance,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+    return take_fitting(Segmenter(backbone, config.head, num_classes, config.head_width), tensors)
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How an image of any size goes through the network.
+
+    Attributes:
+        short_side: images are resized to this short side (long side at most 4 times that), in pixels.
+        window: (height, width) of a sliding window, moved by two thirds of itself; None: the whole image at once.
+        scales: factors on the short side; the class probabilities are averaged over them.
+        flip: also average over the mirror image.
+    """
+
+    short_side: int = 512
+    window: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+@torch.no_grad()
+def class_probabilities(model: nn.Module, images: Tensor, how: InferenceSettings) -> Tensor:
+    """Normalised images (B, 3, H, W) of any size -> class probabilities (B, num_classes, H, W), float32."""
+    size = images.shape[-2:]
+    total: Tensor | None = None
+    for factor in how.scales:
+        target = fit_size(size[0], size[1], how.short_side, factor)
+        scaled = images
+        if target != tuple(size):
+            scaled = F.interpolate(images, target, mode="bilinear", align_corners=False, antialias=True)
+        for mirrored in (False, True) if how.flip else (False,):
+            x = scaled.flip(-1) if mirrored else scaled
+            logits = (model(x)["out"] if how.window is None else slide(model, x, how.window)).float()
+            probabilities = resize(logits.flip(-1) if mirrored else logits, images).softmax(1)
+            total = probabilities if total is None else total + probabilities
+    assert total is not None
+    return total / (len(how.scales) * (1 + how.flip))
+
+
+def slide(model: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
+    """Logits (B, num_classes, H, W) of (B, 3, H, W), averaged over overlapping windows that cover the image."""
+    spans = [_spans(length, side) for length, side in zip(images.shape[-2:], window, strict=True)]
+    total, count = torch.zeros(()), torch.zeros(images.shape[-2:], device=images.device)
+    for top, bottom in spans[0]:
+        for left, right in spans[1]:
+            logits = model(images[..., top:bottom, left:right])["out"].float()
+            if total.ndim == 0:
+                total = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
+            total[..., top:bottom, left:right] += logits
+            count[top:bottom, left:right] += 1
+    return total / count
+
+
+def _spans(length: int, side: int) -> list[tuple[int, int]]:
+    """Starts and ends of windows of `side` pixels over `length`, two thirds apart, the last one flush with the end."""
+    side = min(side, length)
+    starts = [*range(0, length - side, max(1, side * 2 // 3)), length - side]
+    return [(start, start + side) for start in starts]

@@ -1,0 +1,176 @@
+"""Labelling every pixel with trained weights, and measuring how well that goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sgformer.core.device import find_device
+from sgformer.core.errors import UserError
+from sgformer.data.dense_transforms import eval_transform
+from sgformer.data.image import open_image, source_name
+from sgformer.data.transforms import IMAGENET, Normalization, denormalize
+from sgformer.models.load import Weights, read_weights
+from sgformer.results import Segments
+from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segmenter, class_probabilities
+from sgformer.training.task import Splits
+
+network = Segmenter.from_weights
+
+
+def predict(
+    weights: Weights,
+    sources: Sequence[Path | Image.Image],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    multi_scale: bool = False,
+    flip: bool = False,
+    sliding: bool = False,
+    device: str = "auto",
+) -> Iterator[tuple[Segments, Image.Image]]:
+    """As of `Task.predict`: the class of every pixel.
+
+    Args:
+        weights: of a segmentation.
+        sources: files or PIL images.
+        image_size, multi_scale, flip, sliding: see `inference_settings`.
+        device: "auto", "cpu", "cuda" ...
+
+    Raises:
+        UserError: an image cannot be read, or a value is invalid.
+    """
+    metadata = weights.metadata
+    how = inference_settings(metadata, image_size=image_size, multi_scale=multi_scale, flip=flip, sliding=sliding)
+    where = find_device(device)
+    model = Segmenter.from_weights(weights).to(where)
+    transform = eval_transform(Normalization.of(metadata))
+    for i, source in enumerate(sources):
+        image = open_image(source)
+        pixels, _ = transform(image, np.zeros((image.height, image.width), np.int64))
+        labels = class_probabilities(model, pixels[None].to(where), how)[0].argmax(0).cpu().numpy()
+        first = int(metadata["reduce_zero_label"])
+        yield Segments(source_name(source, i), labels, tuple(metadata["classes"]), first), image
+
+
+def evaluate(
+    weights: Weights,
+    data: str | os.PathLike[str],
+    *,
+    split: str = "validation",
+    image_size: int | tuple[int, int] | None = None,
+    multi_scale: bool = False,
+    flip: bool = False,
+    sliding: bool = False,
+    batch_size: int = 8,
+    bad_images: str = "stop",
+    out: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    **machine: Any,
+) -> Any:
+    """mIoU, mean class accuracy and pixel accuracy on `data/images/split`, every labelled pixel counted once.
+
+    Args:
+        weights: of a segmentation.
+        data: the data set's folder; its labels mean what they meant in training.
+        split: part of it.
+        image_size, multi_scale, flip, sliding: see `inference_settings`.
+        batch_size: images read at a time on each process; those of one size go through the network together.
+        bad_images: "stop" at an unreadable file, or "skip" and list them.
+        out: a folder for `examples.png`, the images that went worst and best.
+        device: "auto", "cpu", "cuda" ...
+        machine: `workers`, `devices`, `precision`, as of `training.validate.validate`.
+
+    Raises:
+        UserError: weights or data are invalid, or do not go together.
+    """
+    from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
+    from sgformer.tasks.segment.module import SegmentationModule
+    from sgformer.training.validate import validate
+
+    metadata = weights.metadata
+    how = inference_settings(metadata, image_size=image_size, multi_scale=multi_scale, flip=flip, sliding=sliding)
+    listing = scan(data, split, metadata["classes"], metadata["reduce_zero_label"])
+    normalization = Normalization.of(metadata)
+    dataset = LabelledFolderDataset(listing, eval_transform(normalization), bad_images=bad_images)
+    model = Segmenter.from_weights(weights)
+    module = SegmentationModule(model, class_names=listing.classes, ignore=listing.ignore, inference=how)
+    result, first = validate(module, dataset, collate_sizes, batch_size=batch_size, device=device, **machine)
+    if out is not None and first:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        examples = Path(out) / "examples.png"
+        draw_examples(model.to(find_device(device)), dataset, module.by_image, how, examples, normalization)
+    return result
+
+
+def inference_settings(
+    metadata: Mapping[str, Any],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    multi_scale: bool = False,
+    flip: bool = False,
+    sliding: bool = False,
+) -> InferenceSettings:
+    """How weights see images: as they were validated, unless told otherwise.
+
+    Args:
+        metadata: of the weights.
+        image_size: short side of whole images; with `sliding`, the window's (height, width) instead.
+        multi_scale: average over six scales, .5 to 1.75.
+        flip: average over the mirror image.
+        sliding: move a window of the training crop's size over the image.
+
+    Raises:
+        UserError: `image_size` is invalid.
+    """
+    short, window = int(metadata["short_side"]), metadata["image_size"]
+    if image_size is not None and sliding:
+        window = image_size
+    elif isinstance(image_size, int):
+        short = image_size
+    elif image_size is not None:
+        raise UserError(f"--image-size is one number, the short side, for whole images; got {image_size}")
+    size = (window, window) if isinstance(window, int) else (window[0], window[1])
+    if min(short, *size) < 32:
+        raise UserError(f"--image-size must be 32 pixels or more, got {image_size}")
+    return InferenceSettings(short, size if sliding else None, MULTI_SCALE if multi_scale else (1.0,), flip)
+
+
+def draw_examples(
+    model: torch.nn.Module,
+    dataset: Any,
+    by_image: Mapping[int, float],
+    how: InferenceSettings,
+    out: str | os.PathLike[str],
+    normalization: Normalization = IMAGENET,
+    each: int = 4,
+) -> None:
+    """A sheet of the images with the lowest and the highest pixel accuracy: image, labels, prediction."""
+    from sgformer.viz.segmentation import draw_comparison
+
+    order = sorted(by_image, key=lambda i: by_image[i])
+    chosen = order if len(order) <= 2 * each else order[:each] + order[-each:]
+    samples = [dataset[i] for i in chosen]
+    images = [s.image for s in samples if s.image is not None]
+    where = next(model.parameters()).device
+    draw_comparison(
+        [denormalize(image, normalization).permute(1, 2, 0).numpy() for image in images],
+        [s.target.numpy() for s in samples if s.target is not None],
+        [class_probabilities(model, image[None].to(where), how)[0].argmax(0).cpu().numpy() for image in images],
+        dataset.listing.classes,
+        Path(out),
+        [f"{100 * by_image[i]:.0f} % right" for i in chosen],
+    )
+
+
+def finish(folder: Path, splits: Splits, module: Any) -> None:
+    """As of `Task.finish`: `examples.png` of the best validation."""
+    if module.best_by_image:
+        model, normalization = network(read_weights(folder.parent)), Normalization.of(splits.metadata)
+        examples = folder / "examples.png"
+        draw_examples(model, splits.val, module.best_by_image, module.inference, examples, normalization)

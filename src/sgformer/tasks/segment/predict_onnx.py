@@ -1,0 +1,72 @@
+"""Segmenting images with an exported file: onnxruntime, numpy and Pillow do it, torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sgformer.core.errors import UserError
+from sgformer.data.image import open_image, source_name
+from sgformer.exporting.onnx_predict import ExportedNetwork, fit_multiple, resize, resize_smooth
+from sgformer.results import Segments
+
+
+def predict(
+    network: ExportedNetwork,
+    sources: Sequence[Path | Image.Image],
+    *,
+    image_size: Any = None,
+) -> Iterator[tuple[Segments, Image.Image]]:
+    """As of `Task.predict`. A file of fixed size is moved over the image as a window, two thirds of itself at a time.
+
+    Args:
+        network: an exported segmenter.
+        sources: files or PIL images.
+        image_size: short side in pixels; by default as trained.
+
+    Raises:
+        UserError: an image cannot be read, or the size is invalid.
+    """
+    short = network.metadata["short_side"] if image_size is None else image_size
+    if not isinstance(short, int) or short < 32:
+        raise UserError(f"--image-size is one number from 32 up, the short side; got {image_size}")
+    if network.input_size:
+        short = max(short, *network.input_size)  # so that the window fits in
+    for i, source in enumerate(sources):
+        image = open_image(source)
+        target = fit_multiple(image, short, 1 if network.input_size else network.metadata["multiple"])
+        pixels = resize_smooth(network.normalised(np.asarray(image)), target)
+        logits = network(pixels[None])["logits"][0] if network.input_size is None else slide(network, pixels)
+        labels = resize(logits.astype(np.float32), (image.height, image.width)).argmax(0)
+        name, first = source_name(source, i), int(network.metadata["reduce_zero_label"])
+        yield Segments(name, labels, network.classes, first), image
+
+
+def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
+    """An image as an exported segmenter takes it: (1, 3, H, W) float32."""
+    about = network.metadata
+    target = network.input_size or fit_multiple(image, about["short_side"], about["multiple"])
+    return resize_smooth(network.normalised(np.asarray(image)), target)[None]
+
+
+def slide(network: ExportedNetwork, image: np.ndarray) -> np.ndarray:
+    """Logits (classes, H, W), averaged over overlapping windows of the size that the network takes."""
+    assert network.input_size is not None
+    total, count = np.zeros(()), np.zeros(image.shape[1:], np.float32)
+    (rows, high), (cols, wide) = (
+        ([*range(0, length - side, max(1, side * 2 // 3)), length - side], side)
+        for length, side in zip(image.shape[1:], network.input_size, strict=True)
+    )
+    for top in rows:
+        for left in cols:
+            rows_in, cols_in = slice(top, top + high), slice(left, left + wide)
+            logits = network(image[None, :, rows_in, cols_in])["logits"][0].astype(np.float32)
+            if total.ndim == 0:
+                total = np.zeros((len(logits), *image.shape[1:]), np.float32)
+            total[:, rows_in, cols_in] += logits
+            count[rows_in, cols_in] += 1
+    return total / count

@@ -1,0 +1,54 @@
+"""Measuring trained weights outside of a run: one pass over a part of a data set, on one or several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sgformer.core.errors import UserError
+from sgformer.data.imagefolder import EpochSampler
+from sgformer.training.callbacks import SkippedImages
+from sgformer.training.fit import build_loader
+from sgformer.training.run_folder import shown_log
+from sgformer.training.trainer import build_trainer, quiet
+from sgformer.training.worker_errors import worker_errors
+
+
+def validate(
+    module: Any,
+    dataset: Any,
+    collate: Callable[..., Any],
+    *,
+    batch_size: int,
+    workers: int = 4,
+    device: str = "auto",
+    devices: int | str = "auto",
+    precision: str = "fp32",
+) -> tuple[Any, bool]:
+    """Run a module's validation once over a data set.
+
+    Args:
+        module: a `TaskModule`.
+        dataset: its samples are seen once each.
+        collate: makes batches of them.
+        batch_size: images per forward pass on each process.
+        workers: processes that read images; 0: none.
+        device, devices, precision: as of `build_trainer`.
+
+    Returns:
+        The module's `Evaluation`, and whether this is the process that writes.
+
+    Raises:
+        UserError: a value is invalid, or a file cannot be read.
+    """
+    if batch_size < 1 or workers < 0:
+        raise UserError(f"--batch-size must be above 0 and --workers 0 or more, got {batch_size} and {workers}")
+    skipped = SkippedImages()
+    with quiet(), shown_log():
+        trainer = build_trainer(device=device, devices=devices, precision=precision, callbacks=[skipped])
+        sampler = EpochSampler(
+            len(dataset), batch_size, train=False, rank=trainer.global_rank, world=trainer.world_size
+        )
+        with worker_errors():
+            trainer.validate(module, build_loader(dataset, sampler, workers, collate), verbose=False)
+    return module.evaluation(sorted(skipped.lines)), trainer.is_global_zero
