@@ -48,7 +48,7 @@ def imported(module: str, is_global: bool) -> set[str]:
 
 def test_the_list_of_modules_is_what_prediction_imports():
     """All that the files name at their head is there, and nothing is there that nobody names."""
-    needed, todo = set(), ["sgformer.__main__", "sgformer.exporting.onnx_predict", "sgformer.cli.predict"]
+    needed, todo = set(), ["sgformer", "sgformer.__main__", "sgformer.exporting.onnx_predict", "sgformer.cli.predict"]
     while todo:
         module = todo.pop()
         needed.add(module)
@@ -124,6 +124,8 @@ def test_prediction_without_torch_in_an_environment_of_its_own(python, tmp_path,
     where = run(python, "-c", "import sgformer; print(sgformer.__file__)", cwd=tmp_path)
     assert where.stdout.startswith(str(python.parents[1])), where.stderr
     assert run(python, "-c", "import torch", cwd=tmp_path).returncode == 1
+    refused = run(python, "-c", "import sgformer; sgformer.predict", cwd=tmp_path)
+    assert "ImportError: sgformer.predict needs torch and timm, which are not installed" in refused.stderr
     done = run(python, "-m", "sgformer", "predict", "c.onnx", "cat.png", "--json", "-", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (mine,), (theirs,) = json.loads(done.stdout), sgformer.predict(tmp_path / "c.safetensors", tmp_path / "cat.png")
