@@ -6,14 +6,11 @@ No torch here: `sgformer train classify --help` reads this file and nothing heav
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import yaml
 
 from sgformer.core.errors import UserError
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
@@ -253,6 +250,8 @@ def dashed(name: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`", did you mean X?"` for the closest known name, or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
 
@@ -263,6 +262,8 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
     Raises:
         UserError: no such file, not a YAML mapping, or a key that is no option (named, with the nearest one).
     """
+    import yaml
+
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -284,6 +285,8 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """YAML text in the order of the fields."""
+    import yaml
+
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
