@@ -20,6 +20,7 @@ OPTIONAL = {  # packages of the extras, whose lack is no fault of a module
 
 
 def test_every_public_name_has_a_home_and_is_known_to_type_checkers():
+    assert sgformer.VARIANTS["sgformer_n"].num_classes == 1000  # not in __all__, but in docs/interop.md
     eager = {"SGFormerConfig", "StageConfig", "UserError", "__version__"}
     assert set(sgformer.__all__) == set(sgformer._HOMES) | eager
     assert set(sgformer.__all__) <= set(dir(sgformer))

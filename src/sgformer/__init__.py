@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sgformer._version import __version__
 from sgformer.core import timm_hook
 from sgformer.core.errors import UserError
+from sgformer.models.config import VARIANTS as VARIANTS  # as docs/interop.md has it
 from sgformer.models.config import SGFormerConfig, StageConfig
 
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
