@@ -1,27 +1,30 @@
-"""SG-Former: the self-guided vision transformer, with its token reallocation made visible."""
+"""SG-Former: the self-guided vision transformer, with its token reallocation made visible.
+
+``import sgformer`` is quick, as it imports neither torch nor timm: a name of ``__all__`` brings its module when it is
+first asked for. timm knows the sizes all the same, see :mod:`sgformer.core.timm_hook`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgformer._version import __version__
+from sgformer.core import timm_hook
 from sgformer.core.errors import UserError
-from sgformer.models.config import VARIANTS, SGFormerConfig, StageConfig
+from sgformer.models.config import VARIANTS as VARIANTS  # as docs/interop.md has it
+from sgformer.models.config import SGFormerConfig, StageConfig
 
-try:
-    import timm
-
+if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
+    from sgformer.backends.native_autograd import accelerate
     from sgformer.backends.optimize import optimize
     from sgformer.models.backbone import Inspection, SGFormer
     from sgformer.models.checkpoint import save_model
-    from sgformer.models.registry import from_fields  # its module registers the sizes with timm
+    from sgformer.models.create import create_model
     from sgformer.models.released import load_released
+    from sgformer.models.sequence import SelfGuidedAttention1d
     from sgformer.models.significance import register_significance
-except ModuleNotFoundError as error:  # to predict with an exported file, none of this is needed
-    if error.name not in ("torch", "torchvision", "timm", "safetensors", "sgformer.models.backbone"):
-        raise
+    from sgformer.tasks.api import evaluate, explain, export, load_model, predict, train
 
 __all__ = [
     "Inspection",
@@ -45,46 +48,45 @@ __all__ = [
     "train",
 ]
 
-# Training and what comes with it: imported when first asked for, so that `import sgformer` stays light.
-_LATER = {
-    "train": "sgformer.tasks.api",
+# Public name -> the module it comes from. No package in this folder may have such a name: once imported, it would stand
+# in the name's place.
+_HOMES = {
+    "Inspection": "sgformer.models.backbone",
+    "SGFormer": "sgformer.models.backbone",
+    "SelfGuidedAttention1d": "sgformer.models.sequence",
+    "accelerate": "sgformer.backends.native_autograd",
+    "create_model": "sgformer.models.create",
     "evaluate": "sgformer.tasks.api",
-    "predict": "sgformer.tasks.api",
     "explain": "sgformer.tasks.api",
     "export": "sgformer.tasks.api",
     "load_model": "sgformer.tasks.api",
-    "accelerate": "sgformer.backends.native_autograd",
-    "SelfGuidedAttention1d": "sgformer.models.sequence",
+    "load_released": "sgformer.models.released",
+    "optimize": "sgformer.backends.optimize",
+    "predict": "sgformer.tasks.api",
+    "register_significance": "sgformer.models.significance",
+    "save_model": "sgformer.models.checkpoint",
+    "train": "sgformer.tasks.api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        if name in __all__:
-            raise ImportError(f"sgformer.{name} needs torch and timm, which are not installed: pip install sgformer")
+    if name not in _HOMES:
         raise AttributeError(f"module 'sgformer' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LATER[name]), name)
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:  # to predict with an exported file, none of these is needed
+        missing = str(error.name)
+        if missing not in ("torch", "torchvision", "timm", "safetensors") and not missing.startswith("sgformer."):
+            raise
+        raise ImportError(
+            f"sgformer.{name} needs torch and timm, which are not installed: pip install sgformer"
+        ) from error
     globals()[name] = value
     return value
 
 
-def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
-    """Build a network with fresh weights.
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
-    Args:
-        name: "sgformer_n", "_t", "_s", "_m" or "_b", or a config of your own.
-        options: any field of :class:`SGFormerConfig` (``num_classes``, ``in_chans``, ``img_size``, ``coarse``,
-            ``drop_path_rate`` ...), ``global_pool``, ``device`` and ``dtype``; by name also timm's own
-            (``features_only``, ``out_indices`` ...), exactly as with ``timm.create_model``.
 
-    Raises:
-        UserError: no such size.
-        ValueError: an option's value makes no sense; the message has the value.
-    """
-    if isinstance(name, SGFormerConfig):
-        return from_fields(name, **options)
-    if name not in VARIANTS:
-        close = difflib.get_close_matches(str(name), VARIANTS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"no model named {name!r}: {hint}the sizes are {', '.join(VARIANTS)}")
-    return timm.create_model(name, **options)  # type: ignore[return-value]
+timm_hook.install()

@@ -5,8 +5,8 @@ import torch
 from small_export import SMALL, small
 
 from sgformer import ops
-from sgformer.backends.traceable import Aggregation, Windows, averages, traceable, why_fixed_size
-from sgformer.heads.upernet import UPerNet
+from sgformer.backends.traceable import Aggregation, Windows, traceable, why_fixed_size
+from sgformer.heads.upernet import UPerNet, averages
 from sgformer.models.config import Region, with_stages
 from sgformer.models.significance import LinearAggregation
 

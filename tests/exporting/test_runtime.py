@@ -18,6 +18,7 @@ from small_export import small
 
 import sgformer
 from sgformer.exporting import export as exporting
+from sgformer.tasks.registry import TASKS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,12 +49,14 @@ def imported(module: str, is_global: bool) -> set[str]:
 
 def test_the_list_of_modules_is_what_prediction_imports():
     """All that the files name at their head is there, and nothing is there that nobody names."""
-    needed, todo = set(), ["sgformer.__main__", "sgformer.exporting.onnx_predict", "sgformer.cli.predict"]
+    needed, todo = set(), ["sgformer", "sgformer.__main__", "sgformer.exporting.onnx_predict", "sgformer.cli.predict"]
+    todo += ["sgformer.tasks.api", "sgformer.data.image"]
+    todo += [f"sgformer.tasks.{name}{part}" for name in TASKS for part in ("", ".predict_onnx", ".show")]
     while todo:
         module = todo.pop()
         needed.add(module)
-        # The command's file imports what weights need, and viz what is drawn, only when it comes to that.
-        now = imported(module, is_global=module in ("sgformer.results", "sgformer.cli.report"))
+        # Pictures are drawn, and what weights need is imported, only when it comes to that.
+        now = imported(module, is_global=module.endswith(".show"))
         todo += [m for m in now if m not in needed]
     assert {m for m in needed if source(m).name != "__init__.py"} | {"sgformer._version"} == MODULES
 
@@ -124,6 +127,10 @@ def test_prediction_without_torch_in_an_environment_of_its_own(python, tmp_path,
     where = run(python, "-c", "import sgformer; print(sgformer.__file__)", cwd=tmp_path)
     assert where.stdout.startswith(str(python.parents[1])), where.stderr
     assert run(python, "-c", "import torch", cwd=tmp_path).returncode == 1
+    refused = run(python, "-c", "import sgformer; sgformer.create_model", cwd=tmp_path)
+    assert "ImportError: sgformer.create_model needs torch and timm, which are not installed" in refused.stderr
+    said = run(python, "-c", "import sgformer; print(sgformer.predict('c.onnx', 'cat.png')[0].labels)", cwd=tmp_path)
+    assert said.stdout.startswith("(('"), said.stderr
     done = run(python, "-m", "sgformer", "predict", "c.onnx", "cat.png", "--json", "-", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (mine,), (theirs,) = json.loads(done.stdout), sgformer.predict(tmp_path / "c.safetensors", tmp_path / "cat.png")

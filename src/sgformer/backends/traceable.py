@@ -23,7 +23,6 @@ from sgformer import ops
 from sgformer.backends.eligibility import intact
 from sgformer.backends.native_autograd import restore
 from sgformer.backends.optimize import FoldedMlp
-from sgformer.heads.upernet import PyramidPooling
 from sgformer.models.backbone import HybridScaleAttention, MultiScaleAttention
 from sgformer.models.config import SGFormerConfig
 from sgformer.models.layers import Mlp, PositionTable
@@ -54,8 +53,8 @@ def traceable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn
                 setattr(module, name, HybridScale(child, fixed))
             elif type(child) in (LinearAggregation, MeanAggregation):
                 setattr(module, name, Aggregation(child, ties, fixed))
-            elif type(child) is PyramidPooling:
-                setattr(module, name, Pooling(child, fixed))
+            elif hasattr(child, "traceable"):  # of a head
+                setattr(module, name, child.traceable(fixed))
     return result
 
 
@@ -256,27 +255,3 @@ class Position(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         image, size = self.table.permute(2, 0, 1)[None], sides(x, 1, self.fixed)
         return x + F.interpolate(image, size=size, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
-
-
-class Pooling(nn.Module):
-    """``PyramidPooling`` with adaptive averages as products with matrices: no exporter pools to a grid adaptively."""
-
-    def __init__(self, pooling: PyramidPooling, fixed: bool):
-        super().__init__()
-        self.fixed = fixed
-        self.pools, self.reduce, self.fuse = pooling.pools, pooling.reduce, pooling.fuse
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps, grid = [x], sides(x, 2, self.fixed)
-        for cells, conv in zip(self.pools, self.reduce, strict=True):
-            rows, cols = (averages(cells, size, x) for size in grid)
-            pooled = conv(rows @ x @ cols.transpose(0, 1))
-            maps.append(F.interpolate(pooled, size=grid, mode="bilinear", align_corners=False))
-        return self.fuse(torch.cat(maps, dim=1))
-
-
-def averages(cells: int, size: Any, like: Tensor) -> Tensor:
-    """(cells, size): row i averages positions floor(i * size / cells) to ceil((i + 1) * size / cells)."""
-    i, at = torch.arange(cells, device=like.device)[:, None], torch.arange(size, device=like.device)
-    start, end = i * size // cells, ((i + 1) * size + cells - 1) // cells
-    return ((at >= start) & (at < end)).to(like.dtype) / (end - start).to(like.dtype)

@@ -8,14 +8,16 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 WIDTH = 100
 TRUTH = ("true", "false", "yes", "no")  # values that a switch takes
@@ -97,17 +99,23 @@ class Parser:
 
     def __init__(self, command: str, about: str, options: Sequence[Option], examples: Sequence[str] = ()):
         self.command, self.about, self.options, self.examples = command, about, list(options), examples
-        self.parser = ArgumentParser(
-            prog=f"sgformer {command}", exit_on_error=False, add_help=False, allow_abbrev=False
+
+    def _argument_parser(self) -> ArgumentParser:
+        """What turns words into values. Help texts and unknown options do without, and are quicker for it."""
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(
+            prog=f"sgformer {self.command}", exit_on_error=False, add_help=False, allow_abbrev=False
         )
         for o in self.options:
             extra: dict[str, Any] = (
                 {"nargs": "?", "const": True} if o.kind is bool else {"nargs": "+"} if o.many else {}
             )
             if o.default is REQUIRED:
-                self.parser.add_argument(o.name, type=o.kind, **extra)
+                parser.add_argument(o.name, type=o.kind, **extra)
             else:
-                self.parser.add_argument(f"--{dashed(o.name)}", type=o.kind, default=o.default, **extra)
+                parser.add_argument(f"--{dashed(o.name)}", type=o.kind, default=o.default, **extra)
+        return parser
 
     def parse(self, arguments: Sequence[str], values: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Values of all options; those on the command line win over `values`, which win over the defaults.
@@ -130,9 +138,12 @@ class Parser:
             f"{a}=true" if a in switches and after.lower() not in TRUTH else a
             for a, after in pairwise([*arguments, ""])
         ]
+        from jsonargparse import ArgumentError
+
+        parser = self._argument_parser()
         try:
-            start = self.parser.parse_object(dict(values)) if values else Namespace()
-            parsed = self.parser.parse_args(arguments, namespace=start if values else None)
+            start = parser.parse_object(dict(values)) if values else None
+            parsed = parser.parse_args(arguments, namespace=start)
         except ArgumentError as error:
             raise UserError(self._explain(str(error))) from None
         return dict(parsed.as_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,35 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled = [conv(F.adaptive_avg_pool2d(x, n)) for n, conv in zip(self.pools, self.reduce, strict=True)]
         return self.fuse(torch.cat([x, *(resize(p, x) for p in pooled)], dim=1))
+
+    def traceable(self, fixed: bool) -> nn.Module:
+        """The same for exporters: parts whose sizes they can follow, or where those are fixed count on."""
+        return TraceablePooling(self, fixed)
+
+
+class TraceablePooling(nn.Module):
+    """`PyramidPooling` with adaptive averages as products with matrices: no exporter pools to a grid adaptively."""
+
+    def __init__(self, pooling: PyramidPooling, fixed: bool):
+        super().__init__()
+        self.fixed = fixed
+        self.pools, self.reduce, self.fuse = pooling.pools, pooling.reduce, pooling.fuse
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        maps, grid = [x], (int(H), int(W)) if self.fixed else (H, W)
+        for cells, conv in zip(self.pools, self.reduce, strict=True):
+            rows, cols = (averages(cells, size, x) for size in grid)
+            pooled = conv(rows @ x @ cols.transpose(0, 1))
+            maps.append(F.interpolate(pooled, size=grid, mode="bilinear", align_corners=False))
+        return self.fuse(torch.cat(maps, dim=1))
+
+
+def averages(cells: int, size: Any, like: Tensor) -> Tensor:
+    """(cells, size): row i averages positions floor(i * size / cells) to ceil((i + 1) * size / cells)."""
+    i, at = torch.arange(cells, device=like.device)[:, None], torch.arange(size, device=like.device)
+    start, end = i * size // cells, ((i + 1) * size + cells - 1) // cells
+    return ((at >= start) & (at < end)).to(like.dtype) / (end - start).to(like.dtype)
 
 
 class UPerNet(nn.Module):

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class ConvNorm(nn.Sequential):
         self.act = nn.GELU() if act else nn.Identity()
 
 
+@register_notrace_module  # its size follows the image's, which a symbolic trace cannot know
 class PositionTable(nn.Module):
     """A learned vector for every position of a grid, started as the 2-D sine-cosine table; resized to other grids."""
 

@@ -1,26 +1,21 @@
-"""The sizes of SG-Former in timm's registry: ``import sgformer`` makes ``timm.create_model("sgformer_s")`` work."""
+"""The sizes of SG-Former in timm's registry: ``import sgformer`` makes ``timm.create_model("sgformer_s")`` work.
+
+Imported as soon as timm is, see :mod:`sgformer.core.timm_hook`, and maybe while the rest of this package is waiting for
+timm: what builds the networks is imported when one is built.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
 
-from sgformer.models.backbone import (
-    HybridScaleAttention,
-    MultiScaleAttention,
-    PlainAttention,
-    SelfGuidedAttention,
-    SGFormer,
-)
-from sgformer.models.checkpoint import fit_to_model
-from sgformer.models.config import VARIANTS, SGFormerConfig
-from sgformer.models.layers import PositionTable
+from sgformer.models.config import VARIANTS
 
-# Their padding and grouping follow the grid's size, which a symbolic trace cannot know.
-for leaf in (PositionTable, HybridScaleAttention, MultiScaleAttention, SelfGuidedAttention, PlainAttention):
-    register_notrace_module(leaf)
+if TYPE_CHECKING:
+    from sgformer.models.backbone import SGFormer
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -46,51 +41,17 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 
 
-def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """timm's builder: ``kwargs`` are SGFormerConfig's fields, SGFormer's arguments, and timm's own."""
-    out_indices = kwargs.pop("out_indices", tuple(range(len(config.stages))))
-    return build_model_with_cfg(
-        from_fields,
-        variant,
-        pretrained,
-        base=config,
-        pretrained_filter_fn=fit_to_model,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+def _register(variant: str) -> Callable[..., SGFormer]:
+    """Add a size to timm's registry under its name; timm finds functions by name in their module."""
+
+    def build_variant(pretrained: bool = False, **kwargs: Any) -> SGFormer:
+        from sgformer.models.create import build
+
+        return build(variant, VARIANTS[variant], pretrained, **kwargs)
+
+    build_variant.__name__ = build_variant.__qualname__ = variant
+    build_variant.__doc__ = f"SG-Former with the stages of ``VARIANTS[{variant!r}]``."
+    return register_model(build_variant)
 
 
-def from_fields(base: SGFormerConfig, **kwargs: Any) -> SGFormer:
-    """A network from a config, with some of its fields and SGFormer's own arguments given by name."""
-    own = {name: kwargs.pop(name) for name in ("global_pool", "device", "dtype") if name in kwargs}
-    return SGFormer(base.replace(**kwargs), **own)
-
-
-@register_model
-def sgformer_n(pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """SG-Former nano, ours: for laptops and tests."""
-    return build("sgformer_n", VARIANTS["sgformer_n"], pretrained, **kwargs)
-
-
-@register_model
-def sgformer_t(pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """SG-Former tiny, ours: between nano and the paper's smallest."""
-    return build("sgformer_t", VARIANTS["sgformer_t"], pretrained, **kwargs)
-
-
-@register_model
-def sgformer_s(pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """SG-Former-S of the paper."""
-    return build("sgformer_s", VARIANTS["sgformer_s"], pretrained, **kwargs)
-
-
-@register_model
-def sgformer_m(pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """SG-Former-M of the paper."""
-    return build("sgformer_m", VARIANTS["sgformer_m"], pretrained, **kwargs)
-
-
-@register_model
-def sgformer_b(pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """SG-Former-B of the paper."""
-    return build("sgformer_b", VARIANTS["sgformer_b"], pretrained, **kwargs)
+globals().update({variant: _register(variant) for variant in VARIANTS})

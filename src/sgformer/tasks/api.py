@@ -167,8 +167,9 @@ def predict_images(
     if is_exported(weights):
         from sgformer.exporting.onnx_predict import ExportedNetwork
 
-        if options.pop("device", "auto") not in ("auto", "cpu"):
-            raise UserError(f"--device: {weights} is an exported file, which runs on the CPU here")
+        device = options.pop("device", "auto")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device}: exported files run on the CPU here")
         network = ExportedNetwork(weights)
         task = task_of(network.metadata["task"], weights)
         refuse_foreign(options, task, "predict_options", weights)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import yaml
-
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
@@ -214,6 +212,8 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
     Raises:
         UserError: no such file, not a YAML mapping, or a key that is no option (named, with the nearest one).
     """
+    import yaml
+
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -236,6 +236,8 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """YAML text in the order of the fields."""
+    import yaml
+
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 

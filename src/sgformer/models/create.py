@@ -1,0 +1,57 @@
+"""Networks with fresh weights, by name or from a config; timm's builder among them."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg
+
+import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
+from sgformer.core.errors import UserError
+from sgformer.models.backbone import SGFormer
+from sgformer.models.checkpoint import fit_to_model
+from sgformer.models.config import VARIANTS, SGFormerConfig
+
+
+def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
+    """Build a network with fresh weights.
+
+    Args:
+        name: "sgformer_n", "_t", "_s", "_m" or "_b", or a config of your own.
+        options: any field of :class:`SGFormerConfig` (``num_classes``, ``in_chans``, ``img_size``, ``coarse``,
+            ``drop_path_rate`` ...), ``global_pool``, ``device`` and ``dtype``; by name also timm's own
+            (``features_only``, ``out_indices`` ...), exactly as with ``timm.create_model``.
+
+    Raises:
+        UserError: no such size.
+        ValueError: an option's value makes no sense; the message has the value.
+    """
+    if isinstance(name, SGFormerConfig):
+        return from_fields(name, **options)
+    if name not in VARIANTS:
+        close = difflib.get_close_matches(str(name), VARIANTS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"no model named {name!r}: {hint}the sizes are {', '.join(VARIANTS)}")
+    return timm.create_model(name, **options)  # type: ignore[return-value]
+
+
+def from_fields(base: SGFormerConfig, **kwargs: Any) -> SGFormer:
+    """A network from a config, with some of its fields and SGFormer's own arguments given by name."""
+    own = {name: kwargs.pop(name) for name in ("global_pool", "device", "dtype") if name in kwargs}
+    return SGFormer(base.replace(**kwargs), **own)
+
+
+def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwargs: Any) -> SGFormer:
+    """timm's builder: ``kwargs`` are SGFormerConfig's fields, SGFormer's arguments, and timm's own."""
+    out_indices = kwargs.pop("out_indices", tuple(range(len(config.stages))))
+    return build_model_with_cfg(
+        from_fields,
+        variant,
+        pretrained,
+        base=config,
+        pretrained_filter_fn=fit_to_model,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
