@@ -1,4 +1,4 @@
-"""What a training takes on 1, 8 and 64 GPUs: an estimate, not a measurement. Prints the tables of docs/scale.md.
+"""What a training takes on 1, 8 and 64 GPUs: an estimate, not a measurement. Prints the tables of docs/notes/scale.md.
 
 Counted: multiply-adds of a training step, forward and backward, tensors and weights (on torch's meta device, so that no
 arithmetic is done). Measured elsewhere and passed in: images that a core decodes. Assumed and passed in: what a GPU

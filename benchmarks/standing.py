@@ -1,4 +1,6 @@
-"""The standing measurements: every target beside its figure, for docs/results.md. What `make bench` runs.
+"""The standing measurements: every target beside its figure, for docs/results.md and docs/notes/benchmarks.md.
+
+What `make bench` runs.
 
 Each part can be run alone, so that the machine need not be quiet for long: figures are kept in OUT/PART.json, and the
 table is made of whatever is there.
@@ -26,6 +28,7 @@ OURS, SMALL = "sgformer_s", "sgformer_n"
 PLAIN, SWIN, PVT = "plain_s", "swin_tiny_patch4_window7_224", "pvt_v2_b2"
 PARTS = ("inference", "training", "growth", "memory", "compile", "detection", "data")
 MIB = 2**20
+TITLES = {"inference": "Inference", "training": "Training steps", "growth": "Growth with image size"}
 
 
 def inference(folder: Path) -> list[dict[str, Any]]:
@@ -152,58 +155,85 @@ def targets(found: dict[str, Any]) -> list[tuple[str, str, float | None, bool | 
     first = found.get("compile", {}).get("dynamic, first call at 224, s")
     aim("compiled with dynamic sizes, first call: at most 45 s", first, 45, "s")
     anew = found.get("compile", {}).get("dynamic, graphs compiled at 288")
-    aim("compiled with dynamic sizes, graphs made anew for a second one: none", anew, 0, "graphs")
+    aim("compiled with dynamic sizes, graphs recompiled for a second size: none", anew, 0, "graphs")
     aim(
-        "data: images/s a core at least timm's",
+        "data: images/s per core at least timm's",
         found.get("data", {}).get("times_timm", {}).get("folder"),
         1.0,
         larger=True,
     )
     read = found.get("data", {}).get("images_per_s_per_core", {}).get("folder")
     needed = pick("training", "images_per_s", model=SMALL, backend="optimize")
-    aim(f"data: a core reads at least what {SMALL} trains on", ratio(read, needed), 1.0, larger=True)
+    aim(f"data: images/s per core at least what {SMALL} trains on", ratio(read, needed), 1.0, larger=True)
     return [
         (text, unit, figure, None if figure is None else (figure >= bound if larger else figure <= bound))
         for text, unit, figure, bound, larger in rows
     ]
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The section of docs/results.md."""
-    lines = ["## Speed and memory", "", "```sh", "make bench", "```", ""]
-    m = found.get("machine", {})
-    lines += [
-        f"{m.get('cores')} cores of {m.get('processor')}, torch {m.get('torch')}, timm {m.get('timm')}, OpenVINO "
-        f"{m.get('openvino')}, float32. Ratios are of medians of interleaved rounds within one run. Plain is",
-        "[`benchmarks/plain.py`](../benchmarks/plain.py), the stand-in for the published code; what each step brought",
-        "and what is left is in [performance.md](performance.md).",
-        "",
-        "| target | measured | reached |",
-        "|---|---|---|",
-    ]
+#: Targets of one backend among several: on docs/notes/benchmarks.md only.
+DETAIL = re.compile(r", (eager|onnxruntime|openvino|compile):")
+
+
+def target_table(found: dict[str, Any], detailed: bool) -> list[str]:
+    lines = ["| target | measured | reached |", "|---|---|---|"]
     for text, unit, figure, reached in targets(found):
+        if DETAIL.search(text) and not detailed:
+            continue
         shown = "not measured" if figure is None else f"{figure:.3g}{'x' if unit == 'x' else ' ' + unit}"
         lines.append(f"| {text} | {shown} | {'' if reached is None else 'yes' if reached else '**no**'} |")
-    lines.append("| GPU | not measured: none was at hand | |")
+    return [*lines, "| GPU | not measured | |"]
+
+
+def setting(found: dict[str, Any], docs: str) -> list[str]:
+    """The command and the machine; `docs` is the way from the page to docs/."""
+    m = found.get("machine", {})
+    return [
+        "```sh",
+        "make bench",
+        "```",
+        "",
+        f"{m.get('cores')} cores of {m.get('processor')}, torch {m.get('torch')}, timm {m.get('timm')}, OpenVINO "
+        f"{m.get('openvino')}, float32. Ratios are of medians of interleaved rounds within one run.",
+        f"Plain is [`benchmarks/plain.py`]({docs}../benchmarks/plain.py), the stand-in for the published code.",
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The section of docs/results.md."""
+    lines = ["## Speed and memory", "", *setting(found, ""), ""]
+    lines += [
+        "Targets for the best backend. The [notes](notes/benchmarks.md) have every backend and all measurements;",
+        "[performance](performance.md) explains the gaps.",
+        "",
+        *target_table(found, detailed=False),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def details(found: dict[str, Any]) -> str:
+    """docs/notes/benchmarks.md."""
+    lines = ["# Notes: benchmarks", "", "`make bench` writes this page.", "", *setting(found, "../"), ""]
+    lines += ["## Targets", "", *target_table(found, detailed=True)]
     for part in ("inference", "training", "growth"):
         if part in found:
-            lines += [
-                "",
-                "| network | size, batch | images/s | ms | spread, ms | GMACs | plain's time / its time, "
-                "same backend (`optimize`: plain eager) |",
-            ]
+            lines += ["", f"## {TITLES[part]}", ""]
+            lines += ["| network | size, batch | images/s | ms | range, ms | GMACs | speed-up over plain |"]
             lines += ["|---|---|---|---|---|---|---|"]
             for e in found[part]:
                 name, rate, median, spread, _, _, macs, _, factor = e["row"]
                 reach = f", coarse {e['coarse']}" if e["coarse"] else ""
                 where = f"{e['image_size']} px, {e['batch_size']}" + (", training" if e["mode"] == "train" else "")
                 lines.append(f"| `{name}`{reach} | {where} | {rate} | {median} | {spread} | {macs} | {factor} |")
+            if part != "growth":
+                lines += ["", "Speed-ups compare the same backend; `optimize` is compared with plain eager."]
     if "memory" in found:
-        lines += ["", "| network | peak memory of a step, MiB |", "|---|---|"]
+        lines += ["", "## Memory", "", "| network | peak memory of a step, MiB |", "|---|---|"]
         for e in found["memory"]:
             kind = "training step" if e["mode"] == "train" else "inference"
             kind += ", gradient checkpointing" if e["grad_checkpointing"] else ""
-            lines.append(f"| `{e['model']}`, {e['image_size']} px, {kind} | {e['peak_memory_bytes'] / MIB:.0f} |")
+            name = e["model"] + (" (optimize)" if e["backend"] == "optimize" else "")
+            lines.append(f"| `{name}`, {e['image_size']} px, {kind} | {e['peak_memory_bytes'] / MIB:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -211,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", default="bench")
-    parser.add_argument("--no-docs", action="store_true", help="leave docs/results.md as it is")
+    parser.add_argument("--no-docs", action="store_true", help="leave the docs as they are")
     args = parser.parse_args()
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +258,8 @@ def main() -> None:
         text = page.read_text()
         old = re.search(r"^## Speed and memory\n.*?(?=^## |\Z)", text, re.M | re.S)
         new = markdown(found)
-        page.write_text(text.replace(old[0], new + "\n") if old else f"{text.rstrip()}\n\n{new}")
+        page.write_text((text.replace(old[0], new + "\n") if old else f"{text.rstrip()}\n\n{new}").rstrip() + "\n")
+        (ROOT / "docs" / "notes" / "benchmarks.md").write_text(details(found))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,6 @@ if __name__ == "__main__":
     page = Path(__file__).with_suffix(".md")
     page.write_text(
         "# Licences of the dependencies\n\n"
-        "sgformer is Apache-2.0. What `pip install '.[dev]'` brings, in the words of each package's own metadata\n"
-        "(`make licences` writes this page):\n\n" + table() + "\n"
+        "sgformer is Apache-2.0. These are the packages that `pip install '.[dev]'` installs, with the licence stated\n"
+        "in each package's metadata. `make licences` writes this page.\n\n" + table() + "\n"
     )

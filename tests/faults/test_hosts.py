@@ -65,7 +65,7 @@ def hosts():
 def start(hosts, launch, words, out):
     """Start `sgformer WORDS` as one job on both hosts; `launch` has torchrun's words for each host."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/distributed.md
     agents = []
     for name, own in zip(hosts, launch, strict=True):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]

@@ -31,7 +31,7 @@ def torchrun(launch, options, out, run, *begin):
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "sgformer", "--", "train", "classify"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/distributed.md
     return subprocess.Popen(
         [*command, *map(str, begin), *words], env=environment, stdout=out.open("a"), stderr=subprocess.STDOUT
     )
