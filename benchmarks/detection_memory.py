@@ -14,7 +14,7 @@ import time
 import torch
 
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.tasks.detect.module import Detector
+from sgformer.tasks.detect.network import Detector
 
 
 def main() -> None:

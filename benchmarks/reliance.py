@@ -71,10 +71,11 @@ def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], fl
     """The network, and what measures it: mIoU in percent."""
     from sgformer.data.ade20k import LabelledFolderDataset, scan
     from sgformer.data.dense_transforms import eval_transform
-    from sgformer.tasks.segment.module import Segmenter, class_probabilities
+    from sgformer.tasks.segment.network import class_probabilities
     from sgformer.tasks.segment.predict import inference_settings
 
-    model, metadata = Segmenter.load(weights)
+    model = sgformer.load_model(weights)
+    metadata = model.metadata
     how = inference_settings(metadata)
     listing = scan(data, "validation", metadata["classes"], metadata["reduce_zero_label"])
     dataset = LabelledFolderDataset(listing, eval_transform())

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.tasks.detect.module import Detector
-from sgformer.tasks.segment.module import Segmenter
+from sgformer.tasks.detect.network import Detector
+from sgformer.tasks.segment.network import Segmenter
 
 
 @dataclass(frozen=True)
