@@ -51,7 +51,7 @@ def changes(model: Any) -> Iterator[str]:
 def classifier(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], float]]:
     """The network, and what measures it: top-1 in percent."""
     from sgformer.data.imagefolder import ImageFolderDataset, scan
-    from sgformer.data.transforms import eval_transform, preprocessing
+    from sgformer.data.preparing import eval_transform, preprocessing
 
     model = sgformer.load_model(weights)
     listing = scan(data, "val", model.metadata["classes"])

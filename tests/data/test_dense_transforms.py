@@ -17,7 +17,7 @@ from sgformer.data.dense_transforms import (
     train_transform,
 )
 from sgformer.data.image import fit_size
-from sgformer.data.transforms import denormalize
+from sgformer.data.preparing import denormalize
 
 
 @pytest.mark.parametrize(

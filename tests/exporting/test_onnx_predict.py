@@ -17,7 +17,8 @@ from small_export import small
 import sgformer
 from sgformer.cli import main
 from sgformer.core.errors import UserError
-from sgformer.data.transforms import eval_transform
+from sgformer.data.image import centre
+from sgformer.data.preparing import eval_transform
 from sgformer.exporting import export as exporting
 from sgformer.exporting import onnx_predict as exported
 from sgformer.exporting.formats import FORMATS
@@ -201,11 +202,11 @@ def test_segmentation_labels_the_same_pixels(place, file):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (224, 224)])
 @pytest.mark.parametrize("crop_pct", [0.9, 1.0])
-def test_images_are_prepared_as_in_training(place, size, crop_pct):
+def test_images_are_prepared_as_for_the_weights(place, size, crop_pct):
     network = exported.ExportedNetwork(place / "c.onnx")
     for path in sorted((place / "pictures").iterdir()):
         image = Image.open(path)
-        mine = network.normalised(exported.centre(image, size, crop_pct))
+        mine = network.normalised(centre(image, size, crop_pct))
         np.testing.assert_allclose(mine, eval_transform(size, crop_pct)(image).numpy(), atol=1e-6)
 
 

@@ -231,3 +231,35 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_halves():
     whole, first, second = (gradients(part) for part in (slice(0, 4), slice(0, 2), slice(2, 4)))
     for a, b, c in zip(whole, first, second, strict=True):
         torch.testing.assert_close(a, (b + c) / 2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parts_that_are_timms_elsewhere_draw_the_same_numbers(dtype):
+    """Stochastic depth, initialisation and pooling are written here because timm takes seconds to import."""
+    from timm.layers import ClassifierHead as TimmHead
+    from timm.layers import DropPath as TimmDropPath
+    from timm.layers import trunc_normal_
+
+    from sgformer.models.layers import ClassifierHead, DropPath, truncated_normal_
+
+    def drawn(make):
+        torch.manual_seed(0)
+        return make()
+
+    x = torch.randn(8, 5, 6, 4).to(dtype)
+    assert torch.equal(drawn(lambda: DropPath(0.3)(x)), drawn(lambda: TimmDropPath(0.3)(x)))
+    assert DropPath(0.3).eval()(x) is x
+    weight = torch.empty(40, 50)
+    assert torch.equal(
+        drawn(lambda: truncated_normal_(weight.clone(), 0.02)), drawn(lambda: trunc_normal_(weight.clone(), std=0.02))
+    )
+    maps = torch.randn(2, 12, 3, 4)
+    for pool in ("avg", "max", "avgmax", "catavgmax"):
+        mine, theirs = (drawn(lambda kind=kind: kind(12, 5, pool)) for kind in (ClassifierHead, TimmHead))
+        assert torch.equal(mine(maps), theirs(maps)) and mine.num_features == theirs.num_features
+        assert torch.equal(mine(maps, pre_logits=True), theirs(maps, pre_logits=True))
+        mine.reset(0)
+        assert torch.equal(mine(maps), theirs(maps, pre_logits=True))
+    assert ClassifierHead(12, 0, "")(maps) is maps
+    with pytest.raises(ValueError, match="needs pooled features"):
+        ClassifierHead(12, 3, "")

@@ -90,7 +90,7 @@ def test_many_images_are_predicted_by_a_prepared_network(run, photos, monkeypatc
     few = predict(run, photos / "val", device="cpu")
     prepared = []
     monkeypatch.setattr(
-        "sgformer.tasks.classify.predict.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1]
+        "sgformer.backends.optimize.optimize", lambda model: prepared.append(optimize(model)) or prepared[-1]
     )
     monkeypatch.setattr("sgformer.tasks.classify.predict.WORTH_PREPARING", 9)
     many = predict(run, photos / "val", device="cpu")
@@ -101,7 +101,7 @@ def test_many_images_are_predicted_by_a_prepared_network(run, photos, monkeypatc
 
 def test_prediction_is_softmax_of_the_network(run, photos):
     from sgformer.data.image import read_image
-    from sgformer.data.transforms import eval_transform, preprocessing
+    from sgformer.data.preparing import eval_transform, preprocessing
 
     image = photos / "val" / "bee" / "0.png"
     [answer] = predict(run, image, top=2)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath
 from torch import Tensor
 
 from sgformer import ops
@@ -23,7 +22,7 @@ from sgformer.models.backbone import (
     PlainBlock,
     SelfGuidedAttention,
 )
-from sgformer.models.layers import ConvNorm, DepthwiseConv, Mlp
+from sgformer.models.layers import ConvNorm, DepthwiseConv, DropPath, Mlp
 from sgformer.models.significance import LinearAggregation
 
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")

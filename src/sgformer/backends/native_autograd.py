@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -36,7 +35,7 @@ from sgformer.models.backbone import (
     PlainBlock,
     SelfGuidedAttention,
 )
-from sgformer.models.layers import ConvNorm, Downsample, Mlp, Stem
+from sgformer.models.layers import ConvNorm, Downsample, DropPath, Mlp, Stem
 
 aten = torch.ops.aten
 

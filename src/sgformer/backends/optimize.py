@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath
 from torch import Tensor
 
 from sgformer.backends import native as kernels
@@ -19,7 +18,7 @@ from sgformer.backends.eligibility import intact, readable
 from sgformer.backends.native_autograd import restore
 from sgformer.backends.native_modules import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
 from sgformer.models.backbone import SGFormer
-from sgformer.models.layers import ConvNorm, Mlp
+from sgformer.models.layers import ConvNorm, DropPath, Mlp
 
 
 def optimize(

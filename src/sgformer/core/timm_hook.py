@@ -5,8 +5,8 @@ all, every program that imports it would pay seconds and a gigabyte, if only to 
 ``sys.meta_path`` waits until somebody else imports timm. It lets Python find timm where it is, and as soon as timm's
 code has run, it imports :mod:`sgformer.models.registry`, whose decorators do the rest.
 
-The registry imports no module of this package that imports timm. It could be one that is only half there: timm may be
-on its way in because ``sgformer.models.backbone`` has just asked for it.
+The registry imports no module of this package that imports timm: it could be one that is only half there, as timm may
+be on its way in because that module has just asked for it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from sgformer.data.image import fit_size
-from sgformer.data.transforms import IMAGENET, Normalization
+from sgformer.data.preparing import IMAGENET, Normalization
 
 DenseTransform = Callable[[Image.Image, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 

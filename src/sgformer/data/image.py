@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import queue
 import threading
@@ -355,3 +356,22 @@ def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(image_size, int):
         return image_size, round(image_size * LONGEST / SHORT)
     return image_size[0], image_size[1]
+
+
+def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str = "bicubic") -> np.ndarray:
+    """Resize to ``size / crop_pct``, crop the centre: (height, width, 3) uint8. As timm evaluates."""
+    goal = [math.floor(side / crop_pct) for side in size]
+    if goal[0] == goal[1]:
+        short, long = sorted(image.size)
+        sides = goal[0], int(goal[0] * long / short)
+        width, height = sides if image.width <= image.height else sides[::-1]
+    else:
+        ratio = min(image.height / goal[0], image.width / goal[1])
+        height, width = round(image.height / ratio), round(image.width / ratio)
+    image = (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling[interpolation.upper()])
+    )
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    return np.asarray(image.crop((left, top, left + size[1], top + size[0])))

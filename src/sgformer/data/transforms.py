@@ -1,45 +1,21 @@
-"""From a PIL image to the tensor the network sees: timm's training augmentation, and the evaluation crop."""
+"""From a PIL image to the tensor the network sees in training: timm's augmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
-from timm.data.transforms import MaybeToTensor, ResizeKeepRatio
-from torchvision.transforms import Compose, InterpolationMode, Normalize
+from timm.data.transforms import MaybeToTensor
+from torchvision.transforms import Compose, Normalize
 
 from sgformer.core.errors import UserError
+from sgformer.data.preparing import IMAGENET, Normalization
 
 Transform = Callable[[Image.Image], torch.Tensor]
-
-MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-
-class Normalization(NamedTuple):
-    """Mean and standard deviation of the channels of images in 0..1: subtracted, and divided by.
-
-    ImageNet's unless weights from elsewhere were trained with others, which they keep.
-    """
-
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, Any]) -> Normalization:
-        """As weights remember it."""
-        return cls(tuple(metadata.get("mean", MEAN)), tuple(metadata.get("std", STD)))
-
-    def to_metadata(self) -> dict[str, list[float]]:
-        """What weights remember: nothing where it is ImageNet's."""
-        return {} if self == IMAGENET else {"mean": list(self.mean), "std": list(self.std)}
-
-
-IMAGENET = Normalization()
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -93,7 +69,8 @@ def train_transform(
                 re_mode="pixel",
                 mean=normalization.mean,
                 std=normalization.std,
-            )
+            ),
+            normalization,
         )
     except AssertionError as error:
         raise UserError(
@@ -101,62 +78,10 @@ def train_transform(
         ) from None
 
 
-def eval_transform(
-    image_size: tuple[int, int],
-    crop_pct: float = 0.9,
-    interpolation: str = "bicubic",
-    normalization: Normalization = IMAGENET,
-) -> Transform:
-    """Resize to `image_size / crop_pct`, crop the centre, normalise. No randomness.
-
-    Returns:
-        PIL RGB image -> float32 (3, height, width).
-    """
-    transform = create_transform(
-        (3, *image_size),
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-        mean=normalization.mean,
-        std=normalization.std,
-    )
-    for step in transform.transforms:
-        if isinstance(step, ResizeKeepRatio):  # of sides that differ; older versions of timm resize these bilinearly
-            step.interpolation = InterpolationMode(interpolation)
-    return _fused(transform)
-
-
-class ToNormalizedTensor:
-    """PIL RGB image -> float32 (3, H, W), normalised; a third of the passes of two steps."""
-
-    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
-        self.scale, self.shift = 1 / (255 * std.view(3, 1, 1)), (mean / std).view(3, 1, 1)
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels.float().mul_(self.scale).sub_(self.shift)
-
-
-def _fused(transform: Compose) -> Compose:
+def _fused(transform: Compose, normalization: Normalization) -> Compose:
+    """The same with conversion and normalisation in one step."""
     steps = list(transform.transforms)
     at = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
     if not isinstance(steps[at - 1], MaybeToTensor):
         raise TypeError(f"expected timm to convert images just before it normalises them (got {steps[at - 1]})")
-    return Compose([*steps[: at - 1], ToNormalizedTensor(steps[at].mean, steps[at].std), *steps[at + 1 :]])
-
-
-def denormalize(images: torch.Tensor, normalization: Normalization = IMAGENET) -> torch.Tensor:
-    """Undo the normalisation: float (..., 3, H, W) -> values in 0..1 for showing."""
-    mean = torch.tensor(normalization.mean).view(3, 1, 1)
-    std = torch.tensor(normalization.std).view(3, 1, 1)
-    return (images.float().cpu() * std + mean).clamp(0, 1)
-
-
-def preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """`eval_transform`'s arguments as weights remember them."""
-    size = metadata.get("image_size", 224)
-    return {
-        "image_size": (size, size) if isinstance(size, int) else tuple(size),
-        "crop_pct": metadata.get("crop_pct", 0.9),
-        "interpolation": metadata.get("interpolation", "bicubic"),
-        "normalization": Normalization.of(metadata),
-    }
+    return Compose([*steps[: at - 1], normalization, *steps[at + 1 :]])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
 from sgformer.data.image import list_images, open_image
-from sgformer.data.transforms import IMAGENET, Normalization, denormalize
+from sgformer.data.preparing import IMAGENET, Normalization, denormalize
 from sgformer.models.backbone import GuidedBlock, Inspection, SGFormer
 from sgformer.models.significance import make_source
 from sgformer.results import Explanation

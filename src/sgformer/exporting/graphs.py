@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sgformer._version import __version__
 from sgformer.backends.traceable import why_fixed_size, why_unsupported
 from sgformer.core.errors import UserError
-from sgformer.data.transforms import MEAN, STD
+from sgformer.data.preparing import MEAN, STD
 from sgformer.models.backbone import SGFormer
 from sgformer.models.pyramid import STRIDES
 

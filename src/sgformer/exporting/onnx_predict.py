@@ -6,7 +6,6 @@ The file says how images are to be prepared. What each task makes of its outputs
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -76,25 +75,6 @@ class ExportedNetwork:
 
 
 # -- preparing images -------------------------------------------------------------------------------------------------
-
-
-def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str = "bicubic") -> np.ndarray:
-    """Resize to ``size / crop_pct``, crop the centre: (height, width, 3) uint8. As timm evaluates."""
-    goal = [math.floor(side / crop_pct) for side in size]
-    if goal[0] == goal[1]:
-        short, long = sorted(image.size)
-        sides = goal[0], int(goal[0] * long / short)
-        width, height = sides if image.width <= image.height else sides[::-1]
-    else:
-        ratio = min(image.height / goal[0], image.width / goal[1])
-        height, width = round(image.height / ratio), round(image.width / ratio)
-    image = (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling[interpolation.upper()])
-    )
-    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-    return np.asarray(image.crop((left, top, left + size[1], top + size[0])))
 
 
 def fit_multiple(image: Image.Image, short_side: int, step: int) -> tuple[int, int]:

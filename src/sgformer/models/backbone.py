@@ -18,14 +18,21 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath
-from timm.models import register_notrace_module
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sgformer import ops
 from sgformer.models.config import Region, SGFormerConfig, StageConfig
-from sgformer.models.layers import DepthwiseConv, Downsample, Mlp, Stem, created_on, init_module
+from sgformer.models.layers import (
+    ClassifierHead,
+    DepthwiseConv,
+    Downsample,
+    DropPath,
+    Mlp,
+    Stem,
+    created_on,
+    init_module,
+)
 from sgformer.models.significance import AGGREGATIONS, gate, make_source
 from sgformer.ops import MergedTokens, TokenGroups
 
@@ -52,7 +59,6 @@ class Inspection:
 
 
 # No symbolic trace goes into attention: padding and grouping follow the grid's size, which it cannot know.
-@register_notrace_module
 class HybridScaleAttention(nn.Module):
     """Half of the heads look far and coarse, half near and fine; together they say what is significant (section 3.2).
 
@@ -84,7 +90,6 @@ class HybridScaleAttention(nn.Module):
         return self.proj(out), coarse_significance, fine_significance
 
 
-@register_notrace_module
 class MultiScaleAttention(nn.Module):
     """The paper's general form (section 3.2): head group j reads keys and values from a grid reduced s_j times.
 
@@ -150,7 +155,6 @@ def attend_scale(
     return out, significance
 
 
-@register_notrace_module
 class SelfGuidedAttention(nn.Module):
     """All tokens look at few, and the few are dense where significance is high (section 3.3).
 
@@ -195,7 +199,6 @@ class SelfGuidedAttention(nn.Module):
         return self.aggregate.describe(grouped, grid)
 
 
-@register_notrace_module
 class PlainAttention(nn.Module):
     """Every token looks at every token; (B, H, W, C) to the same. The last stage's attention."""
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
-from timm.models import register_notrace_module
 from torch import Tensor
 
 
@@ -27,7 +26,6 @@ class ConvNorm(nn.Sequential):
         self.act = nn.GELU() if act else nn.Identity()
 
 
-@register_notrace_module  # its size follows the image's, which a symbolic trace cannot know
 class PositionTable(nn.Module):
     """A learned vector for every position of a grid, started as the 2-D sine-cosine table; resized to other grids."""
 
@@ -118,12 +116,90 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.conv.plus_input(self.fc1(x))))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth of (B, H, W, C): in training, each image's residual branch is left out with this probability.
+
+    The draws are those of timm's module of the same name; timm itself would cost seconds at every `sgformer predict`.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.drop_prob):
+            return x
+        kept = 1 - self.drop_prob
+        return x * torch.empty_like(x[:, :1, :1, :1]).bernoulli_(kept).div_(kept)
+
+
+class ClassifierHead(nn.Module):
+    """Pooling, dropout and a linear classifier, with the interface of timm's: (B, C, H, W) -> (B, num_classes).
+
+    Args:
+        dim: channels C.
+        num_classes: 0 leaves the classifier out.
+        global_pool: "avg"; "" pools nothing, for networks without classifier; or another name of timm's.
+        drop_rate: probability of dropout before the classifier.
+    """
+
+    def __init__(self, dim: int, num_classes: int, global_pool: str = "avg", drop_rate: float = 0.0):
+        super().__init__()
+        self.in_features = dim
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, global_pool)
+
+    def reset(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier, and another pooling if one is given."""
+        if global_pool is not None:
+            if not global_pool and num_classes:
+                raise ValueError("a classifier needs pooled features (got global_pool='' and num_classes above 0)")
+            self.global_pool = _pooling(global_pool)
+        self.num_features = self.in_features * self.global_pool.feat_mult()
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+
+class AveragePool(nn.Module):
+    """(B, C, H, W) -> (B, C); or nothing."""
+
+    def __init__(self, pool_type: str):
+        super().__init__()
+        self.pool_type = pool_type
+
+    def feat_mult(self) -> int:
+        return 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, 1).flatten(1) if self.pool_type else x
+
+
+def _pooling(name: str) -> Any:
+    if name in ("avg", ""):
+        return AveragePool(name)
+    from timm.layers import SelectAdaptivePool2d  # costs seconds to import, and these kinds are rare
+
+    return SelectAdaptivePool2d(pool_type=name, flatten=True)
+
+
+def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
+    """Fill in place from a normal distribution cut off at -2 and 2, through the inverse error function.
+
+    The same numbers as timm's `trunc_normal_`, which initialises the networks of this field; torch's draws others.
+    """
+    bound = math.erf(2 / (std * math.sqrt(2)))
+    return tensor.uniform_(-bound, bound).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2, 2)
+
+
 @torch.no_grad()
 def init_module(module: nn.Module) -> None:
     """Linear: truncated normal, std .02. Convolution: normal, std sqrt(2 / fan out). Biases 0, norms 1 and 0."""
     if isinstance(module, nn.Linear):
         # Drawn in float32: in half precision the inverse error function overflows and leaves weights at the bounds.
-        module.weight.copy_(trunc_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02))
+        module.weight.copy_(truncated_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02))
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         module.weight.normal_(0, math.sqrt(2 / fan_out))

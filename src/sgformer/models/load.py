@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
 from sgformer.core.errors import UserError, first_sentence
 from sgformer.core.names import nearest, some
 from sgformer.models import checkpoint
@@ -163,6 +161,8 @@ def _of_state_dict(path: Path, tensors: dict[str, Tensor], model: str | None, sa
         if table is not None and table.ndim == 3:
             config = config.replace(img_size=(4 * table.shape[0], 4 * table.shape[1]))
         return Weights(path, tensors, {"model": name}, name, config)
+    import timm
+
     if not timm.is_model(name):
         raise UserError(f"{path}: unknown model {name!r}{nearest(name, timm.list_models())}")
     return Weights(path, tensors, {"model": name, **_preprocessing(name)}, name)
@@ -181,6 +181,8 @@ def _sgformer_name(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _preprocessing(name: str) -> dict[str, Any]:
     """How a network of timm was trained to see images, for its own weights from elsewhere."""
+    import timm
+
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if known is None:
         return {}
@@ -254,6 +256,8 @@ def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn
     Raises:
         UserError: no such name (the nearest one is given), or the network does not take an option.
     """
+    import timm  # not at the head: our own networks do without, which saves seconds
+
     if not timm.is_model(name):
         raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
     options = options if num_classes is None else {"num_classes": num_classes, **options}

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
@@ -80,6 +79,8 @@ class Pyramid(nn.Module):
         network = self.network
         if not hasattr(network, "group_matcher"):
             raise UserError(f"{self.architecture['model']} does not name its stages: it cannot be frozen in part")
+        from timm.models import group_parameters
+
         layers = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
         if stages > len(STRIDES):
             raise UserError(f"--freeze-stages is -1 (nothing) to {len(STRIDES)} (everything), got {stages}")

@@ -1,21 +1,29 @@
 """The sizes of SG-Former in timm's registry: ``import sgformer`` makes ``timm.create_model("sgformer_s")`` work.
 
-Imported as soon as timm is, see :mod:`sgformer.core.timm_hook`, and maybe while the rest of this package is waiting for
-timm: what builds the networks is imported when one is built.
+Imported as soon as timm is, see :mod:`sgformer.core.timm_hook`. The backbone itself works without timm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 
+from sgformer.models.backbone import (
+    HybridScaleAttention,
+    MultiScaleAttention,
+    PlainAttention,
+    SelfGuidedAttention,
+    SGFormer,
+)
 from sgformer.models.config import VARIANTS
+from sgformer.models.layers import PositionTable
 
-if TYPE_CHECKING:
-    from sgformer.models.backbone import SGFormer
+# Their padding and grouping follow the grid's size, which a symbolic trace cannot know.
+for leaf in (PositionTable, HybridScaleAttention, MultiScaleAttention, SelfGuidedAttention, PlainAttention):
+    register_notrace_module(leaf)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

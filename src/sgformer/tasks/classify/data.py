@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +10,9 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
+from sgformer.data.preparing import Normalization, denormalize, eval_transform
 from sgformer.data.shards import open_splits
-from sgformer.data.transforms import Normalization, denormalize, eval_transform, preprocessing, train_transform
+from sgformer.data.transforms import train_transform
 from sgformer.models.load import Weights
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.training.task import Splits
@@ -70,19 +69,6 @@ def objects(splits: Splits, index: int) -> np.ndarray | None:
 
     mask = scene_objects(listing.path(index))
     return (denormalize(transform(Image.fromarray(mask).convert("RGB")))[0] > 0.5).numpy()
-
-
-def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:
-    """Arguments of `eval_transform`: as in training, unless told otherwise.
-
-    Raises:
-        UserError: the size or the crop is invalid.
-    """
-    given = {"image_size": image_size, "crop_pct": crop_pct}
-    result = preprocessing({**metadata, **{name: value for name, value in given.items() if value is not None}})
-    if min(result["image_size"]) < 32 or not 0 < result["crop_pct"] <= 1:
-        raise UserError(f"--image-size must be 32 or more and --crop-pct in (0, 1], got {image_size} and {crop_pct}")
-    return result
 
 
 def draw_batch(

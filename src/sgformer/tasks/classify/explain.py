@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sgformer.data.transforms import eval_transform, preprocessing
+from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.explaining.base import Explainer, explain_batch
 from sgformer.results import Explanation
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from sgformer.backends.optimize import optimize
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
 from sgformer.data.image import open_image, source_name
-from sgformer.data.transforms import eval_transform
+from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.backbone import SGFormer
 from sgformer.models.load import Weights, build_network
 from sgformer.results import Prediction
-from sgformer.tasks.classify.data import reading
 
 #: From so many images on, preparing a network for the CPU takes less time than it saves.
 WORTH_PREPARING = 64
@@ -53,7 +51,9 @@ def predict(
     where = find_device(device)
     model.to(where)
     if where.type == "cpu" and isinstance(model, SGFormer) and len(sources) >= WORTH_PREPARING:
-        model = optimize(model)
+        from sgformer.backends import optimize
+
+        model = optimize.optimize(model)
     names = weights.metadata.get("classes") or [str(i) for i in range(model.num_classes)]
     transform = eval_transform(**reading(weights.metadata, image_size))
     for start in range(0, len(sources), batch_size):
@@ -108,3 +108,16 @@ def evaluate(
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
     module = ClassificationModule(model, class_names=listing.classes)
     return validate(module, dataset, collate, batch_size=batch_size, **machine)[0]
+
+
+def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:
+    """Arguments of `eval_transform`: as in training, unless told otherwise.
+
+    Raises:
+        UserError: the size or the crop is invalid.
+    """
+    given = {"image_size": image_size, "crop_pct": crop_pct}
+    result = preprocessing({**metadata, **{name: value for name, value in given.items() if value is not None}})
+    if min(result["image_size"]) < 32 or not 0 < result["crop_pct"] <= 1:
+        raise UserError(f"--image-size must be 32 or more and --crop-pct in (0, 1], got {image_size} and {crop_pct}")
+    return result

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import open_image, source_name
-from sgformer.exporting.onnx_predict import ExportedNetwork, centre, softmax
+from sgformer.data.image import centre, open_image, source_name
+from sgformer.exporting.onnx_predict import ExportedNetwork, softmax
 from sgformer.results import Prediction
 
 

@@ -14,7 +14,7 @@ from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.image import short_and_longest
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.data.objects import annotated_pixels
-from sgformer.data.transforms import Normalization
+from sgformer.data.preparing import Normalization
 from sgformer.models.load import Weights
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.detect.metrics import CocoMetric

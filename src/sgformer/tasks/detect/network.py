@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from sgformer.data.transforms import MEAN, STD, Normalization
+from sgformer.data.preparing import MEAN, STD, Normalization
 from sgformer.heads.mask_rcnn import RCNNHeads, paste_masks
 from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone

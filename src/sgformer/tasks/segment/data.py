@@ -12,7 +12,7 @@ from sgformer.data.ade20k import LabelledFolderDataset, StepSampler, collate, co
 from sgformer.data.dense_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.data.objects import object_pixels
-from sgformer.data.transforms import Normalization, denormalize
+from sgformer.data.preparing import Normalization, denormalize
 from sgformer.models.load import Weights
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.training.task import Splits

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sgformer.core.errors import UserError
 from sgformer.data.image import fit_size
-from sgformer.data.transforms import eval_transform
+from sgformer.data.preparing import eval_transform
 from sgformer.explaining.base import Explainer, explanations, pixels
 from sgformer.heads.common import resize
 from sgformer.results import Explanation

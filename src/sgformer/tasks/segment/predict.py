@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.dense_transforms import eval_transform
 from sgformer.data.image import open_image, source_name
-from sgformer.data.transforms import IMAGENET, Normalization, denormalize
+from sgformer.data.preparing import IMAGENET, Normalization, denormalize
 from sgformer.models.load import Weights, read_weights
 from sgformer.results import Segments
 from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segmenter, class_probabilities
@@ -49,11 +47,10 @@ def predict(
     how = inference_settings(metadata, image_size=image_size, multi_scale=multi_scale, flip=flip, sliding=sliding)
     where = find_device(device)
     model = Segmenter.from_weights(weights).to(where)
-    transform = eval_transform(Normalization.of(metadata))
+    normalize = Normalization.of(metadata)
     for i, source in enumerate(sources):
         image = open_image(source)
-        pixels, _ = transform(image, np.zeros((image.height, image.width), np.int64))
-        labels = class_probabilities(model, pixels[None].to(where), how)[0].argmax(0).cpu().numpy()
+        labels = class_probabilities(model, normalize(image)[None].to(where), how)[0].argmax(0).cpu().numpy()
         first = int(metadata["reduce_zero_label"])
         yield Segments(source_name(source, i), labels, tuple(metadata["classes"]), first), image
 
@@ -90,6 +87,7 @@ def evaluate(
         UserError: weights or data are invalid, or do not go together.
     """
     from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
+    from sgformer.data.dense_transforms import eval_transform
     from sgformer.tasks.segment.module import SegmentationModule
     from sgformer.training.validate import validate
 
