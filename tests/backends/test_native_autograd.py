@@ -75,7 +75,7 @@ def test_gradients_are_those_of_torch(size, options):
 
 
 def test_an_image_at_a_time(monkeypatch):
-    monkeypatch.setattr(native, "PART", 1)
+    monkeypatch.setattr(native, "CHUNK", 1)
     a, b = pair()
     assert_same(a, b, torch.randn(3, 3, 64, 64))
 

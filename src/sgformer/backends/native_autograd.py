@@ -400,7 +400,7 @@ def _parts(h: Tensor) -> list[slice]:
 
 
 def _at_a_time(h: Tensor) -> int:
-    return max(1, native.PART // math.prod(h.shape[1:]))
+    return max(1, native.CHUNK // math.prod(h.shape[1:]))
 
 
 def _depthwise_gradients(made: Tensor) -> tuple[Tensor, Tensor]:
