@@ -515,7 +515,7 @@ def _pointers(tensors: Iterable[Tensor]) -> bytes:
 
 def _checked(x: Tensor) -> Tensor:
     """What the kernels read as float32, one after the other, must be that."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
+    if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
         raise ValueError(
             f"native kernels take contiguous float32 on the CPU (got {x.dtype} on {x.device}, shape {tuple(x.shape)}, "
             f"strides {x.stride()})"
@@ -527,7 +527,7 @@ def _view(x: Tensor, kind: Any) -> Any:
     """(B, H, W, C), perhaps a slice of a wider tensor's channels, as a view for the kernels."""
     _, H, W, _ = x.shape
     stride = x.stride(2)
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.stride() != (H * W * stride, W * stride, stride, 1):
+    if x.dtype != torch.float32 or not x.is_cpu or x.stride() != (H * W * stride, W * stride, stride, 1):
         raise ValueError(
             f"native kernels take float32 on the CPU, channels of a contiguous (B, H, W, C) (got {x.dtype} on "
             f"{x.device}, shape {tuple(x.shape)}, strides {x.stride()})"
