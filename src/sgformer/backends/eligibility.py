@@ -48,12 +48,7 @@ def _plainly(module: Any) -> bool:
 
 def plain(x: Tensor) -> bool:
     """Whether kernels can read a tensor: float32, on the CPU, strided, and of no type with ideas of its own."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dtype == torch.float32
-        and x.is_cpu
-        and x.layout == torch.strided
-    )
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu and x.layout == torch.strided
 
 
 def _usual(module: Any) -> bool:
