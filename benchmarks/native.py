@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
     if args.march != "native":
-        native.PROCESSOR = f"-march={args.march}"
+        native.build.PROCESSOR = f"-march={args.march}"
     model = sgformer.create_model("sgformer_s").eval()
     print(
         f"{native.lanes()} floats in a vector, {torch.get_num_threads()} threads\n\nGFLOP/s: native, oneDNN packed, MKL"

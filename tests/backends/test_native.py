@@ -1,9 +1,12 @@
 """The compiled kernels against torch's own operations in float64, for every kind of vector that this machine has."""
 
 import copy
+import ctypes
 import functools
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 import sgformer
 from sgformer import ops
 from sgformer.backends import native
+from sgformer.backends.native.interface import FUNCTIONS, STRUCTS, parse
 from sgformer.models.backbone import GuidedBlock, HybridBlock, attend_scale
 
 try:
@@ -22,11 +26,11 @@ try:
 except native.UnavailableError as error:
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
-KINDS = {"native": native.PROCESSOR}
+KINDS = {"native": native.build.PROCESSOR}
 if platform.machine() in ("x86_64", "AMD64"):
-    KINDS["no AVX"] = "-march=x86-64"
+    KINDS["no AVX"] = ("-march=x86-64",)
     if "avx2" in Path("/proc/cpuinfo").read_text():
-        KINDS["AVX2"] = "-march=haswell"
+        KINDS["AVX2"] = ("-march=haswell",)
 
 
 @pytest.fixture(
@@ -38,10 +42,16 @@ def kind(request, tmp_path_factory):
     """Every test runs with kernels for each of them: other processors than this one have narrower registers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(native, "PROCESSOR", KINDS[request.param])
+        patch.setattr(native.build, "PROCESSOR", KINDS[request.param])
         native.library.cache_clear()
         yield request.param
     native.library.cache_clear()
+
+
+@pytest.fixture
+def once(kind):
+    if kind != "native":
+        pytest.skip("the same for every kind")
 
 
 def close(got, expected, tolerance=1e-5):
@@ -64,10 +74,11 @@ def linear(x, weight, bias, width, add=None, out=None):
     B, H, W, n = x.shape
     out = torch.empty(B, H, W, width) if out is None else out
     added = (None, 0) if add is None else (add.data_ptr(), add.stride(1))
+    views = STRUCTS["ConstView"](*added), STRUCTS["View"](out.data_ptr(), out.stride(1))
+    affine = STRUCTS["Affine"](weight.data_ptr(), bias.data_ptr())
     native.library().sgformer_linear(
-        x.data_ptr(), x.stride(1), weight.data_ptr(), bias.data_ptr(), *added,
-        out.data_ptr(), out.stride(1), B * H * W, n, width,
-    )  # fmt: skip
+        STRUCTS["ConstView"](x.data_ptr(), x.stride(1)), affine, *views, B * H * W, n, width
+    )
     return out
 
 
@@ -79,14 +90,14 @@ def depthwise_add(out, x, weight, bias):
 
 def layer_norm(x, weight, bias, eps, gelu):
     out = torch.empty_like(x)
+    affine = STRUCTS["Affine"](weight.data_ptr(), bias.data_ptr())
     native.library().sgformer_layer_norm(
-        x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1],
-        weight.data_ptr(), bias.data_ptr(), eps, gelu,
-    )  # fmt: skip
+        x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], affine, eps, gelu
+    )
     return out
 
 
-def attend_few(q, kv, heads):
+def attend_pooled(q, kv, heads):
     out = torch.empty(q.shape)
     native.attend(q, kv[:, None], heads, q.shape[1:3], (1, kv.shape[1]), out)
     return out
@@ -158,7 +169,7 @@ def test_depthwise(grid):
     wide[..., C : 2 * C] = x
     close(depthwise_add(out, wide[..., C : 2 * C], taps, bias), out + expected)
     expected = tokens(F.conv2d(image(x), weight.double(), stride=2, padding=1, groups=C))
-    close(native.depthwise_halve(x, taps), expected)
+    close(native.depthwise_stride2(x, taps), expected)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -224,23 +235,23 @@ def test_attention_and_what_keys_received(grid, scale, window, heads, d):
     q, kv, windows = attention_of(grid, scale, window, heads, d)
     expected, significance = attend_scale(q.double(), kv.double(), heads, scale, window, is_global=not window)
     out = torch.full((2, *grid, 2 * heads * d), 9.0)
-    received = native.attend(q, kv, heads, *windows, out[..., heads * d :], spread=scale)
+    received = native.attend(q, kv, heads, *windows, out[..., heads * d :], reduction=scale)
     close(out[..., heads * d :], expected)
     assert (out[..., : heads * d] == 9).all()
     assert torch.allclose(received.double(), significance, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("M", [1, 49, 60, 147, 1000])
-def test_attention_to_few(M):
+def test_attention_to_pooled_tokens(M):
     q, kv = torch.randn(2, 6, 5, 64), torch.randn(2, M, 128)
     k, v = (ops.split_heads(t, 2) for t in kv.double().chunk(2, -1))
     expected = ops.join_heads(ops.attend(ops.split_heads(q.double().flatten(1, 2), 2), k, v))
-    close(attend_few(q, kv, 2).flatten(1, 2), expected)
+    close(attend_pooled(q, kv, 2).flatten(1, 2), expected)
 
 
 def test_attention_stands_large_scores():
     q, kv = 100 * torch.randn(1, 4, 4, 32), 100 * torch.randn(1, 50, 64)
-    out = attend_few(q, kv, 1)
+    out = attend_pooled(q, kv, 1)
     k, v = kv.double().chunk(2, -1)
     close(out.flatten(1, 2), ops.attend(q.double().flatten(1, 2)[:, None], k[:, None], v[:, None])[:, 0], 1e-4)
 
@@ -254,13 +265,13 @@ def test_aggregation(C):
     close(native.aggregate(x, groups, weights, bias), expected)
 
 
-def test_order_is_the_stable_one():
+def test_argsort_is_the_stable_one():
     values = torch.randn(4, 1000).round(decimals=1)  # with many equal ones
     values[0, 5], values[0, 9], values[1] = float("nan"), float("-inf"), 0
     values[2, ::3], values[2, 1::3] = 0.0, -0.0
-    assert torch.equal(native.sort_tokens(values), values.argsort(dim=1, stable=True))
+    assert torch.equal(native.argsort(values), values.argsort(dim=1, stable=True))
     values = torch.rand(2, 3137) * 1e-30
-    assert torch.equal(native.sort_tokens(values), values.argsort(dim=1, stable=True))
+    assert torch.equal(native.argsort(values), values.argsort(dim=1, stable=True))
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (9, 20), (3, 2)])
@@ -461,6 +472,85 @@ def test_gradients_have_the_same_bits_with_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+# -- the interface ----------------------------------------------------------------------------------------------------
+
+
+def test_every_function_of_the_sources_is_declared():
+    defined = [
+        found
+        for path in native.build.sources()
+        if path.suffix == ".cpp"
+        for found in re.findall(r"^\w+ (sgformer_\w+)\(", path.read_text(), re.MULTILINE)
+    ]
+    assert len(defined) == len(set(defined)) and set(defined) == set(FUNCTIONS)
+
+
+def test_structs_are_laid_out_as_the_compiler_does(once, tmp_path):
+    """Names, sizes and places of all fields of all structs, and the types of all arguments, by the compiler's word."""
+    lines, expected = [], []
+    for name, struct in STRUCTS.items():
+        lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')
+        expected.append(f"{name} {ctypes.sizeof(struct)}")
+        for field, kind in struct._fields_:
+            where = f"offsetof({name}, {field}), sizeof({name}::{field}), is_float<decltype({name}::{field})>"
+            lines.append(f'std::printf("{field} %zu %zu %d\\n", {where});')
+            expected.append(f"{field} {getattr(struct, field).offset} {ctypes.sizeof(kind)} {kind is ctypes.c_float:d}")
+    for name, (result, arguments) in FUNCTIONS.items():
+        lines.append(f"tell({name});")
+        expected.append(" ".join(map(spelled, (result, *arguments))))
+    source = """
+#include <cstddef>
+#include <cstdio>
+#include <type_traits>
+#include "interface.h"
+template <class T> constexpr bool is_float = std::is_same_v<T, float>;
+template <class T> void tell_one() {
+  using P = std::remove_pointer_t<std::remove_reference_t<T>>;
+  constexpr bool pointer = std::is_pointer_v<T> || std::is_reference_v<T>, structure = std::is_class_v<P>;
+  if constexpr (std::is_void_v<T>) std::printf("void");
+  else if (pointer) std::printf(structure ? "&%zu" : "*", sizeof(P));
+  else std::printf("%s%zu", structure ? "struct" : is_float<T> ? "float" : "int", sizeof(P));
+}
+template <class R, class... A> void tell(R (*)(A...)) {
+  tell_one<R>();
+  ((std::printf(" "), tell_one<A>()), ...);
+  std::printf("\\n");
+}
+int main() { MAIN }
+"""
+    (tmp_path / "told.cpp").write_text(source.replace("MAIN", "\n".join(lines)))
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))))
+    folder = Path(native.build.SOURCE).parent
+    # Functions are named and not called: what defines them is not linked.
+    command = [compiler, "-std=c++17", "-O0", f"-I{folder}", "told.cpp", "-o", "told"]
+    subprocess.run([*command, str(folder / "kernels.cpp"), "-fopenmp"], cwd=tmp_path, check=True, timeout=300)
+    told = subprocess.run([str(tmp_path / "told")], capture_output=True, text=True, check=True, timeout=60)
+    assert told.stdout.splitlines() == expected
+
+
+def spelled(kind):
+    """A type of ctypes as the program above tells it."""
+    if kind is None:
+        return "void"
+    if kind is ctypes.c_void_p:
+        return "*"
+    if issubclass(kind, ctypes._Pointer):
+        return f"&{ctypes.sizeof(kind._type_)}"
+    word = "struct" if issubclass(kind, ctypes.Structure) else "float" if kind is ctypes.c_float else "int"
+    return f"{word}{ctypes.sizeof(kind)}"
+
+
+def test_what_the_interface_cannot_say_is_refused():
+    with pytest.raises(ValueError, match="double"):
+        parse('extern "C" void sgformer_f(unsigned double x);')
+    with pytest.raises(AttributeError, match="pitch"):
+        STRUCTS["View"](data=0, pitch=1)
+    pair = torch.ones(8), torch.zeros(8)
+    for parts in ({"norm": pair}, {"norm": pair, "proj_in": pair, "norm3": pair}):
+        with pytest.raises(ValueError, match="PlainWeights has norm, proj_in"):
+            native.Weights("PlainWeights", **parts)
+
+
 # -- compiling --------------------------------------------------------------------------------------------------------
 
 
@@ -470,13 +560,7 @@ def fresh(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
 
-LOAD = "from sgformer.ops import native; print(native.lanes())"
-
-
-@pytest.fixture
-def once(kind):
-    if kind != "native":
-        pytest.skip("the same for every kind")
+LOAD = "from sgformer.backends import native; print(native.lanes())"
 
 
 @pytest.mark.slow
@@ -491,6 +575,24 @@ def test_compiled_once_and_found_again(once, tmp_path):
     assert list((tmp_path / "sgformer").iterdir()) == [file] and file.stat().st_size > 10_000
 
 
+def test_every_source_makes_another_library(once, tmp_path, monkeypatch):
+    """One that is changed, added or renamed: no stale library is found in the cache."""
+    folder = tmp_path / "native"
+    shutil.copytree(native.build.SOURCE.parent, folder)
+    monkeypatch.setattr(native.build, "SOURCE", folder / "kernels.cpp")
+    files = native.build.sources()
+    assert {"kernels.cpp", "interface.h", "gemm.h", "attention.cpp"} < {path.name for path in files}
+    names = [native.build._file_name()]
+    for path in files:
+        path.write_text(path.read_text() + "// changed")
+        names.append(native.build._file_name())
+    (folder / "more.h").write_text("")
+    names.append(native.build._file_name())
+    (folder / "more.h").rename(folder / "most.h")
+    names.append(native.build._file_name())
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("why", ["none", "fails"])
 def test_without_a_compiler_the_network_is_packed_all_the_same(once, tmp_path, why):
@@ -500,6 +602,7 @@ def test_without_a_compiler_the_network_is_packed_all_the_same(once, tmp_path, w
     code = """
 import sgformer, torch
 from sgformer.backends import native
+from sgformer.backends.native.interface import FUNCTIONS, STRUCTS, parse
 model = sgformer.create_model("sgformer_n").eval()
 image = torch.randn(1, 3, 64, 64)
 with torch.no_grad():

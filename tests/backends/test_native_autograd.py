@@ -10,8 +10,7 @@ from changed_networks import CHANGES
 from torch.utils.flop_counter import FlopCounterMode
 
 import sgformer
-from sgformer.backends import native
-from sgformer.backends import native_autograd as accelerated
+from sgformer.backends import native, native_autograd
 from sgformer.models.backbone import GuidedBlock, HybridBlock
 
 try:
@@ -75,7 +74,7 @@ def test_gradients_are_those_of_torch(size, options):
 
 
 def test_an_image_at_a_time(monkeypatch):
-    monkeypatch.setattr(native, "PART", 1)
+    monkeypatch.setattr(native, "CHUNK", 1)
     a, b = pair()
     assert_same(a, b, torch.randn(3, 3, 64, 64))
 
@@ -275,7 +274,7 @@ def test_what_backward_reads_is_guarded():
 def test_loaded_where_there_is_no_compiler(tmp_path, monkeypatch):
     a, b = pair()
     torch.save(b, tmp_path / "whole.pt")
-    monkeypatch.setattr(accelerated, "_available", lambda: False)
+    monkeypatch.setattr(native_autograd, "_available", lambda: False)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), a(x))
 

@@ -65,7 +65,7 @@ def test_native_results_depend_on_the_image_alone(model, size, monkeypatch):
     images = torch.randn(5, 3, *size)
     together = fast(images)
     assert torch.equal(torch.cat([fast(image[None]) for image in images]), together)
-    monkeypatch.setattr("sgformer.backends.native.PART", 1)
+    monkeypatch.setattr("sgformer.backends.native.CHUNK", 1)
     assert torch.equal(fast(images), together)
     threads = torch.get_num_threads()
     try:

@@ -1,6 +1,7 @@
 """Invariants of the network over the whole registry, at any size."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def test_parts_that_are_timms_elsewhere_draw_the_same_numbers(dtype):
     )
     maps = torch.randn(2, 12, 3, 4)
     for pool in ("avg", "max", "avgmax", "catavgmax"):
-        mine, theirs = (drawn(lambda kind=kind: kind(12, 5, pool)) for kind in (ClassifierHead, TimmHead))
+        mine, theirs = (drawn(partial(kind, 12, 5, pool)) for kind in (ClassifierHead, TimmHead))
         assert torch.equal(mine(maps), theirs(maps)) and mine.num_features == theirs.num_features
         assert torch.equal(mine(maps, pre_logits=True), theirs(maps, pre_logits=True))
         mine.reset(0)

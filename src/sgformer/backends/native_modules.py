@@ -98,7 +98,7 @@ class NativeConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.groups > 1:
-            return native.depthwise_halve(x, self.weight)
+            return native.depthwise_stride2(x, self.weight)
         if self.winograd:
             return native.winograd(x, self.weight, self.out_channels)
         return native.conv(x, self.weight, self.bias, self.out_channels, self.kernel, self.stride, self.padding)
@@ -124,17 +124,20 @@ class NativeHybrid(HybridBlock):
     def __init__(self, block: HybridBlock):
         nn.Module.__init__(self)
         attn = block.attn
-        self.parts = [
-            *_pair(block.norm1),
-            *_linear(attn.proj_in),
-            *native.conv_panels(attn.reduce.weight, attn.reduce.bias),
-        ]
-        self.parts += [*_pair(attn.reduce_norm), *_linear(attn.kv_coarse), *_ending(block)]
+        self.parts = native.Weights(
+            "HybridWeights",
+            norm=_pair(block.norm1),
+            proj_in=_linear(attn.proj_in),
+            reduce=native.conv_panels(attn.reduce.weight, attn.reduce.bias),
+            reduce_norm=_pair(attn.reduce_norm),
+            kv_coarse=_linear(attn.kv_coarse),
+        )
+        self.tail = _tail(block)
         self.options = (block.mlp.fc1.out_features, attn.heads, attn.reduction, attn.window, attn.coarse == "global")
         self.eps = (block.norm1.eps, attn.reduce_norm.eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return native.hybrid_block(x, self.parts, *self.options, *self.eps)
+        return native.hybrid_block(x, self.parts, self.tail, *self.options, *self.eps)
 
 
 class NativeGuided(GuidedBlock):
@@ -148,8 +151,9 @@ class NativeGuided(GuidedBlock):
         nn.Module.__init__(self)
         attn = block.attn
         self.source, self.attn = block.source, NativeGroups(attn.aggregate)
-        self.parts = [*_pair(block.norm1), *_linear(attn.proj_in), *_linear(attn.kv), *_ending(block)]
-        self.parts += [t for region in attn.aggregate for t in _pair(region)]
+        norm, proj_in, kv = _pair(block.norm1), _linear(attn.proj_in), _linear(attn.kv)
+        self.parts = native.Weights("GuidedWeights", norm=norm, proj_in=proj_in, kv=kv)
+        self.tail, self.maps = _tail(block), [_pair(region) for region in attn.aggregate]
         self.options = (block.mlp.fc1.out_features, attn.heads)
         self.eps = block.norm1.eps
 
@@ -157,7 +161,8 @@ class NativeGuided(GuidedBlock):
         significance = self.source(x, coarse, fine).float().expand(x.shape[:-1]).contiguous()
         lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.shares)
         regions = list(zip(lengths, self.attn.rates, strict=True))
-        out = native.guided_block(x, significance, self.parts, *self.options, regions, self.eps)
+        weights = (self.parts, self.tail, self.maps)
+        out = native.guided_block(x, significance, *weights, *self.options, regions, self.eps)
         return out, significance, [significance]
 
 
@@ -169,7 +174,7 @@ class NativeGroups(nn.Module):
         self.aggregate, self.shares, self.rates = aggregate, aggregate.shares, aggregate.rates
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
-        order = native.sort_tokens(grouped[0].flatten(1))
+        order = native.argsort(grouped[0].flatten(1))
         return self.aggregate.describe(ops.group_tokens(order, self.shares, self.rates), grid)
 
 
@@ -179,27 +184,34 @@ class NativePlain(PlainBlock):
     def __init__(self, block: PlainBlock):
         nn.Module.__init__(self)
         attn = block.attn
-        self.parts = [*_pair(block.norm1), *_linear(attn.proj_in), *_ending(block)]
+        self.parts = native.Weights("PlainWeights", norm=_pair(block.norm1), proj_in=_linear(attn.proj_in))
+        self.tail = _tail(block)
         self.options, self.eps = (block.mlp.fc1.out_features, attn.heads), block.norm1.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return native.plain_block(x, self.parts, *self.options, self.eps)
+        return native.plain_block(x, self.parts, self.tail, *self.options, self.eps)
 
 
-def _pair(module: nn.Module) -> list[Tensor]:
-    return [module.weight.detach(), module.bias.detach()]
+def _pair(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight.detach(), module.bias.detach()
 
 
 def _linear(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return native.panels(linear.weight, linear.bias)
 
 
-def _ending(block: Block) -> list[Tensor]:
-    """The parameters of what every block ends with, in the kernels' order."""
+def _tail(block: Block) -> native.Weights:
+    """The parameters of what every block ends with."""
     local, mlp = block.attn.local, block.mlp
-    taps = native.taps_plus_input(mlp.conv.weight)
-    parts = [native.tap_major(local.weight), local.bias.detach(), *_linear(block.attn.proj), *_pair(block.norm2)]
-    return [*parts, *_linear(mlp.fc1), taps, mlp.conv.bias.detach(), *_linear(mlp.fc2)]
+    return native.Weights(
+        "TailWeights",
+        local=(native.tap_major(local.weight), local.bias.detach()),
+        proj=_linear(block.attn.proj),
+        norm=_pair(block.norm2),
+        fc1=_linear(mlp.fc1),
+        conv=(native.taps_plus_input(mlp.conv.weight), mlp.conv.bias.detach()),
+        fc2=_linear(mlp.fc2),
+    )
 
 
 #: What stands for what.
@@ -236,13 +248,13 @@ def _widest(module: Stem | Stage) -> float:
 
 
 def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = None, name: str = "") -> Tensor:
-    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``native.PART``.
+    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``native.CHUNK``.
 
     Smaller tensors stay in the cache, and freed ones with the process: larger ones the system takes and gives anew.
     """
     inspected = () if seen is None else (seen, name)
     positions = x.shape[2] * x.shape[3] if first else x.shape[1] * x.shape[2]
-    step = max(1, int(native.PART // (floats * positions)))
+    step = max(1, int(native.CHUNK // (floats * positions)))
     if step >= len(x) or inspected:
         return forward(x, *inspected)
     return torch.cat([forward(few) for few in x.split(step)])
