@@ -194,7 +194,7 @@ def as_pictures(
     single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
     pictures: list[Any] = []
     for image in [images] if single else images:  # type: ignore[list-item, union-attr]
-        pictures += [image] if isinstance(image, np.ndarray | Tensor) else list_images(image)
+        pictures += [image] if isinstance(image, np.ndarray | Tensor) else list_images(image)  # type: ignore[arg-type]
     if limit is not None and len(pictures) > limit:
         pictures = [pictures[i * len(pictures) // limit] for i in range(limit)]
     return pictures

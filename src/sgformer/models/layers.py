@@ -197,6 +197,8 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
 @torch.no_grad()
 def init_module(module: nn.Module) -> None:
     """Linear: truncated normal, std .02. Convolution: normal, std sqrt(2 / fan out). Biases 0, norms 1 and 0."""
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # nothing to fill; torch would import its compiler to do so, which costs seconds
     if isinstance(module, nn.Linear):
         # Drawn in float32: in half precision the inverse error function overflows and leaves weights at the bounds.
         module.weight.copy_(truncated_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02))

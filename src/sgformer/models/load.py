@@ -220,7 +220,7 @@ def build_network(weights: Weights, num_classes: int | None = None, **options: A
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot load {weights.path} with {options}: {error}") from None
     model = checkpoint.build_from_tensors(config, held.tensors, str(weights.path))
-    model.metadata = dict(held.metadata)
+    model.metadata = dict(held.metadata)  # type: ignore[assignment]
     if held.model:
         model.pretrained_cfg = {"architecture": held.model}  # type: ignore[assignment]
     return model

@@ -12,7 +12,7 @@ from sgformer.core.errors import UserError
 from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
 from sgformer.data.shards import open_splits
-from sgformer.data.transforms import train_transform
+from sgformer.data.transforms import Transform, train_transform
 from sgformer.models.load import Weights
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.training.task import Splits
@@ -30,7 +30,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
-    transforms = (
+    transforms: tuple[Transform, Transform] = (
         train_transform(config.image_hw, **augmentation, normalization=normalization),
         eval_transform(config.image_hw, config.crop_pct, normalization=normalization),
     )
