@@ -1,7 +1,7 @@
 """The sizes of SG-Former in timm's registry: ``import sgformer`` makes ``timm.create_model("sgformer_s")`` work.
 
-Imported as soon as timm is, see :mod:`sgformer.core.timm_hook`, and maybe while the rest of this package is waiting for
-timm: what builds the networks is imported when one is built.
+Imported right after timm (see :mod:`sgformer.core.timm_hook`), possibly while other modules of this package are still
+importing timm. The builder is therefore imported only when a network is built.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 
 
 def _register(variant: str) -> Callable[..., SGFormer]:
-    """Add a size to timm's registry under its name; timm finds functions by name in their module."""
+    """Add a size to timm's registry under its name; timm looks up functions by name in their module."""
 
     def build_variant(pretrained: bool = False, **kwargs: Any) -> SGFormer:
         from sgformer.models.create import build
