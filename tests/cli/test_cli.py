@@ -108,7 +108,7 @@ def test_overview_and_version(capsys):
         (["eval"], "WEIGHTS is missing"),
         (["eval", "nowhere", "--data", "PHOTOS"], "nowhere: no such file or run folder"),
         (["eval", "PHOTOS", "--data", "PHOTOS"], "no best.safetensors"),
-        (["eval", "PHOTOS/val/ant/0.png", "--data", "PHOTOS"], "weights are a run folder"),
+        (["eval", "PHOTOS/val/ant/0.png", "--data", "PHOTOS"], "weights must be a run folder"),
         (["predict", "nowhere"], "IMAGES is missing"),
         (["convert", "nowhere.pth", "out.safetensors"], "nowhere.pth: no such file"),
         (["data", "check", "nowhere"], "nowhere: no such folder"),

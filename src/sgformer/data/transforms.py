@@ -1,4 +1,4 @@
-"""From a PIL image to the tensor the network sees: timm's training augmentation, and the evaluation crop."""
+"""Transforms from a PIL image to the network's input: timm's training augmentation, and the evaluation crop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 class Normalization(NamedTuple):
-    """Mean and standard deviation of the channels of images in 0..1: subtracted, and divided by.
+    """Channel mean and standard deviation for images in [0, 1].
 
-    ImageNet's unless weights from elsewhere were trained with others, which they keep.
+    ImageNet's, unless foreign weights were trained with others.
     """
 
     mean: tuple[float, ...] = MEAN
@@ -31,11 +31,11 @@ class Normalization(NamedTuple):
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Normalization:
-        """As weights remember it."""
+        """Read the normalisation from weights' metadata."""
         return cls(tuple(metadata.get("mean", MEAN)), tuple(metadata.get("std", STD)))
 
     def to_metadata(self) -> dict[str, list[float]]:
-        """What weights remember: nothing where it is ImageNet's."""
+        """The metadata entries; empty for ImageNet's values."""
         return {} if self == IMAGENET else {"mean": list(self.mean), "std": list(self.std)}
 
 
@@ -43,13 +43,13 @@ IMAGENET = Normalization()
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep so many bits of each value: all from 8 up; none, at a policy's full strength, leaves black."""
+    """Keep the highest `bits` bits of each value: all for 8 or more; 0, at a policy's maximum strength, gives black."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-# timm leaves 0 bits to Pillow, which refuses them from version 13 on: one image in a thousand would end a training.
+# timm passes 0 bits to Pillow, which rejects them from version 13 on: one image in a thousand would stop a training.
 NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
@@ -64,13 +64,16 @@ def train_transform(
     reprob: float = 0.25,
     normalization: Normalization = IMAGENET,
 ) -> Transform:
-    """Random crop and flip, RandAugment (or colour jitter where that is off), normalisation, random erasing.
+    """Random crop and flip, RandAugment (or colour jitter if that is off), normalisation, random erasing.
 
     Args:
         image_size: (height, width) in pixels.
         auto_augment: a timm policy string, or None.
-        crop_scale: smallest share of the image's area in a crop.
-        normalization: of the result.
+        color_jitter: strength of the jitter, used if `auto_augment` is None.
+        interpolation: of the crop's resize; "random" picks bilinear or bicubic.
+        crop_scale: minimum area of a crop as a fraction of the image's.
+        hflip, reprob: probabilities of a horizontal flip and of random erasing.
+        normalization: mean and standard deviation.
 
     Returns:
         PIL RGB image -> float32 (3, height, width), normalised. Random numbers come from the
@@ -97,7 +100,7 @@ def train_transform(
         )
     except AssertionError as error:
         raise UserError(
-            f"--auto-augment {auto_augment}: {error}; a policy of timm is e.g. rand-m9-mstd0.5-inc1"
+            f"--auto-augment {auto_augment}: {error}; an example of a timm policy: rand-m9-mstd0.5-inc1"
         ) from None
 
 
@@ -120,13 +123,13 @@ def eval_transform(
         std=normalization.std,
     )
     for step in transform.transforms:
-        if isinstance(step, ResizeKeepRatio):  # of sides that differ; older versions of timm resize these bilinearly
+        if isinstance(step, ResizeKeepRatio):  # non-square sizes, which older versions of timm resize bilinearly
             step.interpolation = InterpolationMode(interpolation)
     return _fused(transform)
 
 
 class ToNormalizedTensor:
-    """PIL RGB image -> float32 (3, H, W), normalised; a third of the passes of two steps."""
+    """PIL RGB image -> float32 (3, H, W), normalised; fused, with a third of the passes over memory."""
 
     def __init__(self, mean: torch.Tensor, std: torch.Tensor):
         self.scale, self.shift = 1 / (255 * std.view(3, 1, 1)), (mean / std).view(3, 1, 1)
@@ -140,19 +143,19 @@ def _fused(transform: Compose) -> Compose:
     steps = list(transform.transforms)
     at = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
     if not isinstance(steps[at - 1], MaybeToTensor):
-        raise TypeError(f"expected timm to convert images just before it normalises them (got {steps[at - 1]})")
+        raise TypeError(f"expected timm to convert images right before normalising them (got {steps[at - 1]})")
     return Compose([*steps[: at - 1], ToNormalizedTensor(steps[at].mean, steps[at].std), *steps[at + 1 :]])
 
 
 def denormalize(images: torch.Tensor, normalization: Normalization = IMAGENET) -> torch.Tensor:
-    """Undo the normalisation: float (..., 3, H, W) -> values in 0..1 for showing."""
+    """Undo the normalisation: float (..., 3, H, W) -> float32 in [0, 1] for display."""
     mean = torch.tensor(normalization.mean).view(3, 1, 1)
     std = torch.tensor(normalization.std).view(3, 1, 1)
     return (images.float().cpu() * std + mean).clamp(0, 1)
 
 
 def preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """`eval_transform`'s arguments as weights remember them."""
+    """`eval_transform`'s arguments from weights' metadata."""
     size = metadata.get("image_size", 224)
     return {
         "image_size": (size, size) if isinstance(size, int) else tuple(size),
