@@ -508,7 +508,7 @@ class FirstBatches(StepSeeds):
         self._images, self._targets, self.batches = [], [], 0
 
 
-# By hand: RichProgressBar shows no images per second, and costs 5 ms a batch (2 ms here; docs/notes/libraries.md).
+# By hand: RichProgressBar shows no images per second, and costs 1 ms more per batch (docs/notes/libraries.md).
 class ProgressBar(Callback):
     """One line on a terminal: epoch, bar, batches, images per second, time left in the epoch."""
 

@@ -166,6 +166,7 @@ class RunConfig:
         if self.device == "mps":
             raise UserError("--strategy fsdp runs on cuda or cpu, not mps")
 
+    # Not jsonargparse.typing: its errors take two lines, and it does not check the options of sgformer.train.
     def _check(self, name: str, holds: Any, rule: str) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
