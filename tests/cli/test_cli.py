@@ -103,7 +103,7 @@ def test_overview_and_version(capsys):
         (["train", "classify", "--data", "PHOTOS", "--model", "sgformr_s"], "did you mean sgformer_s"),
         (["train", "classify", "--data", "PHOTOS", "--opt", "adamwx"], "did you mean adamw"),
         (["train", "classify", "--data", "PHOTOS", "--auto-augment", "randy"], "--auto-augment randy"),
-        (["train", "classify", "--data", "PHOTOS", "--device", "gpu"], "--device is auto, cpu"),
+        (["train", "classify", "--data", "PHOTOS", "--device", "gpu"], "--device must be auto, cpu"),
         (["train", "classify", "--data", "PHOTOS", "--weights", "nowhere"], "nowhere: no such file"),
         (["eval"], "WEIGHTS is missing"),
         (["eval", "nowhere", "--data", "PHOTOS"], "nowhere: no such file or run folder"),

@@ -76,7 +76,7 @@ def test_missing_folders_say_what_is_expected(root, tmp_path):
     with pytest.raises(UserError, match=r"gone: no such folder.*train/CLASS"):
         scan(tmp_path / "gone")
     (root / "flat" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no class folder in it.*train/CLASS"):
+    with pytest.raises(UserError, match=r"holds no class folders.*train/CLASS"):
         scan(root / "flat")
 
 

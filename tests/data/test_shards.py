@@ -342,13 +342,16 @@ def shard_of(folder, members):
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"0")], "sample a has two images, .jpg and .png"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "a.cls does not hold a class index"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "a.cls does not hold a class index"),
-        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b""), ("b.cls", b"1"), ("a.json", b"{}")], "are not adjacent"),
+        (
+            [("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b""), ("b.cls", b"1"), ("a.json", b"{}")],
+            "the members of sample a are not adjacent",
+        ),
         ([], "holds no samples"),
     ],
 )
 def test_samples_that_are_not_as_expected(tmp_path, members, match):
     shard_of(tmp_path, members)
-    refused(f"train/0.tar: {match}" if "next" not in match else match, "data", "index", tmp_path)
+    refused(f"train/0.tar: {match}", "data", "index", tmp_path)
     assert not (tmp_path / INDEX).exists()
 
 
