@@ -50,8 +50,8 @@ def growth(folder: Path) -> list[dict[str, Any]]:
 
 
 def timed(cases: list[Case], folder: Path, rounds: int) -> list[dict[str, Any]]:
-    with Progress() as tell:
-        results = run(cases, rounds=rounds, memory=False, tell=tell)
+    with Progress() as report:
+        results = run(cases, rounds=rounds, memory=False, report=report)
     print_table(results, PLAIN)
     draw(results, folder)
     return [{**r.to_dict(), "row": row(r, results, PLAIN)} for r in results]

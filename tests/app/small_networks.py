@@ -59,7 +59,7 @@ class Here:
     def __init__(self, made):
         self.made = made
 
-    def ask(self, method, *args, seconds=None):
+    def call(self, method, *args, seconds=None):
         return getattr(self.made, method)(*args)
 
     def close(self):

@@ -127,8 +127,8 @@ def test_upload_read_slide_hover(page, server, tmp_path):
     box = page.locator(".sg-picture").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("canvas.sg-layer:visible")
-    told = page.locator(".sg-told").first.inner_text()
-    count = int(re.search(r"(\d+) places that became one", told)[1])
+    told = page.locator(".sg-hint").first.inner_text()
+    count = int(re.search(r"(\d+) places merged into one", told)[1])
     result = layer.get_attribute("src").split("/")[2]
     with urllib.request.urlopen(f"{server}/results/{result}/tokens/2.0") as answer:
         grid = json.load(answer)
@@ -150,7 +150,7 @@ def test_two_networks_side_by_side_and_their_sheets(page, server):
     page.get_by_text("side by side").click()
     page.wait_for_selector(".sg-panel >> nth=1 >> .sg-share")
     sources = [page.locator(f".sg-panel >> nth={i} >> .sg-image").get_attribute("src") for i in (0, 1)]
-    shares = [page.locator(f".sg-panel >> nth={i} >> .sg-said").inner_text() for i in (0, 1)]
+    shares = [page.locator(f".sg-panel >> nth={i} >> .sg-prediction").inner_text() for i in (0, 1)]
     assert sources[0] != sources[1] and shares[0] != shares[1]  # one and two
     page.locator(".sg-panel >> nth=1 >> .q-select >> nth=0").click()
     page.get_by_role("option", name="one, ranked by fine").click()

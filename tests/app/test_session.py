@@ -49,13 +49,13 @@ def test_a_look_of_every_task(weights, task, monkeypatch):
     session = desk_here(weights[task])
     result = asyncio.run(session.explain(photo(), task))
     assert result.network.task == task and session.find(result.id) is result
-    answer = result.answer()
+    answer = result.summary()
     assert answer and all(0 <= entry["share"] <= 1 for entry in answer)
     if task == "detect":
-        assert len(answer) == len(result.seen.prediction["boxes"])
+        assert len(answer) == len(result.explanation.prediction["boxes"])
     else:
         assert abs(sum(entry["share"] for entry in answer) - 1) < 1e-4
-    for block, values in result.seen.significance.items():
+    for block, values in result.explanation.significance.items():
         for kind in result.kinds():
             assert pixels(result.map(kind, block)).shape == (*values.shape, 3)
         tokens = result.tokens(block)
@@ -68,7 +68,7 @@ def test_a_look_of_every_task(weights, task, monkeypatch):
 
 def test_colours_rise_with_significance(weights):
     result = asyncio.run(desk_here(weights["classify"]).explain(photo()))
-    values = result.seen.significance["1.0"]
+    values = result.explanation.significance["1.0"]
     green = pixels(result.map("significance", "1.0"))[..., 1].astype(int)  # viridis: green rises throughout
     order = np.argsort(values, axis=None)
     assert (np.diff(green.ravel()[order]) >= 0).all() and green.min() < 10 and green.max() > 220
@@ -94,7 +94,7 @@ def test_two_checkpoints_of_one_name_are_told_apart(tmp_path):
         save_weights("classify", path, seed)
     session = desk_here(*paths)
     assert session.checkpoints == ["best", "b/best"]
-    answers = [asyncio.run(session.explain(photo(), name)).answer() for name in session.checkpoints]
+    answers = [asyncio.run(session.explain(photo(), name)).summary() for name in session.checkpoints]
     assert answers[0] != answers[1]
 
 
@@ -157,7 +157,7 @@ class Gate:
     def __init__(self):
         self.open, self.seen = threading.Event(), []
 
-    def about(self):
+    def describe(self):
         return []
 
     def explain(self, who):
@@ -171,10 +171,10 @@ def test_everybody_queues_and_the_last_are_turned_away(monkeypatch):
     monkeypatch.setattr(bounds, "QUEUE", 5)
 
     async def crowd():
-        waiting = [asyncio.create_task(session._ask("explain", i)) for i in range(5)]
+        waiting = [asyncio.create_task(session._call("explain", i)) for i in range(5)]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="waiting"):
-            await session._ask("explain", "late")
+            await session._call("explain", "late")
         gate.open.set()
         await asyncio.gather(*waiting)
 
@@ -188,15 +188,15 @@ def test_nobody_waits_for_ever(monkeypatch):
     monkeypatch.setattr(bounds, "PATIENCE", 0.05)
 
     async def two():
-        slow = asyncio.create_task(session._ask("explain", "slow"))
+        slow = asyncio.create_task(session._call("explain", "slow"))
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="longer"):
-            await session._ask("explain", "given up")
+            await session._call("explain", "given up")
         with pytest.raises(Busy):
             await slow
         gate.open.set()
         monkeypatch.setattr(bounds, "PATIENCE", 10)
-        await session._ask("explain", "next")
+        await session._call("explain", "next")
 
     asyncio.run(two())
     assert gate.seen == ["slow", "next"]  # who gave up is not served to nobody
@@ -228,7 +228,7 @@ def test_a_look_without_end_is_stopped_and_the_queue_goes_on(misbehaving, monkey
             others = [asyncio.create_task(session.explain(photo(seed))) for seed in (2, 3)]
             with pytest.raises(Stopped, match=r"longer than 1 seconds and was stopped\. Please try a smaller"):
                 await endless
-            return [result.answer() for result in await asyncio.gather(*others)]
+            return [result.summary() for result in await asyncio.gather(*others)]
 
         answers = asyncio.run(three())
         assert answers[0] != answers[1] and all(len(answer) == 3 for answer in answers)
@@ -239,13 +239,13 @@ def test_a_look_without_end_is_stopped_and_the_queue_goes_on(misbehaving, monkey
 
 @pytest.mark.slow
 def test_a_look_that_kills_its_process_is_told_and_the_queue_goes_on(misbehaving):
-    with pytest.raises(Stopped, match="ended on this image"):
+    with pytest.raises(Stopped, match="died on this image"):
         asyncio.run(misbehaving.explain(photo(1, DEADLY)))
-    assert len(asyncio.run(misbehaving.explain(photo(2))).answer()) == 3
+    assert len(asyncio.run(misbehaving.explain(photo(2))).summary()) == 3
     with pytest.raises(sgformer.UserError, match="not an image"):
         asyncio.run(misbehaving.explain(b"no picture"))
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*nowhere"):
-        misbehaving._worker.ask("fail")
+        misbehaving._worker.call("fail")
 
 
 class OneAtATime:
@@ -276,7 +276,7 @@ def test_a_worker_closed_while_asked_tells_who_asks(weights):
 
     def ask():
         try:
-            worker.ask("explain", "classify", photo(1, ENDLESS))
+            worker.call("explain", "classify", photo(1, ENDLESS))
         except Exception as error:
             said.append(error)
 
@@ -303,7 +303,7 @@ def test_a_page_that_ends_does_not_wait_for_a_look_without_end(weights):
 
     asyncio.run(leave())
     with pytest.raises(Stopped):
-        session._worker.ask("about")  # and no process takes its place
+        session._worker.call("describe")  # and no process takes its place
 
 
 @pytest.mark.slow

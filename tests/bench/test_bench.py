@@ -36,7 +36,7 @@ def test_table_json_and_plots(tmp_path, capsys):
             assert row["times_baseline"] == 1
     assert {row["parameters"] for row in rows if row["model"] == "plain_n"} != {None}
     shown = capsys.readouterr().out
-    assert "training step, 64 px, batch 1" in shown and "sgformer.accelerate prepare networks of sgformer" in shown
+    assert "training step, 64 px, batch 1" in shown and "sgformer.accelerate support SG-Former only" in shown
     pictures = {p.name for p in (tmp_path / "out").glob("*.png")}
     assert pictures >= {"growth-infer-batch-1.png", "throughput-train-batch-1-64.png"}
 
@@ -85,7 +85,7 @@ def test_one_that_fails_loses_none_of_the_others_and_interruption_keeps_what_the
 
     results: list[Result] = []
     with pytest.raises(KeyboardInterrupt):
-        run(cases[1:], rounds=2, seconds=0, memory=False, results=results, tell=interrupt)
+        run(cases[1:], rounds=2, seconds=0, memory=False, results=results, report=interrupt)
     assert len(results) == 1 and len(results[0].seconds) == 1
 
 
@@ -98,7 +98,7 @@ def test_steps_compute_what_they_say():
     assert build(Case("sgformer_n", 32, 2, mode="train", grad_checkpointing=True))().ndim == 0
     losses = [build(Case("sgformer_n", 32, 2, mode="train", backend=b))() for b in ("eager", "optimize")]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
-    with pytest.raises(Unsupported, match="networks of sgformer"):
+    with pytest.raises(Unsupported, match="support SG-Former only"):
         build(Case("resnet18", backend="optimize"))
     with pytest.raises(Unsupported, match="in fp32 on the CPU"):
         build(Case("sgformer_n", 32, 2, mode="train", backend="optimize", precision="bf16"))
@@ -118,7 +118,7 @@ def test_memory_counts_what_a_step_holds(tmp_path):
         "        return x.new_ones(64 << 20).sum() + x\n\ndef net():\n    return Holds()\n"
     )
     assert 256 < peak_memory(Case(f"{tmp_path}/mine.py:net", 32)) / 2**20 < 300
-    with pytest.raises(Unsupported, match="networks of sgformer"):
+    with pytest.raises(Unsupported, match="support SG-Former only"):
         peak_memory(Case("resnet18", backend="optimize"))
 
 

@@ -78,7 +78,7 @@ def test_one_bit_and_large_values(tmp_path):
 
 def test_coloured_label_maps_and_broken_files_are_named(tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "rgb.png")
-    with pytest.raises(UserError, match=r"rgb\.png: a label map has one channel.*RGB"):
+    with pytest.raises(UserError, match=r"rgb\.png: a label map must have one channel.*RGB"):
         read_label_map(tmp_path / "rgb.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:50])
     with pytest.raises(UserError, match=r"cut\.png"):
@@ -141,7 +141,7 @@ def test_pairs_are_found_by_name_and_missing_ones_named(tmp_path):
 def test_two_images_for_one_label_map(tmp_path):
     save(tmp_path)
     Image.new("RGB", (4, 3)).save(tmp_path / "images/training/a.png")
-    with pytest.raises(UserError, match=r"a\.jpg and a\.png have one name"):
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png have the same stem"):
         scan(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_class_names_from_files(tmp_path):
     (tmp_path / "classes.txt").write_text("sky\nsea\n\nsand\nrock\n")
     assert scan(tmp_path).classes == ("sky", "sea", "sand", "rock")
     names.write_text("Idx\tName\n1\ta\n3\tb\n")
-    with pytest.raises(UserError, match="without a gap; missing: 2"):
+    with pytest.raises(UserError, match="must be consecutive from 1; missing: 2"):
         read_class_names(names, reduce_zero_label=True)
     names.write_text("")
     with pytest.raises(UserError, match="no class names"):

@@ -83,7 +83,7 @@ def test_a_missing_split_is_a_problem_and_no_split_an_error(root, tmp_path):
     assert set(report.splits) == {"train"}
     assert len(report.problems) == 1 and "'val'" in report.problems[0]
     (root / "train").rename(root / "training")
-    with pytest.raises(UserError, match=r"no folder 'train' in it \(found: test, training\)"):
+    with pytest.raises(UserError, match=r"no folder 'train' \(folders: test, training\)"):
         check_imagefolder(root)
 
 

@@ -65,18 +65,18 @@ def test_val_may_lack_a_class_but_not_add_one(root):
 def test_class_folders_without_an_image_are_named(root):
     (root / "train" / "cow").mkdir()
     (root / "train" / "cow" / "movie.mp4").touch()
-    with pytest.raises(UserError, match=r"train: class folders without an image .*: cow"):
+    with pytest.raises(UserError, match=r"train: class folders without images .*: cow"):
         scan(root)
 
 
 def test_missing_folders_say_what_is_expected(root, tmp_path):
     (root / "val").rename(root / "validation")
-    with pytest.raises(UserError, match=r"no folder 'val' in it \(found: train, validation\).*val/CLASS"):
+    with pytest.raises(UserError, match=r"no folder 'val' \(folders: train, validation\).*val/CLASS"):
         scan_splits(root)
     with pytest.raises(UserError, match=r"gone: no such folder.*train/CLASS"):
         scan(tmp_path / "gone")
     (root / "flat" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no class folder in it.*train/CLASS"):
+    with pytest.raises(UserError, match=r"holds no class folders.*train/CLASS"):
         scan(root / "flat")
 
 

@@ -138,7 +138,7 @@ def test_objects_of_a_scene_are_disjoint_visible_and_counted(sources):
         assert image.size == (64, 64) and image.mode == "RGB"
         assert sum(thing.mask.astype(int) for thing in things).max() == 1
         assert all(thing.mask.sum() >= 6 for thing in things)
-        assert not things[-1].covered
+        assert not things[-1].occluded
         counts.add(len(things))
     assert counts >= {1, 2, 3, 4, 5}
 
@@ -325,7 +325,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
         ({"seed": -1}, "seed.*-1"),
         ({"workers": -1}, "workers.*-1"),
         ({"sprites": "mnist"}, "fashion-mnist:DIR.*'mnist'"),
-        ({"sprites": "fashion-mnist:/nowhere"}, "/nowhere: no file train-images"),
+        ({"sprites": "fashion-mnist:/nowhere"}, "/nowhere: holds neither train-images"),
     ],
 )
 def test_bad_values_are_named_and_nothing_is_written(tmp_path, options, message):

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, stopped,
     last = stopped / "checkpoints/last.ckpt"
     last.write_bytes(damage(last.read_bytes()))
     assert resumed_is_whole(stopped, half[1])
-    assert f"{last}: " in caplog.text and "going on from previous.ckpt, step 2" in caplog.text
+    assert f"{last}: " in caplog.text and "resuming from previous.ckpt, step 2" in caplog.text
 
 
 def test_without_the_last_one_the_one_before_goes_on(half, stopped):
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(half, stopped, 
         train("classify", resume=stopped, max_steps=4)
     one_line(full)
     assert {name: (stopped / "checkpoints" / name).read_bytes() for name in KEPT} == before
-    assert f"step 3 is safe in {stopped}/checkpoints/last.ckpt; go on with: sgformer train" in caplog.text
+    assert f"step 3 is saved in {stopped}/checkpoints/last.ckpt; resume with: sgformer train" in caplog.text
     assert resumed_is_whole(stopped, half[1])
 
 
@@ -150,7 +150,7 @@ def test_a_full_disk(photos, tmp_path, capsys, caplog):
         assert main(command + words) == 2
         shown = capsys.readouterr()
         assert "No space left on device" in shown.err and shown.err.count("\n") == 1
-        assert "step 2 is safe in" in caplog.text and "Traceback" not in shown.out + shown.err
+        assert "step 2 is saved in" in caplog.text and "Traceback" not in shown.out + shown.err
         assert not list(disk.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=128m", str(disk)], check=True)
         assert main(["train", "classify", "--resume", str(disk / "run")]) == 0
@@ -212,7 +212,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(photos, tmp_path, 
         task.model.stages[0].norm.weight.register_hook(lambda gradient: gradient * float("nan"))
 
     said = train_with(monkeypatch, photos, tmp_path / "run", spoil)
-    assert said.startswith("a gradient is nan or infinite at step 3, first in stages.0.norm.weight")
+    assert said.startswith("a gradient is NaN or infinite at step 3, first in stages.0.norm.weight")
     state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 2 and all(value.isfinite().all() for value in state["state_dict"].values())
 
@@ -241,10 +241,10 @@ def test_a_process_that_reads_images_and_dies(own_photos, tmp_path, monkeypatch)
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr("sgformer.data.image._read", die)
-    with pytest.raises(UserError, match=r"process [\d, ]+, which reads images, (was killed|ended).*--workers") as died:
+    with pytest.raises(UserError, match=r"data worker [\d, ]+ (was killed|ended).*--workers") as died:
         train("classify", data=str(own_photos), run=str(tmp_path / "run"), **{**FOUR, "workers": 1})
     one_line(died)
-    assert "which reads images" in (tmp_path / "run/log.txt").read_text()
+    assert "data worker " in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_file_that_vanishes(own_photos, tmp_path, monkeypatch):

@@ -95,8 +95,8 @@ def test_refusals_are_one_clear_line_and_leave_no_file(released, tmp_path):
     resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)}
     cases = {
         "missing.pth": "no such file",
-        "cut.pth": "cut short or damaged",
-        "empty.pth": "cut short or damaged",
+        "cut.pth": "truncated or damaged",
+        "empty.pth": "truncated or damaged",
         "text.pth": "text.pth",
         pth(tmp_path / "foreign.pth", state_dict=foreign).name: "1 unknown: cls_token",
         pth(tmp_path / "lacking.pth", state_dict=lacking).name: "block3.5.attn",

@@ -63,9 +63,9 @@ def test_options_that_make_no_sense_are_named(options):
 
 
 def test_significance_has_to_be_given_and_to_fit():
-    with pytest.raises(ValueError, match="without a source"):
+    with pytest.raises(ValueError, match="has no source"):
         SelfGuidedAttention1d(16, 4, significance=None)(torch.randn(1, 9, 16))
-    with pytest.raises(ValueError, match="one number a token"):
+    with pytest.raises(ValueError, match="one number per token"):
         SelfGuidedAttention1d(16, 4)(torch.randn(1, 9, 16), torch.zeros(1, 8))
 
 

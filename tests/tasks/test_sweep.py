@@ -69,7 +69,7 @@ def test_a_grid_is_all_combinations_named_by_their_values(tmp_path):
     [
         ({"taks": "classify"}, "did you mean task"),
         ({"task": "count"}, "got 'count'"),
-        ({"variants": {"a": {"significance": "fin"}}}, "variant a: --significance is one of"),
+        ({"variants": {"a": {"significance": "fin"}}}, "variant a: --significance must be one of"),
         ({"variants": {"a": {"epoch": 3}}}, "did you mean epochs"),
         ({"seeds": ["x"]}, "seeds as a list"),
         ({"variants": {}}, "expected variants"),

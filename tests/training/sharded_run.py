@@ -19,7 +19,7 @@ from sgformer.tasks.classify.module import ClassificationModule
 from sgformer.training.callbacks import Checkpoints
 from sgformer.training.config import ELEMENTWISE
 from sgformer.training.run_folder import RunFolder
-from sgformer.training.sharded import full, own, shard
+from sgformer.training.sharded import full, local_shard, shard
 
 # Nothing is drawn by chance, so that the number of processes makes no difference; SGD shows gradients as they are.
 PLAIN = {**QUICK, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "opt": "sgd", "lr": 10.0, "device": "cpu"}
@@ -37,7 +37,7 @@ def look(callback, trainer, task):
         "moments": moments,
     }.items():
         tensors = list(tensors)
-        held[name] = [sum(own(t).numel() for t in tensors), sum(t.numel() for t in tensors)]
+        held[name] = [sum(local_shard(t).numel() for t in tensors), sum(t.numel() for t in tensors)]
 
 
 def differences():

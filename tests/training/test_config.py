@@ -114,10 +114,10 @@ def test_guidance_is_asked_for_by_name(config_class):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"significance": "fin"}, "--significance is one of hybrid.*got fin, did you mean fine"),
-        ({"aggregation": "max"}, "--aggregation is one of linear.*got max"),
+        ({"significance": "fin"}, "--significance must be one of hybrid.*got fin, did you mean fine"),
+        ({"aggregation": "max"}, "--aggregation must be one of linear.*got max"),
         ({"regions": "1:2"}, "3 guided stages"),
-        ({"scales": "8;1"}, "scales are NUMBER"),
+        ({"scales": "8;1"}, "scales must be NUMBER"),
         ({"pairs": "single", "significance": "fine"}, "pairs=single has none"),
         ({"model": "pvt_v2_b0", "significance": "fine"}, "--significance is for sgformer models; pvt_v2_b0"),
     ],
@@ -128,5 +128,5 @@ def test_guidance_that_does_not_do_is_named(options, words):
 
 
 def test_a_value_of_the_wrong_kind_is_a_line():
-    with pytest.raises(UserError, match="wrong kind"):
+    with pytest.raises(UserError, match="wrong type"):
         make_config(ClassifyConfig, {"epochs": "many"})

@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(out):
 def test_processes_that_see_different_states_do_not_start(out):
     for rank in (0, 1):
         seen = json.loads((out / f"{rank}.json").read_text())["seen"]
-        assert "fsdp_resumed: processes see different checkpoints in it (of steps 0 to 6)" in seen
+        assert "fsdp_resumed: processes find different checkpoints in it (steps 0 to 6)" in seen
 
 
 @pytest.mark.slow
@@ -143,10 +143,10 @@ def test_optimisers_that_are_let_through_do_not_need_whole_tensors(out):
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        ({"opt": "muon"}, "muon needs whole tensors"),
-        ({"opt": "lamb"}, "lamb needs whole tensors"),
+        ({"opt": "muon"}, "muon needs unsharded tensors"),
+        ({"opt": "lamb"}, "lamb needs unsharded tensors"),
         ({"precision": "fp16"}, "not fp16"),
-        ({"compile": True}, "does not go with --compile"),
+        ({"compile": True}, "does not support --compile"),
         ({"device": "mps"}, "not mps"),
     ],
 )

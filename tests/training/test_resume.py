@@ -123,7 +123,7 @@ def test_a_finished_run_has_nothing_left(photos, straight, caplog):
 def test_a_broken_checkpoint_is_named(photos, tmp_path):
     run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=1, **QUICK)
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.ckpt: not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"last\.ckpt: not a complete checkpoint"):
         train("classify", resume=run.path, max_steps=2)
 
 

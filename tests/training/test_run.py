@@ -287,7 +287,7 @@ def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, capl
     (tmp_path / "old" / "environment.json").write_text("{}")  # of a version that knew no kernels
     for name, said in (
         ("auto", "native kernels, in"),
-        ("old", "native kernels are not used: the run was begun without"),
+        ("old", "native kernels are off: the run was started without"),
     ):
         caplog.clear()
         train("classify", resume=str(tmp_path / name), max_steps=4)
@@ -299,9 +299,9 @@ def test_native_kernels_are_used_where_they_are_to_be_had(photos, tmp_path, capl
     monkeypatch.setattr(native, "library", none)
     caplog.clear()
     assert train("classify", data=str(photos), run=str(tmp_path / "without"), **settings).path.exists()
-    assert "native kernels are not used: there is no C++ compiler" in caplog.text
+    assert "native kernels are off: there is no C++ compiler" in caplog.text
     train("classify", resume=str(tmp_path / "auto"), max_steps=5)
-    assert "the last bits will differ from before" in caplog.text
+    assert "results will differ in the last bits" in caplog.text
     with pytest.raises(UserError, match="--native on: there is no C\\+\\+ compiler"):
         train("classify", data=str(photos), run=str(tmp_path / "refused"), native="on", **settings)
     assert not (tmp_path / "refused").exists()

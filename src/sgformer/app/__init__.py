@@ -1,2 +1,2 @@
-"""The page of `sgformer app`: `networks` explain images in a `worker` process, `session` queues visitors for it, `page`
-and `server` show the results."""
+"""The web page of `sgformer app`: `networks` explain images in a `worker` process, `session` queues requests for it,
+`page` and `server` present the results."""

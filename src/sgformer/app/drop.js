@@ -1,4 +1,4 @@
-// Takes an image that is dropped anywhere, pasted or chosen, and sends its bytes to the server.
+// Uploads an image that is dropped anywhere, pasted or selected.
 export default {
   props: { network: String, limit: Number, formats: String },
   data: () => ({ over: false }),
@@ -16,22 +16,22 @@ export default {
       drop: (e) => { e.preventDefault(); this.over = false; this.take(e.dataTransfer.files[0]); },
       paste: (e) => this.take([...e.clipboardData.files][0]),
     };
-    for (const [name, hear] of Object.entries(this.events)) window.addEventListener(name, hear);
+    for (const [name, handle] of Object.entries(this.events)) window.addEventListener(name, handle);
   },
   unmounted() {
-    for (const [name, hear] of Object.entries(this.events)) window.removeEventListener(name, hear);
+    for (const [name, handle] of Object.entries(this.events)) window.removeEventListener(name, handle);
   },
   methods: {
     async take(file) {
       if (!file) return;
-      if (file.size > this.limit) return this.$emit("refused", `The file is larger than ${Math.round(this.limit / 2 ** 20)} MB.`);
+      if (file.size > this.limit) return this.$emit("failed", `The file is larger than ${Math.round(this.limit / 2 ** 20)} MB.`);
       this.$emit("sent");
       try {
-        const answer = await fetch(`/explain?network=${encodeURIComponent(this.network)}`, { method: "POST", body: file });
-        const said = await answer.json();
-        answer.ok ? this.$emit("answered", said.result) : this.$emit("refused", said.error);
+        const response = await fetch(`/explain?network=${encodeURIComponent(this.network)}`, { method: "POST", body: file });
+        const body = await response.json();
+        response.ok ? this.$emit("explained", body.result) : this.$emit("failed", body.error);
       } catch {
-        this.$emit("refused", "The server did not answer.");
+        this.$emit("failed", "The server did not respond.");
       }
     },
   },

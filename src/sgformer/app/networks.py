@@ -1,4 +1,4 @@
-"""Networks as the page's worker holds them: what is taken in, and what they are asked."""
+"""The networks inside the page's worker: accepted uploads, and the methods the page calls."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sgformer.results import Explanation
 from sgformer.tasks.api import load_explainer
 from sgformer.viz.significance import draw_explanation
 
-#: What is taken in. Decoders without helper programs of their own; pixels as the header says, before decoding.
+#: Accepted formats, whose decoders run no external programs, and the pixel limit, checked in the header.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
-#: Larger images are reduced to this many pixels on the long side before a network sees them.
+#: Larger images are reduced to this many pixels on the long side before inference.
 MAX_SIDE = 2048
 
-#: What tokens can be ranked by in place of what the network was trained with.
+#: Sources of significance that can replace the one a network was trained with.
 RANKINGS = ("coarse", "fine", "random", "uniform", "inverted", "feature-norm")
 
 
 def read_upload(data: bytes) -> Image.Image:
-    """Bytes from anywhere as an RGB image of at most `MAX_SIDE` pixels a side.
+    """Decode untrusted bytes as an RGB image of at most `MAX_SIDE` pixels per side.
 
     Raises:
-        UserError: no image, broken, of another format than `FORMATS`, or more than `MAX_PIXELS` pixels.
+        UserError: not an image, damaged, not one of `FORMATS`, or more than `MAX_PIXELS` pixels.
     """
     return reduced(read_image(data, "this file", formats=FORMATS, max_pixels=MAX_PIXELS))
 
@@ -41,17 +41,17 @@ def reduced(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A checkpoint, or the same with tokens ranked by something else than it was trained with.
+    """A checkpoint, or the same checkpoint with tokens ranked by another source.
 
     Attributes:
-        name: on the page.
-        ranking: what its tokens are ranked by; None: as trained.
+        name: shown on the page.
+        ranking: the source of significance that ranks tokens; None: as trained.
         task: classify, segment or detect.
-        model: its size or timm's name.
-        classes: their names, as far as known.
-        parameters: how many it has.
-        answers: whether it says anything of an image: a bare backbone does not.
-        score: of a detector: what is less certain is left out.
+        model: the size or timm's name.
+        classes: class names, as far as known.
+        parameters: number of parameters.
+        predicts: whether it has a head; a bare backbone predicts nothing.
+        score: minimum score of the objects shown; detectors only.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Network:
     model: str
     classes: tuple[str, ...]
     parameters: int
-    answers: bool
+    predicts: bool
     score: float
 
 
@@ -72,7 +72,7 @@ class Networks:
         device: "auto", "cpu", "cuda" ...
 
     Raises:
-        UserError: weights or device do not do.
+        UserError: the weights or the device are invalid.
     """
 
     def __init__(self, weights: Sequence[str], device: str = "auto"):
@@ -85,8 +85,8 @@ class Networks:
                 if ranking != config.significance:
                     self.loaded[f"{name}, ranked by {ranking}"] = explainer, ranking
 
-    def about(self) -> list[Network]:
-        """What there is, each checkpoint before its other rankings."""
+    def describe(self) -> list[Network]:
+        """All networks; each checkpoint comes before its variants with other rankings."""
         return [
             Network(
                 name=name,
@@ -95,34 +95,34 @@ class Networks:
                 model=str(explainer.metadata.get("model", "sgformer")),
                 classes=tuple(explainer.names),
                 parameters=sum(p.numel() for p in explainer.model.parameters()),
-                answers=bool(getattr(explainer.model, "num_classes", 0)),
+                predicts=bool(getattr(explainer.model, "num_classes", 0)),
                 score=explainer.score,
             )
             for name, (explainer, ranking) in self.loaded.items()
         ]
 
     def explain(self, name: str, picture: Image.Image | bytes) -> tuple[Image.Image, Explanation]:
-        """One forward pass.
+        """Run one forward pass.
 
         Args:
-            name: of the network.
-            picture: the image, or its bytes as they came.
+            name: the network's name.
+            picture: the image, or the bytes of an upload.
 
         Returns:
-            The image, and what was seen and said of it.
+            The image and its explanation.
 
         Raises:
-            UserError: the bytes do not do.
+            UserError: the bytes are not an accepted image.
         """
         explainer, ranking = self.loaded[name]
         image = read_upload(picture) if isinstance(picture, bytes) else picture
         with ranked_by(explainer.network, ranking):
             return image, explainer.explain(explainer.read(image))
 
-    def sheet(self, seen: Explanation) -> bytes:
+    def sheet(self, explanation: Explanation) -> bytes:
         """The sheet of `sgformer explain`, as a PNG."""
         with tempfile.TemporaryDirectory(prefix="sgformer-") as folder:
-            draw_explanation(seen, Path(folder) / "sheet.png")
+            draw_explanation(explanation, Path(folder) / "sheet.png")
             return (Path(folder) / "sheet.png").read_bytes()
 
     def _name(self, path: Path) -> str:

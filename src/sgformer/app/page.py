@@ -1,4 +1,4 @@
-"""What one sees: an image, what a network said of it, where it looked, and another network beside it."""
+"""The page: an image with a network's prediction and attention maps, and optionally a second network beside it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from sgformer.app.worker import Stopped
 from sgformer.tasks.registry import get_task
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-NOTHING = "nothing"
 
 
 class Viewer(Element, component="viewer.js"):
-    """The image with a map over it; what is under the pointer is the browser's business."""
+    """The image with a map over it; hovering is handled in the browser."""
 
     def show(self, result: Result, kind: str, block: str, opacity: float) -> None:
         self.props["result"], self.props["kind"], self.props["block"] = result.id, kind, block
@@ -29,78 +28,78 @@ class Viewer(Element, component="viewer.js"):
 
 
 class Drop(Element, component="drop.js"):
-    """Sends an image that is dropped, pasted or chosen to `POST /explain`."""
+    """Uploads a dropped, pasted or selected image to `POST /explain`."""
 
 
 class Panel:
-    """One network's view of the image.
+    """One network's prediction and maps.
 
     Args:
-        networks: names to choose from.
-        chosen: one of them.
+        networks: the selectable names.
+        selected: the name selected at first.
         kind: the map shown at first.
-        asked: called when another network was chosen.
-        changed: called when another map was chosen.
+        on_network: called when another network is selected.
+        on_map: called when another map is selected.
     """
 
     def __init__(
-        self, networks: list[str], chosen: str, kind: str, asked: Callable[[], Any], changed: Callable[[], Any]
+        self, networks: list[str], selected: str, kind: str, on_network: Callable[[], Any], on_map: Callable[[], Any]
     ):
         self.result: Result | None = None
         with ui.element("section").classes("sg-panel") as self.frame:
             with ui.element("div").classes("sg-choices"):
-                self.network = ui.select(networks, value=chosen, label="network", on_change=asked).props(PLAIN)
-                self.kind = ui.select([kind], value=kind, label="map", on_change=changed).props(PLAIN)
-            with ui.element("div").classes("sg-seen"):
+                self.network = ui.select(networks, value=selected, label="network", on_change=on_network).props(SELECT)
+                self.kind = ui.select([kind], value=kind, label="map", on_change=on_map).props(SELECT)
+            with ui.element("div").classes("sg-result"):
                 with ui.element("div").classes("sg-left"):
                     self.viewer = Viewer()
                     self.scale = ui.element("div").classes("sg-scale")
-                self.said = ui.element("div").classes("sg-said")
+                self.prediction = ui.element("div").classes("sg-prediction")
 
     def take(self, result: Result) -> None:
-        """Another result: its answer, and the maps that it has."""
+        """Show another result: its prediction, and the maps it has."""
         self.result = result
         kinds = result.kinds()
         self.kind.set_options(kinds, value=self.kind.value if self.kind.value in kinds else "significance")
-        self.said.clear()
-        with self.said:
-            _answer(result)
+        self.prediction.clear()
+        with self.prediction:
+            _prediction(result)
 
-    def show(self, place: float, opacity: float) -> str:
-        """Show the map at a place between the first block, 0, and the last, 1; what the block is called."""
+    def show(self, depth: float, opacity: float) -> str:
+        """Show the map at a relative depth, 0 for the first block and 1 for the last; returns the block's label."""
         assert self.result is not None
-        blocks = list(self.result.seen.significance)
-        block = blocks[round(place * (len(blocks) - 1))]
+        blocks = list(self.result.explanation.significance)
+        block = blocks[round(depth * (len(blocks) - 1))]
         if self.kind.value in ("regions", "spent") and self.result.guided(block) is None:
             self.kind.value = "significance"
         self.viewer.show(self.result, self.kind.value, block, opacity)
         self.scale.clear()
         with self.scale:
             _scale(self.result, self.kind.value, block)
-        height, width = self.result.seen.significance[block].shape
+        height, width = self.result.explanation.significance[block].shape
         stage, number = block.split(".")
         return f"stage {stage}, block {int(number) + 1} · {height} x {width} places"
 
 
-PLAIN = "outlined dense options-dense"
+SELECT = "outlined dense options-dense"
 
 
-def _answer(result: Result) -> None:
-    """What the network said, in words and bars; for dense tasks also as a picture."""
-    if result.seen.overlay is not None:
+def _prediction(result: Result) -> None:
+    """The prediction as labelled bars, and for dense tasks also as a picture."""
+    if result.explanation.overlay is not None:
         ui.image(f"/results/{result.id}/answer.png").props("no-spinner no-transition").classes("sg-overlay")
-    said, task = result.answer(), get_task(result.network.task)
-    if not said:
+    entries, task = result.summary(), get_task(result.network.task)
+    if not entries:
         ui.label(task.nothing(result.network.score)).classes("sg-quiet")
-    for entry in said[:12]:
+    for entry in entries[:12]:
         colour = entry.get("colour", "var(--sg-accent)")
         with ui.element("div").classes("sg-row"):
             ui.label(entry["class"]).classes("sg-name").tooltip(entry["class"])
             with ui.element("div").classes("sg-track"):
                 ui.element("div").style(f"width: {100 * entry['share']:.1f}%; background: {colour}")
             ui.label(_percent(entry["share"])).classes("sg-share")
-    if len(said) > 12:
-        ui.label(f"and {len(said) - 12} more").classes("sg-quiet")
+    if len(entries) > 12:
+        ui.label(f"and {len(entries) - 12} more").classes("sg-quiet")
     with ui.element("div").classes("sg-foot"):
         ui.label(task.quantity).classes("sg-quiet")
         name = f"{result.network.name.replace(', ', '-').replace(' ', '-').replace('/', '-')}.png"
@@ -116,11 +115,11 @@ def _percent(share: float) -> str:
 
 
 def _scale(result: Result, kind: str, block: str) -> None:
-    """What the colours of a map mean."""
+    """The legend of a map's colours."""
     if kind == "regions":
         tokens = result.tokens(block)
         assert tokens is not None
-        rates = result.seen.rates[str(result.guided(block))]
+        rates = result.explanation.rates[str(result.guided(block))]
         for name, colour, rate in zip(tokens["names"], tokens["colours"], rates, strict=True):
             ui.element("i").classes("sg-dot").style(f"background: rgb{tuple(colour)}")
             ui.label(f"{name} {rate} : 1")
@@ -132,7 +131,7 @@ def _scale(result: Result, kind: str, block: str) -> None:
 
 
 class Page:
-    """The page of one visitor."""
+    """The page of one browser tab."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -148,27 +147,27 @@ class Page:
                 self.drop.props["formats"] = ", ".join(FORMATS[:-1]).replace("WEBP", "WebP")
                 self.drop.props["network"] = session.checkpoints[0]
                 self.drop.on("sent", lambda: self._busy(True))
-                self.drop.on("answered", lambda event: self._answered(str(event.args)))
-                self.drop.on("refused", lambda event: self._refused(str(event.args)))
+                self.drop.on("explained", lambda event: self._uploaded(str(event.args)))
+                self.drop.on("failed", lambda event: self._fail(str(event.args)))
                 self.error = ui.label().classes("sg-error").props('role="alert"')
                 self.error.set_visibility(False)
                 if session.examples:
-                    ui.label("or take one of these").classes("sg-quiet")
+                    ui.label("or try one of these").classes("sg-quiet")
                 with ui.element("div").classes("sg-examples"):
                     for number, picture in enumerate(session.examples):
                         with (
                             ui.element("button")
                             .classes("sg-example")
                             .props(f'type="button" aria-label="example {number + 1}"')
-                            .on("click", lambda _, picture=picture: self.ask(picture))
+                            .on("click", lambda _, picture=picture: self.explain(picture))
                         ):
                             ui.element("img").props(f'src="/examples/{number}.jpg" alt=""')
             with ui.element("div").classes("sg-work"):
                 self._controls()
                 with ui.element("div").classes("sg-panels") as self.panels:
-                    self.left = Panel(names, session.checkpoints[0], "significance", self._chosen, self.show)
+                    self.left = Panel(names, session.checkpoints[0], "significance", self._select_left, self.show)
                     other = session.checkpoints[1] if len(session.checkpoints) > 1 else session.checkpoints[0]
-                    self.right = Panel(names, other, "significance", self._chosen_right, self.show)
+                    self.right = Panel(names, other, "significance", self._explain_right, self.show)
                 self.right.frame.set_visibility(False)
 
     def _header(self) -> None:
@@ -178,7 +177,7 @@ class Page:
         with ui.element("header").classes("sg-header"):
             ui.html(LOGO, sanitize=False)
             ui.label("SG-Former").classes("sg-title")
-            ui.label("where a network looks, and where it spends its tokens").classes("sg-quiet sg-motto")
+            ui.label("where a network attends, and where it spends its tokens").classes("sg-quiet sg-motto")
             ui.space()
             ui.label(" · ".join(about)).classes("sg-quiet sg-about")
 
@@ -194,76 +193,73 @@ class Page:
                 self.opacity.props('aria-label="opacity"')
             self.compare = ui.switch("side by side", on_change=self._compare).props("dense").classes("sg-compare")
 
-    # -- what happens --------------------------------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------------------------------
 
-    async def ask(self, picture: Image.Image) -> None:
-        """Show a picture that is here already."""
+    async def explain(self, picture: Image.Image) -> None:
+        """Explain and show an image that is already on the server."""
         self._busy(True)
         try:
             self._take(await self.session.explain(picture, self.left.network.value))
         except (Busy, Stopped) as error:
-            self._refused(str(error))
+            self._fail(str(error))
         else:
-            await self._ask_right()
+            await self._explain_right()
 
-    async def _answered(self, id: str) -> None:
+    async def _uploaded(self, id: str) -> None:
         try:
             self._take(self.session.find(id))
         except KeyError:
-            self._refused("So many images came in that this one was dropped again. Please try once more.")
+            self._fail("The server is busy and has discarded this result. Please try again.")
         else:
-            await self._ask_right()
+            await self._explain_right()
 
     def _take(self, result: Result) -> None:
         self.picture = result.picture
         self.left.take(result)
-        self.depth.props["max"] = max(1, len(result.seen.significance) - 1)
+        self.depth.props["max"] = max(1, len(result.explanation.significance) - 1)
         self.depth.set_value(min(self.depth.value, self.depth.props["max"]))
         self.depth.update()
         self._busy(False)
         self.show()
 
-    async def _ask_right(self) -> None:
+    async def _explain_right(self) -> None:
         if not self.compare.value or self.picture is None:
             return
         try:
             self.right.take(await self.session.explain(self.picture, self.right.network.value))
         except (Busy, Stopped) as error:
-            self._refused(str(error))
+            self._fail(str(error))
         else:
             self.show()
 
-    async def _chosen(self) -> None:
+    async def _select_left(self) -> None:
         self.drop.props["network"] = self.left.network.value
         self.drop.update()
         if self.picture is not None:
-            await self.ask(self.picture)
-
-    async def _chosen_right(self) -> None:
-        await self._ask_right()
+            await self.explain(self.picture)
 
     async def _compare(self) -> None:
         self.panels.classes(toggle="sg-two")
         if self.compare.value:
-            await self._ask_right()
+            await self._explain_right()
         self.right.frame.set_visibility(self.compare.value)
 
     def show(self) -> None:
-        """Bring maps up to the sliders."""
-        place = self.depth.value / self.depth.props["max"]
+        """Redraw the maps for the sliders' values."""
+        depth = self.depth.value / self.depth.props["max"]
         opacity = self.opacity.value / 100
         if self.left.result is not None:
-            self.where.text = self.left.show(place, opacity)
+            self.where.text = self.left.show(depth, opacity)
         if self.right.result is not None and self.compare.value:
-            self.right.show(place, opacity)
+            self.right.show(depth, opacity)
 
     def _busy(self, busy: bool) -> None:
         self.error.set_visibility(False)
         self.panels.classes(**{"add" if busy else "remove": "sg-busy"})
 
-    def _refused(self, why: str) -> None:
+    def _fail(self, message: str) -> None:
         self._busy(False)
-        self.error.text = why[:1].upper() + why[1:]
+        self.error.text = message[:1].upper() + message[1:]
         self.error.set_visibility(True)
 
 
@@ -279,7 +275,7 @@ def add_page(session: Session) -> None:
 
     @ui.page("/", title="SG-Former")
     async def page() -> None:
-        shown = Page(session)
+        content = Page(session)
         if session.examples:
             await ui.context.client.connected()
-            await shown.ask(session.examples[0])
+            await content.explain(session.examples[0])

@@ -1,4 +1,4 @@
-"""HTTP of the page: images in, results out, and a guard in front of everything."""
+"""The page's HTTP server: uploads in, results out, behind a request guard."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from sgformer.core.errors import UserError
 
 Message = MutableMapping[str, Any]
 
-#: The browser itself refuses whatever does not come from this server. NiceGUI compiles templates in the page.
+#: The browser blocks everything that is not from this server. NiceGUI compiles templates in the page, hence the evals.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
+TOO_LARGE = f"The file is larger than {bounds.MAX_BYTES // 2**20} MB."
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
@@ -39,13 +40,14 @@ HEADERS = {
 }
 
 
+# Starlette's TrustedHostMiddleware covers the Host check alone, and rejects bracketed IPv6 hosts ([::1]:7860).
 class Guard:
-    """ASGI middleware: no other site may use the page from a visitor's browser, and no body is long or slow.
+    """ASGI middleware: rejects cross-site requests and oversized bodies, and adds security headers.
 
     Args:
-        app: what is guarded.
-        hosts: the names under which the page may be asked for, without ports; None: any. A site that lets its own name
-            point here (DNS rebinding) is refused by its name.
+        app: the guarded ASGI application.
+        hosts: allowed Host names, without ports; None: any. This also rejects DNS rebinding, where another site's name
+            resolves to this server.
     """
 
     def __init__(self, app: Any, hosts: frozenset[str] | None):
@@ -56,18 +58,18 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if not self._ours(headers.get("host", ""), headers.get("origin")):
+        if not self._same_site(headers.get("host", ""), headers.get("origin")):
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             else:
-                await JSONResponse({"error": "asked for by another site"}, 403)(scope, receive, send)  # type: ignore[arg-type]
+                await JSONResponse({"error": "cross-site request"}, 403)(scope, receive, send)  # type: ignore[arg-type]
             return
         if scope["type"] == "websocket":
             await self.app(scope, receive, send)
             return
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > bounds.MAX_BYTES:
-            await refuse_length()(scope, receive, send)  # type: ignore[arg-type]
+            await body_too_large()(scope, receive, send)  # type: ignore[arg-type]
             return
 
         async def guarded_send(message: Message) -> None:
@@ -80,8 +82,8 @@ class Guard:
 
         await self.app(scope, receive, guarded_send)
 
-    def _ours(self, host: str, origin: str | None) -> bool:
-        """Whether the page is asked for by a name of its own, and by itself."""
+    def _same_site(self, host: str, origin: str | None) -> bool:
+        """Whether Host is one of this server's names and Origin, if sent, is the same host and port."""
         try:
             known = self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
             return known and (origin is None or urlsplit(origin).netloc == host)
@@ -89,29 +91,28 @@ class Guard:
             return False
 
 
-def refuse_length() -> JSONResponse:
-    """Nothing more is read from the one who sends too much."""
-    said = f"The file is larger than {bounds.MAX_BYTES // 2**20} MB."
-    return JSONResponse({"error": said}, 413, {"connection": "close"})
+def body_too_large() -> JSONResponse:
+    """413, and the connection is closed without reading the body."""
+    return JSONResponse({"error": TOO_LARGE}, 413, {"connection": "close"})
 
 
-def refusal(error: Busy | Stopped) -> HTTPException:
-    """Later it may go (503); what was stopped will not (504)."""
+def unavailable(error: Busy | Stopped) -> HTTPException:
+    """503 if a retry may succeed, 504 if the same request would be stopped again."""
     return HTTPException(504 if isinstance(error, Stopped) else 503, str(error))
 
 
 async def read_body(request: Request) -> bytes:
-    """The bytes of a request, in memory.
+    """Read the body of a request into memory.
 
     Raises:
-        HTTPException: too many (413) or too slow (408).
+        HTTPException: the body is too large (413) or arrives too slowly (408).
     """
     body = io.BytesIO()
 
     async def fill() -> None:
         async for part in request.stream():
-            if body.tell() + len(part) > bounds.MAX_BYTES:  # sent in chunks, without a length
-                raise HTTPException(413, f"The file is larger than {bounds.MAX_BYTES // 2**20} MB.")
+            if body.tell() + len(part) > bounds.MAX_BYTES:  # chunked transfer, without a content length
+                raise HTTPException(413, TOO_LARGE)
             body.write(part)
 
     try:
@@ -122,8 +123,8 @@ async def read_body(request: Request) -> bytes:
 
 
 def build(session: Session) -> FastAPI:
-    """The application: `POST /explain` takes an image's bytes; the result's pictures are under `/results/ID/`."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's own pages load scripts from elsewhere
+    """Build the application: `POST /explain` takes the bytes of an image, `/results/ID/` serves its pictures."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's own pages load third-party scripts
     thumbnails = []
     for picture in session.examples:
         small = picture.copy()
@@ -131,43 +132,43 @@ def build(session: Session) -> FastAPI:
         thumbnails.append(_jpeg(small))
 
     @app.exception_handler(HTTPException)
-    async def say(_: Request, error: HTTPException) -> JSONResponse:
+    async def to_json(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code)
 
     def find(id: str) -> Result:
         try:
             return session.find(id)
         except KeyError:
-            raise HTTPException(404, "This result is no longer kept. Please show the image again.") from None
+            raise HTTPException(404, "This result has expired. Please upload the image again.") from None
 
     @app.post("/explain")
     async def explain(request: Request, network: str | None = None) -> dict[str, Any]:
         data = await read_body(request)
         try:
-            seen = await session.explain(data, network)
+            result = await session.explain(data, network)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
         except (Busy, Stopped) as error:
-            raise refusal(error) from None
+            raise unavailable(error) from None
         except KeyError:
             raise HTTPException(404, f"There is no network named {network!r}.") from None
         return {
-            "result": seen.id,
-            "network": seen.network.name,
-            "task": seen.network.task,
-            "answer": seen.answer(),
-            "blocks": list(seen.seen.significance),
+            "result": result.id,
+            "network": result.network.name,
+            "task": result.network.task,
+            "answer": result.summary(),
+            "blocks": list(result.explanation.significance),
         }
 
     @app.get("/results/{id}/image.png")
     def image(id: str) -> Response:
-        return as_png(png(find(id).seen.image))
+        return as_png(png(find(id).explanation.image))
 
     @app.get("/results/{id}/answer.png")
     def answer(id: str) -> Response:
-        overlay = find(id).seen.overlay
+        overlay = find(id).explanation.overlay
         if overlay is None:
-            raise HTTPException(404, "Classifiers answer in words.")
+            raise HTTPException(404, "A classifier's prediction has no picture.")
         return as_png(png(overlay))
 
     @app.get("/results/{id}/sheet.png")
@@ -175,7 +176,7 @@ def build(session: Session) -> FastAPI:
         try:
             return as_png(await session.sheet(find(id)))
         except (Busy, Stopped) as error:
-            raise refusal(error) from None
+            raise unavailable(error) from None
 
     @app.get("/results/{id}/tokens/{block}")
     def tokens(id: str, block: str) -> JSONResponse:
@@ -186,18 +187,18 @@ def build(session: Session) -> FastAPI:
         try:
             return as_png(find(id).map(kind, block))
         except KeyError:
-            raise HTTPException(404, f"There is no map {kind} of block {block}.") from None
+            raise HTTPException(404, f"Block {block} has no map {kind}.") from None
 
     @app.get("/examples/{number}.jpg")
     def example(number: int) -> Response:
         if not 0 <= number < len(thumbnails):
-            raise HTTPException(404, "There is no such example.")
+            raise HTTPException(404, f"There is no example {number}.")
         return Response(thumbnails[number], media_type="image/jpeg")
 
     return app
 
 
-#: What is found under a result's id never changes.
+#: The content under a result's id never changes.
 KEEP = {"cache-control": "private, max-age=3600, immutable"}
 
 
@@ -212,7 +213,7 @@ def _jpeg(image: Any) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound to a host."""
+    """Whether a server bound to this host is reachable from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -220,10 +221,10 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free.
+    """Open a listening socket; port 0 picks a free one.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the address or the port is invalid or in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -242,10 +243,10 @@ def serve(session: Session, listener: socket.socket, host: str, ready: Callable[
     """Serve the page until interrupted (ctrl-C, or SIGTERM: exits with status 143).
 
     Args:
-        session: what is asked.
-        listener: where to listen, from `bind`.
-        host: its name in the page's address.
-        ready: called with that address once whoever follows it is answered.
+        session: handles the requests.
+        listener: the listening socket, from `bind`.
+        host: the host name in the page's URL.
+        ready: called with the URL once the server accepts requests.
     """
     import uvicorn
     from nicegui import ui
@@ -263,8 +264,8 @@ def serve(session: Session, listener: socket.socket, host: str, ready: Callable[
             ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
 
     config = uvicorn.Config(Guard(app, hosts), log_level="warning", timeout_graceful_shutdown=2, ws_max_size=2**20)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # uvicorn raises it again once it has shut down
-    # NiceGUI looks through all objects for its server, and torch has some that warn when they are looked at.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # uvicorn re-raises it after shutting down
+    # NiceGUI scans all live objects for its server, and some of torch's warn when inspected.
     warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")
     with contextlib.suppress(KeyboardInterrupt):
         Server(config).run([listener])

@@ -1,5 +1,5 @@
-// An image, a map over it and, under the pointer, all places that share one key/value token.
-const POINT = "sgformer-point"; // viewers side by side light up the same place
+// An image with a map over it; hovering highlights all places that share one key/value token.
+const POINT = "sgformer-point"; // side-by-side viewers highlight the same place
 
 export default {
   props: { result: String, kind: String, block: String, opacity: Number },
@@ -7,7 +7,7 @@ export default {
   template: `
     <div class="sg-viewer">
       <div class="sg-picture" :style="{ aspectRatio: shape, '--shape': shape }" tabindex="0" role="img" aria-label="The image with a map over it; arrow keys move the place"
-           @pointermove="move" @pointerdown="move" @pointerleave="tell(null)" @keydown="step">
+           @pointermove="move" @pointerdown="move" @pointerleave="point(null)" @keydown="step">
         <img v-if="result" class="sg-image" :src="base + '/image.png'" alt="" draggable="false"
              @load="shape = $event.target.naturalWidth / $event.target.naturalHeight">
         <img v-if="result" class="sg-layer" :src="base + '/' + kind + '/' + block + '.png'" alt=""
@@ -15,7 +15,7 @@ export default {
         <canvas v-show="at && grid" class="sg-layer" ref="canvas"></canvas>
         <i v-if="at && grid" class="sg-ring" :style="ring"></i>
       </div>
-      <p class="sg-told" v-html="told"></p>
+      <p class="sg-hint" v-html="hint"></p>
     </div>`,
   computed: {
     base() { return "/results/" + this.result; },
@@ -29,15 +29,15 @@ export default {
       const { width, height } = this.grid;
       return { left: part(this.cell.column, width), top: part(this.cell.row, height), width: part(1, width), height: part(1, height) };
     },
-    told() {
+    hint() {
       if (!this.result) return "";
-      if (!this.grid) return "Nothing is reallocated here: every place is a key/value token of its own.";
-      if (!this.cell) return `${matchMedia("(hover: none)").matches ? "Touch" : "Hover"} the image: which places share one key/value token?`;
+      if (!this.grid) return "No reallocation in this block: every place is its own key/value token.";
+      if (!this.cell) return `${matchMedia("(hover: none)").matches ? "Touch" : "Hover over"} the image to see which places share one key/value token.`;
       const { tokens, regions, names, colours, count } = this.grid;
       const token = tokens[this.cell.index], region = regions[this.cell.index];
       const shared = tokens.filter((t) => t === token).length;
       const dot = `<i class="sg-dot" style="background:rgb(${colours[region]})"></i>`;
-      const places = shared === 1 ? "a place of its own" : `<b>${shared} places</b> that became one`;
+      const places = shared === 1 ? "a single place" : `<b>${shared} places</b> merged into one`;
       return `${dot}key/value token <b>${token + 1}</b> of ${count}, ${names[region] || "middle"} region: ${places}`;
     },
   },
@@ -47,36 +47,36 @@ export default {
     block: "fetchGrid",
   },
   mounted() {
-    this.hear = (event) => (this.at = event.detail);
-    window.addEventListener(POINT, this.hear);
+    this.onPoint = (event) => (this.at = event.detail);
+    window.addEventListener(POINT, this.onPoint);
     this.fetchGrid();
   },
-  unmounted() { window.removeEventListener(POINT, this.hear); },
+  unmounted() { window.removeEventListener(POINT, this.onPoint); },
   methods: {
     async fetchGrid() {
       if (!this.result) return;
       const url = `${this.base}/tokens/${this.block}`;
-      const answer = await fetch(url);
-      const grid = answer.ok ? await answer.json() : null;
-      if (url !== `${this.base}/tokens/${this.block}`) return; // another one was asked for meanwhile
+      const response = await fetch(url);
+      const grid = response.ok ? await response.json() : null;
+      if (url !== `${this.base}/tokens/${this.block}`) return; // superseded by a later request
       this.grid = grid;
       this.paint();
     },
-    tell(at) { window.dispatchEvent(new CustomEvent(POINT, { detail: at })); },
+    point(at) { window.dispatchEvent(new CustomEvent(POINT, { detail: at })); },
     move(event) {
       const box = event.currentTarget.getBoundingClientRect();
       const inside = (value) => Math.min(Math.max(value, 0), 0.9999);
-      this.tell({ x: inside((event.clientX - box.left) / box.width), y: inside((event.clientY - box.top) / box.height) });
+      this.point({ x: inside((event.clientX - box.left) / box.width), y: inside((event.clientY - box.top) / box.height) });
     },
     step(event) {
       const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-      if (event.key === "Escape") this.tell(null);
+      if (event.key === "Escape") this.point(null);
       if (!way || !this.grid) return;
       event.preventDefault();
       const { width, height } = this.grid;
       const from = this.cell || { row: height >> 1, column: width >> 1 };
       const inside = (value, size) => (Math.min(Math.max(value, 0), size - 1) + 0.5) / size;
-      this.tell({ x: inside(from.column + way[1], width), y: inside(from.row + way[0], height) });
+      this.point({ x: inside(from.column + way[1], width), y: inside(from.row + way[0], height) });
     },
     paint() {
       if (!this.cell) return;

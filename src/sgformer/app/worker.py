@@ -1,6 +1,6 @@
-"""A process that works for the page and can be stopped at any moment; another one then takes its place.
+"""The page's worker process, which can be killed at any moment and is then replaced.
 
-A thread that computes cannot be ended from outside, a process can: with what it held, whatever it was doing.
+A computing thread cannot be stopped from outside; a process can, and its memory is freed with it.
 """
 
 from __future__ import annotations
@@ -19,45 +19,46 @@ from sgformer.core.processes import end_with_parent
 
 
 class Stopped(Exception):
-    """The work took too long and was stopped, or its process died. The message is for the person who waits."""
+    """The computation took too long and was stopped, or its process died. The message is shown to the visitor."""
 
 
+# pebble's ProcessPool reports a failed start only as BrokenProcessPool, without the UserError; it is also LGPL.
 class Worker:
-    """Calls methods of an object that lives in a process of its own, one after the other; any thread may ask or close.
+    """Calls methods of an object in a separate process, one at a time; thread-safe.
 
     Args:
-        build: makes the object, there; a function or class that can be imported.
-        args: for `build`.
+        build: creates the object in that process; an importable function or class.
+        args: arguments of `build`.
 
     Raises:
-        UserError: what `build` raised.
+        UserError: raised by `build`.
     """
 
     def __init__(self, build: Callable[..., Any], *args: Any):
-        # "spawn": a fork of a process with threads, or with a GPU in use, may hang.
+        # "spawn": forking a process that has threads or uses a GPU may hang.
         self._context = multiprocessing.get_context("spawn")
-        self._made_of = build, args
+        self._factory = build, args
         self._closed = False
-        # One thread at a time uses the pipe, closing it included: the number of a closed one may be another file's.
-        self._asking = threading.Lock()
-        # One thread at a time starts or ends the process, so that none starts unseen while the worker closes.
-        self._changing = threading.Lock()
+        # Guards the pipe, its closing included: the descriptor of a closed pipe may already belong to another file.
+        self._pipe_lock = threading.Lock()
+        # Guards starting and ending the process, so that none is started while the worker closes.
+        self._process_lock = threading.Lock()
         self._start()
 
-    def ask(self, method: str, *args: Any, seconds: float | None = None) -> Any:
-        """Call a method and wait for what it returns.
+    def call(self, method: str, *args: Any, seconds: float | None = None) -> Any:
+        """Call a method and wait for its result.
 
         Args:
-            method: its name.
-            args: for it; they and the result travel as pickles.
-            seconds: so long at most; then the process is killed and another one started.
+            method: the method's name.
+            args: its arguments; they and the result are pickled.
+            seconds: timeout, after which the process is killed and replaced; None: no timeout.
 
         Raises:
-            Stopped: it took longer, or the process died.
-            UserError: what the method raised.
-            RuntimeError: the method failed; the message has its traceback.
+            Stopped: the timeout expired, or the process died.
+            UserError: raised by the method.
+            RuntimeError: the method raised another exception; the message is its traceback.
         """
-        with self._asking:
+        with self._pipe_lock:
             try:
                 self._pipe.send((method, args))
                 if not self._pipe.poll(seconds):
@@ -65,50 +66,50 @@ class Worker:
                     raise Stopped(
                         f"This took longer than {seconds:g} seconds and was stopped. Please try a smaller image."
                     )
-                return _opened(self._pipe.recv())
+                return _unwrap(self._pipe.recv())
             except (EOFError, OSError):
                 self._replace()
                 raise Stopped(
-                    "The network's process ended on this image, perhaps because memory was short. "
+                    "The network's process died on this image, possibly because it ran out of memory. "
                     "Please try a smaller image."
                 ) from None
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        with self._changing:
+        with self._process_lock:
             self._closed = True
             self._kill()
-        with self._asking:  # whoever waits for an answer sees that death at once
+        with self._pipe_lock:  # a waiting caller notices the death at once
             self._end()
 
     def _start(self) -> None:
-        with self._changing:
+        with self._process_lock:
             if self._closed:
                 return
             pipe, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=_serve, args=(theirs, *self._made_of), name="sgformer-explain", daemon=True
+                target=_serve, args=(theirs, *self._factory), name="sgformer-explain", daemon=True
             )
-            with theirs:  # closed here, so that its death is the end of the pipe
+            with theirs:  # closed here, so that the child's death closes the pipe
                 process.start()
             self._pipe, self._process = pipe, process
         try:
-            _opened(self._pipe.recv())
+            _unwrap(self._pipe.recv())
         except EOFError:
             self._end()
-            raise UserError("the process that networks run in died while it started; is there enough memory?") from None
+            raise UserError("the networks' process died during startup; is there enough memory?") from None
         except BaseException:
             self._end()
             raise
 
     def _kill(self) -> None:
-        with contextlib.suppress(ValueError):  # it is gone already: the page ended while somebody waited
+        with contextlib.suppress(ValueError):  # already closed: the page ended while a caller waited
             self._process.kill()
             self._process.join()
             self._process.close()
 
     def _end(self) -> None:
-        with self._changing:
+        with self._process_lock:
             self._kill()
         self._pipe.close()
 
@@ -116,37 +117,37 @@ class Worker:
         self._end()
         try:
             self._start()
-        except Exception as error:  # not the fault of the image that is being looked at; the next one tries again
-            raise Stopped(f"The network's process could not be started again: {error}") from error
+        except Exception as error:  # not caused by the current image; the next call tries again
+            raise Stopped(f"The network's process could not be restarted: {error}") from error
 
 
-def _opened(answer: tuple[Any, BaseException | None]) -> Any:
-    result, failure = answer
+def _unwrap(outcome: tuple[Any, BaseException | None]) -> Any:
+    result, failure = outcome
     if failure is not None:
         raise failure
     return result
 
 
 def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """The process: build, then answer until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches everybody in the terminal; the page ends this one
-    end_with_parent()  # even a request without end ends with the page, however that ended
-    made: list[Any] = []
+    """The child process: build the object, then serve calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole process group; the page ends this process
+    end_with_parent()  # even an endless computation ends with the page, however the page ended
+    instance: list[Any] = []
 
     def make() -> None:
         plugins.load()
-        made.append(build(*args))
+        instance.append(build(*args))
 
-    answer = _tried(make)
+    outcome = _attempt(make)
     with contextlib.suppress(EOFError, OSError):
-        pipe.send(answer)
-        while made:
-            method, given = pipe.recv()
-            pipe.send(_tried(lambda: getattr(made[0], method)(*given)))  # noqa: B023 - called at once
-            del given  # an image is not held until the next one comes
+        pipe.send(outcome)
+        while instance:
+            method, values = pipe.recv()
+            pipe.send(_attempt(lambda: getattr(instance[0], method)(*values)))  # noqa: B023 - called at once
+            del values  # free the image before waiting for the next call
 
 
-def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
         return work(), None
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Time and memory of networks, side by side: cases, how they are run, what is told about them."""
+"""Benchmarks of networks side by side: the cases, how they are measured, how they are reported."""
 
 from sgformer.bench.cases import BACKENDS, Case, build
 from sgformer.bench.run import Result, run

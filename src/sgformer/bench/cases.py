@@ -1,4 +1,4 @@
-"""One thing to measure: a network, a size, a way to run it; and how to make it a function without arguments."""
+"""Benchmark cases: a network, a size and a backend, and how to turn them into a step function without arguments."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """One measurement.
 
     Attributes:
         model: a timm name, "plain_s" (``plain`` is short for it) for benchmarks/plain.py, or "FILE.py:FUNCTION".
         image_size: height and width in pixels.
-        batch_size: images at a time.
+        batch_size: images per step.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
-        backend: "eager"; "optimize": our sizes only, ``sgformer.optimize`` for inference, ``sgformer.accelerate`` for
-            training; "compile": ``torch.compile``, for inference with our sizes ``sgformer.optimize(compile=True)``,
-            which compiles block by block;
-            "onnxruntime", "openvino": inference only, exported to ONNX.
-        coarse: reach of the coarse heads, our sizes and plain only; None: as the size has it.
-        grad_checkpointing: run each block again in the backward pass instead of keeping what it made.
+        backend: "eager"; "optimize": SG-Former only, ``sgformer.optimize`` for inference, ``sgformer.accelerate`` for
+            training; "compile": ``torch.compile``, and for inference with SG-Former
+            ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime", "openvino": inference
+            only, exported to ONNX.
+        coarse: reach of the coarse heads, for SG-Former and plain only; None: the size's own.
+        grad_checkpointing: recompute each block in the backward pass instead of storing its activations.
         precision: "fp32", or mixed "bf16" or "fp16".
         device: a torch device.
-        threads: of torch and onnxruntime on the CPU; None: as torch chooses.
+        threads: CPU threads of torch and onnxruntime; None: torch's default.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Case:
 
 
 class Unsupported(Exception):
-    """This network cannot be run that way; one line says why."""
+    """The network does not support this way of running; the message is one line."""
 
 
 def is_ours(name: str) -> bool:
@@ -79,7 +79,7 @@ def is_plain(name: str) -> bool:
 
 
 def check_model(name: str) -> None:
-    """Raise UserError unless ``name`` says which network to build."""
+    """Raise UserError unless ``name`` names a network that can be built."""
     if is_plain(name):
         size = name.removeprefix("plain").removeprefix("_") or "s"
         if f"sgformer_{size}" not in sgformer.VARIANTS:
@@ -94,10 +94,10 @@ def check_model(name: str) -> None:
 
 
 def create(case: Case) -> nn.Module:
-    """The case's network with fresh weights, in its mode, on the default device (to count, use "meta").
+    """Build the case's network with fresh weights, in its mode, on the default device ("meta" for counting).
 
     Raises:
-        Unsupported: an option that this network does not have.
+        Unsupported: the network lacks an option of the case.
     """
     options: dict[str, Any] = {}
     if case.coarse is not None and (is_ours(case.model) or is_plain(case.model)):
@@ -113,7 +113,7 @@ def create(case: Case) -> nn.Module:
             warnings.simplefilter("ignore")
             try:
                 model = timm.create_model(case.model, img_size=case.image_size, **options)
-            except TypeError:  # convolutional networks know no image size
+            except TypeError:  # convolutional networks take no image size
                 model = timm.create_model(case.model, **options)
     if case.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
@@ -123,10 +123,10 @@ def create(case: Case) -> nn.Module:
 
 
 def build(case: Case) -> Callable[[], Any]:
-    """A function that runs one step of the case: what is timed.
+    """Build the function to time: it runs one step of the case.
 
     Raises:
-        Unsupported: the network or the machine cannot be run that way.
+        Unsupported: the network or the machine does not support the case.
     """
     device = torch.device(case.device)
     if case.threads:
@@ -174,11 +174,11 @@ def build(case: Case) -> Callable[[], Any]:
 def _prepare(model: nn.Module, case: Case) -> nn.Module:
     if case.backend == "optimize":
         if not is_ours(case.model):
-            raise Unsupported("sgformer.optimize and sgformer.accelerate prepare networks of sgformer")
+            raise Unsupported("sgformer.optimize and sgformer.accelerate support SG-Former only")
         if case.mode == "infer":
             return sgformer.optimize(model)
         if case.device != "cpu" or case.precision != "fp32":
-            raise Unsupported("sgformer.accelerate is for training in fp32 on the CPU")
+            raise Unsupported("sgformer.accelerate supports training in fp32 on the CPU only")
         try:
             return sgformer.accelerate(model)
         except UnavailableError as error:
@@ -198,7 +198,7 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
     from sgformer.exporting.formats import onnx_session, quiet
 
     if is_ours(case.model):
-        model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot see through a computed kernel
+        model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot trace a computed kernel
     file = io.BytesIO()
     with quiet(), torch.no_grad():
         torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
@@ -206,7 +206,7 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
     if case.backend == "openvino":
         core = runtime.Core()
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",  # its own choice would be bfloat16 where the processor has it
+            "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 on processors that support it
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -217,7 +217,7 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
 
 
 def _plain_file() -> Path:
-    """benchmarks/plain.py of this checkout, or of the current folder: a yardstick, not shipped with the package."""
+    """benchmarks/plain.py of this checkout or of the current folder: a baseline that the package does not ship."""
     for root in (Path(__file__).parents[3], Path.cwd()):
         if (root / "benchmarks" / "plain.py").is_file():
             return root / "benchmarks" / "plain.py"

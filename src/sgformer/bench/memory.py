@@ -1,4 +1,4 @@
-"""Peak memory of one step, measured in a process of its own: `python -m sgformer.bench.memory CASE`."""
+"""Peak memory of one step, measured in a fresh process: `python -m sgformer.bench.memory CASE`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from sgformer.core.errors import UserError
 
 
 def peak_memory(case: Case, timeout: float = 1800) -> int:
-    """Bytes that the network and one step of it need at most, its weights included.
+    """Peak memory of the network and one step, weights included, in bytes.
 
-    On the CPU: how far the resident memory of a fresh process rises above what it held once torch and the code were
-    loaded. A compiled network's first call, which holds the compiler, is not counted. On CUDA: torch's own count.
+    On the CPU: the rise of a fresh process's peak resident memory over its level after the imports. The first call of
+    a compiled network, which includes the compiler, is not counted. On CUDA: torch's own count.
 
     Raises:
-        Unsupported: it does not run; the message says why.
+        Unsupported: the case does not run, or exceeds `timeout` seconds.
     """
     command = [sys.executable, "-m", "sgformer.bench.memory", json.dumps(dataclasses.asdict(case))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    # One arena: else what is measured depends on which thread happened to allocate.
+    # One arena: otherwise the result depends on which thread allocates.
     environment["MALLOC_ARENA_MAX"] = "1"
-    # What is freed goes back at once: else glibc's heap keeps up to 600 MiB more, for any network, and hides the need.
+    # Return freed memory at once: otherwise glibc's heap retains up to 600 MiB for any network and hides the real need.
     environment["MALLOC_TRIM_THRESHOLD_"] = str(1 << 20)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:
-        raise Unsupported(f"no memory figure within {timeout:g} s") from None
+        raise Unsupported(f"measuring memory took longer than {timeout:g} s") from None
     if done.returncode == -9:
         raise Unsupported("out of memory")
     if done.returncode:
@@ -45,7 +45,7 @@ def peak_memory(case: Case, timeout: float = 1800) -> int:
 
 
 def measure(case: Case) -> int:
-    """See :func:`peak_memory`; here, in this process."""
+    """As :func:`peak_memory`, in this process."""
     if torch.device(case.device).type == "cuda":
         step = build(case)
         if case.backend != "eager":
@@ -53,18 +53,18 @@ def measure(case: Case) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    (torch.randn(64, 64) @ torch.randn(64, 64)).sum()  # the thread pool and the libraries' own buffers
-    rest = _resident("VmRSS")
+    (torch.randn(64, 64) @ torch.randn(64, 64)).sum()  # allocates the thread pool and the libraries' own buffers
+    baseline = _resident("VmRSS")
     step = build(case)
     if case.backend == "compile":
         before = _resident("VmRSS")
         step()
         gc.collect()
         _trim()
-        rest += _resident("VmRSS") - before
-    _forget_peak()
+        baseline += _resident("VmRSS") - before
+    _reset_peak()
     step()
-    return max(0, _resident("VmHWM") - rest)
+    return max(0, _resident("VmHWM") - baseline)
 
 
 def _resident(name: str) -> int:
@@ -76,9 +76,9 @@ def _resident(name: str) -> int:
     return usage if sys.platform == "darwin" else usage << 10
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak becomes what is resident now (Linux); elsewhere it stays the process's own
+        file.write("5")  # resets the peak to the current resident size (Linux); elsewhere it covers the whole process
 
 
 def _trim() -> None:

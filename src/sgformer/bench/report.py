@@ -1,4 +1,4 @@
-"""What is told about measured cases: a table, JSON, plots."""
+"""Reports of measured cases: a table, JSON, plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sgformer.viz.bench import draw_growth, draw_throughput
 
 
 class Progress:
-    """``with Progress() as tell: tell("...")``: a line on the terminal that says what is being done."""
+    """``with Progress() as report: report("...")``: a status line on the terminal."""
 
     def __enter__(self) -> Callable[[str], None]:
         from rich.console import Console
@@ -32,18 +32,18 @@ class Progress:
 
 
 def ratio(result: Result, results: Sequence[Result], baseline: str) -> float | None:
-    """How many times as fast as the baseline of the same sizes and mode: on the same backend, or else eager."""
+    """Speedup over the baseline with the same sizes and mode, on the same backend if measured, otherwise eager."""
     for backend in (result.case.backend, "eager"):
-        wanted = dataclasses.replace(result.case, model=baseline, backend=backend)
+        reference = dataclasses.replace(result.case, model=baseline, backend=backend)
         for other in results:
-            if other.case == wanted and other.median and result.median:
+            if other.case == reference and other.median and result.median:
                 return other.median / result.median
     return None
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    found = {
+    """The hardware and the package versions of the measurements."""
+    facts = {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -54,10 +54,10 @@ def machine() -> dict[str, Any]:
     }
     for name in ("timm", "onnxruntime", "openvino"):
         try:
-            found[name] = metadata.version(name)
+            facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            facts[name] = None
+    return facts
 
 
 def to_json(results: Sequence[Result], command: Sequence[str], baseline: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ COLUMNS = ("network", "images/s", "ms", "spread", "first call", "memory", "GMACs
 
 
 def print_table(results: Sequence[Result], baseline: str) -> None:
-    """One row a case, grouped by what they have in common."""
+    """One row per case, grouped by mode, sizes and options."""
     from rich.console import Console
     from rich.table import Table
 
@@ -78,9 +78,9 @@ def print_table(results: Sequence[Result], baseline: str) -> None:
     for r in results:
         c = r.case
         groups.setdefault((c.mode, c.image_size, c.batch_size, c.coarse, c.grad_checkpointing), []).append(r)
-    for (mode, size, batch, coarse, saving), group in groups.items():
+    for (mode, size, batch, coarse, checkpointing), group in groups.items():
         title = f"{'inference' if mode == 'infer' else 'training step'}, {size} px, batch {batch}"
-        title += (f", coarse {coarse}" if coarse else "") + (", gradient checkpointing" if saving else "")
+        title += (f", coarse {coarse}" if coarse else "") + (", gradient checkpointing" if checkpointing else "")
         title += f", {group[0].case.precision} on {group[0].case.device}"
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
         for i, name in enumerate(COLUMNS):
@@ -95,7 +95,7 @@ def print_table(results: Sequence[Result], baseline: str) -> None:
 
 
 def row(r: Result, results: Sequence[Result], baseline: str) -> list[str]:
-    """A result's figures as text, in the order of :data:`COLUMNS`; a dash for what was not measured."""
+    """A result's figures as text, in the order of :data:`COLUMNS`; "-" for missing figures."""
     factor = ratio(r, results, baseline)
     figures = [
         r.images_per_second and f"{r.images_per_second:.1f}",
@@ -115,7 +115,7 @@ def short(case: Case) -> str:
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Throughput against MACs for every mode, size and batch; growth with image size where there are several sizes."""
+    """Plot throughput against MACs for every mode, size and batch, and growth with image size if there are several."""
     points = [
         {
             "label": short(r.case) + (f", {r.case.coarse}" if r.case.coarse else ""),

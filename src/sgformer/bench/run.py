@@ -1,4 +1,4 @@
-"""Cases measured in interleaved rounds, so that what else the machine does falls on all of them alike."""
+"""Measures cases in interleaved rounds, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sgformer.core.errors import UserError
 
 @dataclass
 class Result:
-    """What was measured of a case.
+    """The measurements of a case.
 
     Attributes:
-        case: what it was.
-        seconds: of one step, one figure a round.
-        first: seconds of the first step, compilation included; nothing is taken from a compiler's cache on disk.
-        memory: bytes at the peak (:func:`sgformer.bench.memory.peak_memory`); None: not measured.
-        macs: multiply-accumulates of one image's forward pass.
-        parameters: how many.
-        error: why there is no time, or no memory figure.
+        case: the measured case.
+        seconds: duration of one step, one value per round.
+        first: seconds of the first step, compilation included; compiler caches on disk are not used.
+        memory: peak bytes (:func:`sgformer.bench.memory.peak_memory`); None: not measured.
+        macs: multiply-accumulates of a forward pass on one image.
+        parameters: number of parameters.
+        error: why the time or the memory is missing.
     """
 
     case: Case
@@ -72,33 +72,33 @@ def run(
     seconds: float = 1.0,
     memory: bool = True,
     results: list[Result] | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
-    """Measure all cases; one that fails is named in its result and loses nothing of the others.
+    """Measure all cases; a failure is recorded in that case's result and does not affect the others.
 
-    Cases of the same image size, batch size and mode stand in memory together and take turns, round by round.
+    Cases with the same image size, batch size and mode are in memory together and take turns, round by round.
 
     Args:
-        rounds: turns of each case; the median is what counts, least and greatest are the spread.
-        seconds: a turn lasts at least so long and at least one step.
+        rounds: turns of each case; the median is reported, the minimum and maximum give the spread.
+        seconds: minimum duration of a turn, which has at least one step.
         memory: also measure peak memory, each case in a fresh process.
-        results: filled as the figures come in, so that whoever interrupts keeps what there is.
-        tell: called with a line about what is being done.
+        results: filled as the measurements come in, so that an interrupted caller keeps them.
+        report: called with a status line.
     """
     results = [] if results is None else results
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
         groups.setdefault((case.mode, case.image_size, case.batch_size, case.precision), []).append(case)
     for group in groups.values():
-        now = [Result(case) for case in group]
-        results += now
-        for result in now:
+        current = [Result(case) for case in group]
+        results += current
+        for result in current:
             _count(result)
-        _time(now, rounds, seconds, tell)
+        _time(current, rounds, seconds, report)
         if memory:
-            for result in now:
+            for result in current:
                 if result.seconds and result.case.backend not in EXPORTED:
-                    tell(f"memory: {result.case.label()}")
+                    report(f"memory: {result.case.label()}")
                     try:
                         result.memory = peak_memory(result.case)
                     except Unsupported as error:
@@ -107,7 +107,7 @@ def run(
 
 
 def _count(result: Result) -> None:
-    """Parameters and MACs, on the meta device: nothing is computed."""
+    """Count parameters and MACs on the meta device, without computing anything."""
     case = dataclasses.replace(result.case, mode="infer", grad_checkpointing=False)
     try:
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -116,29 +116,29 @@ def _count(result: Result) -> None:
             with FlopCounterMode(display=False) as counter:
                 model(torch.empty(1, 3, case.image_size, case.image_size))
         result.macs = counter.get_total_flops() // 2
-    except Exception:  # a network that cannot run without numbers, or not at all: its first step will tell
+    except Exception:  # a network that fails on the meta device, or everywhere: then its first step reports the error
         result.macs = None
 
 
-def _time(results: list[Result], rounds: int, seconds: float, tell: Callable[[str], None]) -> None:
+def _time(results: list[Result], rounds: int, seconds: float, report: Callable[[str], None]) -> None:
     steps: list[tuple[Result, Callable[[], Any]]] = []
     for result in results:
-        tell(f"first call: {result.case.label()}")
+        report(f"first call: {result.case.label()}")
         try:
             with _fresh_compiler_cache(result.case):
                 start = time.perf_counter()
                 step = build(result.case)
                 built = time.perf_counter()
                 step()
-                # An export is part of the first call of what it makes; drawing fresh weights is not.
+                # The first call includes an export, but not the initialisation of weights.
                 result.first = time.perf_counter() - (start if result.case.backend in EXPORTED else built)
             step()
-        except Exception as error:  # whatever a network, a compiler or an exporter may raise: told, not fatal
+        except Exception as error:  # anything a network, a compiler or an exporter may raise: reported, not fatal
             result.error = _one_line(error)
             continue
         steps.append((result, step))
     for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
+        report(f"round {number + 1} of {rounds}")
         for result, step in list(steps):
             try:
                 count, start = 0, time.perf_counter()
@@ -159,7 +159,7 @@ def _time(results: list[Result], rounds: int, seconds: float, tell: Callable[[st
 def _fresh_compiler_cache(case: Case) -> Any:
     if case.backend != "compile":
         return contextlib.nullcontext()
-    from torch._inductor.utils import fresh_cache  # torch has no public way to ask for an honest first call
+    from torch._inductor.utils import fresh_cache  # torch has no public API for an uncached first call
 
     return fresh_cache()
 

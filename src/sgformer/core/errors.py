@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard, and the gate to optional packages."""
+"""User-facing errors, and imports of optional packages."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one line that names the file or value and says what to do.
+    """An error the user can fix. The message is one line: the offending file or value, and the remedy.
 
     The command line prints it as `sgformer: error: ...` and exits with status 2.
     """
 
-    LONGEST = 1000  # characters: what is quoted from a file must not fill the screen
+    MAX_LENGTH = 1000  # characters: text quoted from a file must not fill the screen
 
     def __init__(self, message: str):
-        # A DataLoader worker re-raises an exception as `type(whole traceback as text)`: keep the line that matters.
+        # A DataLoader worker re-raises an exception as `type(traceback as text)`: keep its last line.
         kind = type(self)
         line = message.rsplit(f"{kind.__module__}.{kind.__qualname__}: ", 1)[-1].strip()
-        super().__init__(line if len(line) <= self.LONGEST else line[: self.LONGEST - 4] + " ...")
+        super().__init__(line if len(line) <= self.MAX_LENGTH else line[: self.MAX_LENGTH - 4] + " ...")
 
 
 class StalledError(UserError):
-    """A file did not come: a disk, mount or server gave no answer, or a shard is gone.
+    """A read failed before any content arrived: a disk, mount or server did not respond, or a shard is missing.
 
-    No image need be damaged, so `--bad-images skip` stops at it, too.
+    The images themselves may be intact, so this stops a run even with `--bad-images skip`.
     """
 
 
 class MissingError(StalledError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class Interrupted(Exception):
-    """Training was asked to stop by a signal and did so after an update, with its checkpoint written."""
+    """A signal stopped training after an update, with its checkpoint written."""
 
     def __init__(self, signum: int, step: int, run: Path):
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
@@ -44,22 +44,22 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library or of the system says, short enough to be part of a line."""
+    """The first line of an exception's message, at most 200 characters; the class name if the message is empty."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = text.strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split())[:200]
 
 
 def first_sentence(error: BaseException) -> str:
-    """The beginning of what an error of a library says."""
+    """The first sentence of an exception's message."""
     return first_line(error).split(". ")[0]
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it.
+    """Import an optional package, or raise an error that names the extra that installs it.
 
     Args:
-        module: name to import, e.g. `"skimage.data"`.
+        module: the name to import, e.g. `"skimage.data"`.
         extra: the extra of this package that installs it, e.g. `"demo"`.
 
     Returns:
@@ -71,7 +71,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # A package that is there but lacks one of its own needs is a broken install: let that traceback through.
+        # The package is installed but lacks a dependency of its own, a broken installation: keep that traceback.
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise UserError(

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all.
+"""Atomic file writes.
 
-What is being written is called `NAME.tmp` until it is complete. A process that is killed leaves at most that, and
-whoever reads the name finds the old file or the new one.
+A file is written as `NAME.tmp` and renamed when complete. A killed process leaves at most that temporary file; readers
+see either the old file or the new one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path]:
-    """The name to write to in place of `path`; renamed over it at the end of the block, removed if the block fails.
+    """Yield a temporary path, renamed to `path` when the block ends and removed if the block fails.
 
     Args:
-        path: the file.
-        sync: wait until the bytes are on the disk before renaming: the file also survives a power cut.
+        path: the destination.
+        sync: fsync before renaming, so that the file survives a power failure.
 
     Raises:
-        OSError: cannot be written; names `path`, not the temporary name.
+        OSError: the file cannot be written; names `path`, not the temporary file.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.tmp")
@@ -43,26 +43,26 @@ def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path
 
 
 def write_text(path: str | os.PathLike[str], text: str, newline: str | None = None) -> None:
-    """Write UTF-8 text; `newline` as of `open`.
+    """Write UTF-8 text atomically; `newline` is that of `open`.
 
     Raises:
-        OSError: cannot be written.
+        OSError: the file cannot be written.
     """
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", newline=newline)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
-    """Write JSON, with a line break at the end; see `to_json`.
+    """Write JSON with a trailing newline, atomically; see `to_json`.
 
     Raises:
-        OSError: cannot be written.
+        OSError: the file cannot be written.
     """
     write_text(path, to_json(value, indent) + "\n")
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
-    """JSON text; NaN and infinity, which JSON does not have, become null."""
+    """JSON text; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

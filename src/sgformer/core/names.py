@@ -1,15 +1,15 @@
-"""Names: how options are spelled, what a mistyped one may have meant, which classes are no objects."""
+"""Names: option spelling, suggestions for mistyped names, and the classes that count as background."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-#: Classes of these names are the ground that objects stand on: no objects themselves, and grey in pictures.
+#: Background classes: not objects, and drawn in grey.
 GROUND = frozenset({"background", "other", "void", "unlabeled", "unlabelled"})
 
 
 def dashed(name: str) -> str:
-    """The command line's spelling of a key: `batch_size` -> `batch-size`."""
+    """A key as the command line spells it: `batch_size` -> `batch-size`."""
     return name.replace("_", "-")
 
 
@@ -22,5 +22,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:
-    """The first names, and how many there are besides."""
+    """The first `limit` names, and the number of the remaining ones."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,9 +1,9 @@
-"""Python files of the user's that a command runs first: models for timm's registry, sources of significance.
+"""User-supplied Python files that a command runs first: models for timm's registry, sources of significance.
 
     sgformer --plugin mine.py train classify --significance centre ...
 
-Only the command line and the environment name them: weights, recipes and run folders never do, as they may come from a
-stranger. The name travels in the environment, so that every process that a command starts has run the file, too.
+They are named on the command line and in the environment only. Weights, recipes and run folders may be untrusted, so
+they never name plugins. The environment carries the paths to every process that a command starts.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ VARIABLE = "SGFORMER_PLUGINS"  # paths as in PATH
 
 
 def add(path: str | os.PathLike[str]) -> None:
-    """Have `load` run a file here and in all processes that this one starts.
+    """Register a file for `load`, in this process and in all its child processes.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     file = Path(path).resolve()
     if not file.is_file():
         raise UserError(f"--plugin {path}: no such file")
-    held = [p for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p]
-    os.environ[VARIABLE] = os.pathsep.join([*(p for p in held if p != str(file)), str(file)])
+    paths = [p for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p]
+    os.environ[VARIABLE] = os.pathsep.join([*(p for p in paths if p != str(file)), str(file)])
 
 
 def load() -> None:
-    """Run the files that were added, each once in a process.
+    """Run the registered files, each once per process.
 
     Raises:
-        UserError: one is not there or fails; names the line.
+        UserError: a file cannot be found or raises; names the file and the line.
     """
     for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        name = f"sgformer_plugin_{Path(path).stem}_{zlib.crc32(path.encode()):08x}"  # stems may be alike
+        name = f"sgformer_plugin_{Path(path).stem}_{zlib.crc32(path.encode()):08x}"  # stems may collide
         if getattr(sys.modules.get(name), "__file__", None) == path:
             continue
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
-            raise UserError(f"--plugin {path}: not a Python file (its name should end in .py)")
+            raise UserError(f"--plugin {path}: not a Python file (the name must end in .py)")
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Processes that work for another one."""
+"""Child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import threading
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """Called in a process that works for another one: end it, whatever it is doing, as soon as that one is gone.
+    """Call in a child process: it exits as soon as its parent is gone, whatever it is doing.
 
-    A reader that waits to hand over a batch, say, would wait for ever after its training was killed.
+    Without this, a data worker blocked on its queue would hang forever after the training process was killed.
 
     Args:
-        worker: its number, which a `DataLoader` tells.
+        worker: the worker index that `DataLoader` passes to `worker_init_fn`; unused.
     """
     parent = multiprocessing.parent_process()
-    if parent is None:  # nobody started it
+    if parent is None:  # not started by multiprocessing
         return
 
     def watch() -> None:

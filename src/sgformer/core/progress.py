@@ -1,4 +1,4 @@
-"""A progress bar on stderr: rich's on a terminal if installed, else a plain line now and then."""
+"""Progress on stderr: rich's bar on a terminal if installed, else one line of text every few seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], total: int, label: str, every: float = 10.0) -> Iterator[T]:
-    """Yield the items, showing how many of `total` are done; without a terminal, one line each `every` seconds."""
+    """Yield the items and show how many of `total` are done; without a terminal, one line every `every` seconds."""
     if sys.stderr.isatty():
         try:
             from rich.console import Console

@@ -1,1 +1,1 @@
-"""Images in: readers, folder layouts, checks, and the embedded data set."""
+"""Data: image readers, folder layouts, checks, and the embedded data set."""

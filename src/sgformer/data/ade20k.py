@@ -1,9 +1,9 @@
 """The ADE20K layout: `ROOT/images/{training,validation}/*.jpg`, `ROOT/annotations/{training,validation}/*.png`.
 
 A label map is a PNG of one channel, as large as its image, whose values are classes: 8-bit or 16-bit grey, or a
-palette (the values are then the indices; colours mean nothing). The value 255 is no class: such pixels count neither in
-training nor in evaluation (in data sets of more than 255 labels, 65535 is). `reduce_zero_label` makes 0 such a
-value too and shifts the others down by one, as is usual for ADE20K, whose 0 is "other".
+palette (whose indices are then the classes; colours are ignored). The value 255 (65535 in data sets of more than 255
+labels) means no class: such pixels are ignored in training and evaluation. `reduce_zero_label` also ignores 0 and
+shifts the other labels down by one, the convention for ADE20K, whose 0 is "other".
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ LAYOUT = (
     "expected {root}/images/{{training,validation}}/NAME.jpg and {root}/annotations/{{training,validation}}/NAME.png"
 )
 
-#: Files that may hold the class names, the first one found counts.
+#: Files with class names, in order of precedence.
 NAME_FILES = ("classes.txt", "objectInfo150.txt")
 
 
 def ignore_label(num_labels: int) -> int:
-    """The value of pixels without a class, where files use the labels 0 to `num_labels - 1`: 255, or 65535 if taken."""
+    """The value for "no class" if files use the labels 0 to `num_labels - 1`: 255, or 65535 if 255 is a label."""
     return 255 if num_labels <= 255 else 65535
 
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """One split, listed. Image `i` is `images[i]`, its label map `labels[i]`.
+    """The listing of a split. Image `i` is `images[i]`, its label map `labels[i]`.
 
     Attributes:
         root: the data set's folder.
         split: "training" or "validation".
         classes: names; the position is the class index.
         images, labels: files, sorted.
-        reduce_zero_label: whether label 0 is no class and label n is class n - 1.
+        reduce_zero_label: whether label 0 means no class and label n is class n - 1.
     """
 
     root: Path
@@ -60,7 +60,7 @@ class LabelledFolder:
         return len(self.images)
 
     def path(self, index: int) -> Path:
-        """Where image `index` is."""
+        """The path of image `index`."""
         return self.images[index]
 
     @property
@@ -69,14 +69,14 @@ class LabelledFolder:
         return ignore_label(len(self.classes) + self.reduce_zero_label)
 
     def class_indices(self, index: int, values: np.ndarray | None = None) -> np.ndarray:
-        """Class indices (H, W) int64 of an image, `ignore` where there is no class.
+        """Class indices (H, W) int64 of an image; `ignore` for no class.
 
         Args:
-            index: of the image.
-            values: what `read_label_map` gave for its label map; by default the file is read.
+            index: the image's index.
+            values: its label map from `read_label_map`; by default the file is read.
 
         Raises:
-            UserError: the file is no label map, or has a label beyond the classes; names it.
+            UserError: the file is not a label map, or has an out-of-range label; names it.
         """
         path = self.labels[index]
         values = (read_label_map(path) if values is None else values).astype(np.int64)
@@ -102,35 +102,35 @@ def scan(
     classes: int | Sequence[str] | None = None,
     reduce_zero_label: bool = False,
 ) -> LabelledFolder:
-    """List one split. Files are read only if the number of classes has to be found out from the label maps.
+    """List a split. Files are read only if the number of classes has to be inferred from the label maps.
 
     Args:
         root: folder that holds `images` and `annotations`.
         split: subfolder of both.
         classes: number of classes, or their names; by default those of `classes.txt` or `objectInfo150.txt` in `root`,
-            or else as many as the highest label in the split says.
-        reduce_zero_label: take label 0 for "no class" and n for class n - 1.
+            or else inferred from the highest label in the split.
+        reduce_zero_label: treat label 0 as "no class" and n as class n - 1.
 
     Raises:
-        UserError: a folder is missing or empty, an image has no label map or the other way round, or the class names
-            do not fit; the message names the files.
+        UserError: a folder is missing or empty, an image has no label map or vice versa, or the class names do not
+            match `classes`; names the files.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; {LAYOUT.format(root=root)}")
-    found = {}
+    files = {}
     for kind, extensions in (("images", IMAGE_EXTENSIONS), ("annotations", {".png"})):
         folder = root / kind / split
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; {LAYOUT.format(root=root)}")
-        found[kind] = _by_stem(folder, extensions)
-    images, labels = found["images"], found["annotations"]
+        files[kind] = _by_stem(folder, extensions)
+    images, labels = files["images"], files["annotations"]
     if not images and not labels:
         raise UserError(f"{root / 'images' / split}: no images in it; {LAYOUT.format(root=root)}")
     for one, other, what in ((images, labels, "label map"), (labels, images, "image")):
-        if alone := [str(one[stem]) for stem in one if stem not in other]:
-            more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
-            raise UserError(f"no {what} for {', '.join(alone[:5])}{more}; add them, or remove the files without")
+        if unpaired := [str(one[stem]) for stem in one if stem not in other]:
+            more = f" and {len(unpaired) - 5} more" if len(unpaired) > 5 else ""
+            raise UserError(f"no {what} for {', '.join(unpaired[:5])}{more}; add them, or remove these files")
     order = sorted(images)
     paths = tuple(labels[stem] for stem in order)
     if classes is None or isinstance(classes, int):
@@ -144,7 +144,7 @@ def _by_stem(folder: Path, extensions: frozenset[str] | set[str]) -> dict[str, P
         if path.suffix.lower() in extensions and not path.name.startswith("."):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in files:
-                raise UserError(f"{files[stem]} and {path.name} have one name: keep only one of them")
+                raise UserError(f"{files[stem]} and {path.name} have the same stem: keep only one of them")
             files[stem] = path
     return files
 
@@ -159,22 +159,22 @@ def _class_names(root: Path, labels: Sequence[Path], count: int | None, reduce_z
     if count is None:
         none = (255, 65535)
         maps = (read_label_map(path) for path in labels)
-        tops = (int(m[~np.isin(m, none)].max(initial=0)) for m in maps)
-        count = max(track(tops, len(labels), "looking for the highest label")) + 1 - reduce_zero
+        highest = (int(m[~np.isin(m, none)].max(initial=0)) for m in maps)
+        count = max(track(highest, len(labels), "finding the highest label")) + 1 - reduce_zero
         if count < 1:
-            raise UserError(f"{root}: the label maps hold nothing but 0, which --reduce-zero-label takes for no class")
+            raise UserError(f"{root}: the label maps hold only 0, which --reduce-zero-label ignores")
     return [str(i + reduce_zero) for i in range(count)]
 
 
 def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = False) -> list[str]:
-    """Class names in the order of their indices.
+    """Read class names in index order.
 
-    The file has one name per line, in order; or columns under a header that begins with `Idx` and ends with `Name`,
-    tabs between (ADE20K's `objectInfo150.txt`), where `Idx` is the label. Of several names (`floor, flooring`) the
-    first counts. In such a table label 0 need not be named: it is "background".
+    The file has one name per line; or tab-separated columns under a header that starts with `Idx`, the label, and ends
+    with `Name` (ADE20K's `objectInfo150.txt`). Of several names (`floor, flooring`) the first is used. Such a table may
+    omit label 0, which is then "background".
 
     Raises:
-        UserError: unreadable, or labels are missing or double in the table.
+        UserError: the file is unreadable, or the table lacks or repeats a label.
     """
     path = Path(path)
     try:
@@ -189,7 +189,7 @@ def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = Fal
     for line in lines[1:]:
         label, *_, names = line.split("\t")
         if not label.strip().isdigit() or int(label) in table:
-            raise UserError(f"{path}: expected a new label and a name, with a tab between, got {line.strip()!r}")
+            raise UserError(f"{path}: expected a new label and a name, separated by a tab, got {line.strip()!r}")
         table[int(label)] = names.split(";")[0].split(",")[0].strip()
     if not reduce_zero_label:
         table.setdefault(0, "background")
@@ -198,28 +198,28 @@ def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = Fal
     wanted = range(first, first + len(table))
     if not table or sorted(table) != list(wanted):
         missing = ", ".join(str(label) for label in sorted(set(wanted) - set(table))[:8])
-        raise UserError(f"{path}: labels have to run from {first} without a gap; missing: {missing or 'all'}")
+        raise UserError(f"{path}: labels must be consecutive from {first}; missing: {missing or 'all'}")
     return [table[label] for label in wanted]
 
 
 def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:
-    """The values of a label map as they stand in the file: (H, W) uint8 or uint16 (or wider); palette indices as such.
+    """Read a label map's stored values: (H, W) uint8, uint16 or wider; of a palette image, the indices.
 
     Raises:
-        UserError: unreadable, or more than one channel.
+        UserError: the file is unreadable, or has more than one channel or negative values.
     """
     rawmode, mode, values = in_time(lambda: _stored_values(path), path)
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
-        raise UserError(f"{path}: a label map has one channel whose values are classes; this one is {mode}")
-    # Pillow stretches grey values of 2 and 4 bits to the full range: undo it.
+        raise UserError(f"{path}: a label map must have one channel of class values; this one is {mode}")
+    # Pillow scales 2-bit and 4-bit grey values to the full range: undo it.
     values = values // {"L;2": 85, "L;4": 17}.get(rawmode, 1)
     if values.min(initial=0) < 0:
-        raise UserError(f"{path}: a label map has no negative values")
+        raise UserError(f"{path}: a label map must not have negative values")
     return values.astype(np.uint8) if mode == "1" else values
 
 
 def _stored_values(path: str | os.PathLike[str]) -> tuple[str, str, np.ndarray]:
-    """How Pillow unpacks the file's pixels, what it makes of them, and those."""
+    """The file's raw mode, Pillow's mode, and the pixel values."""
     with opened(path, None) as image:
         rawmode = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]
         image.load()
@@ -227,7 +227,7 @@ def _stored_values(path: str | os.PathLike[str]) -> tuple[str, str, np.ndarray]:
 
 
 class DenseSample(NamedTuple):
-    """An image and its class indices as the transform left them (or None, and why), and its place in the data set."""
+    """A transformed image and its class indices (or None, and the reason), and its index in the data set."""
 
     image: torch.Tensor | None
     target: torch.Tensor | None
@@ -236,13 +236,13 @@ class DenseSample(NamedTuple):
 
 
 class DenseBatch(NamedTuple):
-    """Those samples of a batch that could be read.
+    """The readable samples of a batch.
 
     Attributes:
-        image: (B, 3, H, W) float32, or a list of (3, H, W) of any sizes.
+        image: (B, 3, H, W) float32, or a list of (3, H, W) of different sizes.
         target: (B, H, W) int64 class indices, or a list of (H, W).
-        index: (B,) int64 positions in the data set.
-        skipped: one line for every sample left out, naming the file and the reason.
+        index: (B,) int64 indices in the data set.
+        skipped: one line per skipped sample with the file and the reason.
     """
 
     image: torch.Tensor | list[torch.Tensor]
@@ -258,16 +258,16 @@ class LabelledFolderDataset(Dataset):
     seeded from (seed, epoch, i).
 
     Args:
-        listing: what `scan` returned.
+        listing: from `scan`.
         transform: see `sgformer.data.dense_transforms`.
-        seed: of the transform's randomness.
+        seed: for the transform's random numbers.
         bad_images: "stop" raises a UserError at an unreadable file or a pair of different sizes; "skip" leaves it out
-            of the batch. A label beyond the classes always stops: it is a mistake in the settings, not in one file.
+            of the batch. An out-of-range label always raises: it indicates wrong settings, not a bad file.
     """
 
     def __init__(self, listing: LabelledFolder, transform: DenseTransform, *, seed: int = 0, bad_images: str = "stop"):
         if bad_images not in ("stop", "skip"):
-            raise UserError(f"bad_images is 'stop' or 'skip', got {bad_images!r}")
+            raise UserError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
         self.listing, self.transform, self.seed, self.bad_images = listing, transform, seed, bad_images
 
     def __len__(self) -> int:
@@ -291,7 +291,7 @@ class LabelledFolderDataset(Dataset):
 
 
 def collate(samples: Sequence[DenseSample]) -> DenseBatch:
-    """Stack samples of one size, those of a training crop."""
+    """Stack samples of equal size, i.e. training crops."""
     batch = collate_sizes(samples)
     if not len(batch.index):
         return batch._replace(image=torch.empty(0), target=torch.empty(0))
@@ -299,29 +299,29 @@ def collate(samples: Sequence[DenseSample]) -> DenseBatch:
 
 
 def collate_sizes(samples: Sequence[DenseSample]) -> DenseBatch:
-    """Keep samples of any sizes as lists."""
-    good = [s for s in samples if s.image is not None and s.target is not None]
+    """Collate samples of different sizes to lists."""
+    readable = [s for s in samples if s.image is not None and s.target is not None]
     return DenseBatch(
-        [s.image for s in good],  # type: ignore[misc]
-        [s.target for s in good],  # type: ignore[misc]
-        torch.tensor([s.index for s in good], dtype=torch.int64),
+        [s.image for s in readable],  # type: ignore[misc]
+        [s.target for s in readable],  # type: ignore[misc]
+        torch.tensor([s.index for s in readable], dtype=torch.int64),
         tuple(s.skipped for s in samples if s.skipped is not None),
     )
 
 
 class StepSampler(EpochSampler):
-    """Training batches counted in steps, not in passes: an endless row of permutations, cut into rounds.
+    """Training batches counted in steps instead of passes: an endless stream of permutations, cut into rounds.
 
-    Where `EpochSampler` has an epoch, this has a round of `steps` batches, which may be less or much more than a pass
-    over the data: the last batch of one pass is filled up from the next. Pairs are (pass, index), so every appearance
-    of an image is augmented anew. Global batch k holds the row's places k * batch_size * world and following.
+    An epoch of `EpochSampler` corresponds to a round of `steps` batches, which may be less or more than a pass over the
+    data: the last batch of a pass is completed from the next. Pairs are (pass, index), so every repetition of an image
+    is augmented differently. Global batch k starts at position k * batch_size * world of the stream.
 
     Args:
         length: number of images.
         batch_size: images per batch on this rank.
         steps: batches per round.
-        seed: of the permutations.
-        rank, world: this process among all.
+        seed: for the permutations.
+        rank, world: this process's index, and the number of processes.
     """
 
     def __init__(self, length: int, batch_size: int, steps: int, *, seed: int = 0, rank: int = 0, world: int = 1):
@@ -333,13 +333,13 @@ class StepSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self._resume[1] if self.epoch == self._resume[0] else 0
-        start, together = self.epoch * self.steps, self.batch_size * self.world
+        start, global_batch = self.epoch * self.steps, self.batch_size * self.world
         current, order = -1, np.empty(0, dtype=np.int64)
         for batch in range(start + first, start + self.steps):
             pairs = []
-            for place in range(batch * together + self.rank, (batch + 1) * together, self.world):
-                turn, position = divmod(place, self.length)
-                if turn != current:
-                    current, order = turn, np.random.default_rng((self.seed, turn)).permutation(self.length)
-                pairs.append((turn, int(order[position])))
+            for place in range(batch * global_batch + self.rank, (batch + 1) * global_batch, self.world):
+                number, position = divmod(place, self.length)
+                if number != current:
+                    current, order = number, np.random.default_rng((self.seed, number)).permutation(self.length)
+                pairs.append((number, int(order[position])))
             yield pairs

@@ -1,4 +1,4 @@
-"""Look through an image folder or its shards before training on it, and report everything worth knowing at once."""
+"""Check an image folder or its shards before training, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from sgformer.data.image import probe_image, read_image
 from sgformer.data.imagefolder import Listing, list_split, some
 from sgformer.data.shards import Index, is_shards
 
-#: The network's stride: images whose shorter side is below it are enlarged.
+#: The network's stride in pixels: smaller images are enlarged.
 SMALL = 32
 
 
 @dataclass
 class SplitReport:
-    """What was found in one split.
+    """The report on one split.
 
     Attributes:
-        images: image files listed.
+        images: number of image files.
         per_class: class name -> number of image files.
-        widths, heights: (smallest, median, largest) in pixels as displayed, of the readable images.
+        widths, heights: (smallest, median, largest) of the readable images, in pixels after EXIF rotation.
         modes: Pillow's mode -> number of images; all are read as RGB.
-        rotated: images that EXIF turns or mirrors.
-        small: images with a side below 32 pixels.
+        rotated: number of images that EXIF rotates or mirrors.
+        small: number of images with a side below 32 pixels.
         unreadable: path relative to the root -> reason.
-        ignored: extension -> number of files that are not images by name.
+        ignored: extension -> number of files without an image extension.
     """
 
     images: int
@@ -52,14 +52,14 @@ class SplitReport:
 
 @dataclass
 class CheckReport:
-    """What `check_imagefolder` found. `problems` should be put right before training; `notes` are good to know.
+    """The result of `check_imagefolder`. `problems` should be fixed before training; `notes` are for information.
 
     Attributes:
         root: the data set's folder.
-        decoded: whether every image was decoded to its end, or its header read only.
+        decoded: whether images were fully decoded, or only their headers read.
         splits: split name -> its report.
-        duplicates: pairs (file in train, file in val) that are the same to the byte.
-        conflicts: pairs of files of one split that are the same to the byte but lie in different classes.
+        duplicates: byte-identical pairs (file in train, file in val).
+        conflicts: byte-identical pairs of files in different classes of one split.
         problems, notes: one line each.
     """
 
@@ -72,11 +72,11 @@ class CheckReport:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
+        """The full report as JSON."""
         return to_json(asdict(self))
 
     def to_text(self, limit: int = 20) -> str:
-        """Everything, to be read on a terminal; long lists are cut after `limit` lines."""
+        """The report for a terminal; lists are cut after `limit` lines."""
         lines = [self.root]
         for name, split in self.splits.items():
             lines += ["", f"{name}: {split.images} images in {len(split.per_class)} classes"]
@@ -90,7 +90,7 @@ class CheckReport:
             if split.widths and split.heights:
                 (w0, w1, w2), (h0, h1, h2) = split.widths, split.heights
                 lines.append(f"  pixels      width {w0} to {w2}, median {w1}; height {h0} to {h2}, median {h1}")
-                lines.append(f"  kinds       {_tally(split.modes)}; turned by EXIF: {split.rotated}")
+                lines.append(f"  kinds       {_tally(split.modes)}; rotated by EXIF: {split.rotated}")
             lines.append(f"  unreadable  {len(split.unreadable)}")
             if split.ignored:
                 lines.append(f"  ignored     {sum(split.ignored.values())} other files ({_tally(split.ignored)})")
@@ -102,13 +102,13 @@ class CheckReport:
         return "\n".join(lines)
 
 
-class _Inspector(NamedTuple):
-    """What was seen of one file."""
+class _Probe(NamedTuple):
+    """The properties of one file; `reason` is set if it is unreadable."""
 
     width: int
     height: int
     mode: str
-    turned: bool
+    rotated: bool
     digest: bytes
     reason: str | None
 
@@ -116,28 +116,28 @@ class _Inspector(NamedTuple):
 def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int = 0) -> CheckReport:
     """List both splits, read every image, and report.
 
-    Of shards, every one is also held against its checksum in the index.
+    Every shard is also compared with its checksum in the index.
 
     Args:
-        root: folder with `train/CLASS/*` and `val/CLASS/*`, or folder or address of shards.
-        decode: decode every image to its end, which finds truncated files; else only headers are read.
-        workers: processes that read; 0 reads in this one.
+        root: folder with `train/CLASS/*` and `val/CLASS/*`, or folder or URL of shards.
+        decode: fully decode every image, which detects truncated files; otherwise only headers are read.
+        workers: reading processes; 0 reads in this process.
 
     Raises:
-        UserError: there is neither a train nor a val folder with classes, or the index of shards cannot be used.
+        UserError: there is neither a train nor a val folder with classes, or the shard index is invalid.
     """
     if workers < 0:
-        raise UserError(f"workers is 0 or more, got {workers}")
+        raise UserError(f"workers must be 0 or more, got {workers}")
     report = CheckReport(os.fspath(root), decode)
     listings = _list_shards(report, root) if is_shards(root) else _list_folders(report, Path(root))
 
-    seen: dict[str, dict[bytes, int]] = {}
+    digests: dict[str, dict[bytes, int]] = {}
     for split, listing in listings.items():
-        report.splits[split], seen[split] = _look_through(report, listing, decode, workers)
+        report.splits[split], digests[split] = _check_images(report, listing, decode, workers)
     if len(listings) == 2:
         train, val = listings["train"], listings["val"]
-        for digest in seen["train"].keys() & seen["val"].keys():
-            pair = train.paths[seen["train"][digest]], val.paths[seen["val"][digest]]
+        for digest in digests["train"].keys() & digests["val"].keys():
+            pair = train.paths[digests["train"][digest]], val.paths[digests["val"][digest]]
             report.duplicates.append((f"train/{pair[0]}", f"val/{pair[1]}"))
         report.duplicates.sort()
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
@@ -150,13 +150,13 @@ def _list_shards(report: CheckReport, root: str | os.PathLike) -> dict[str, List
     listings: dict[str, Listing] = {}
     for split in index.splits:
         listing, _ = index.split(split)
-        gone = listing.missing()
-        report.problems += gone or [
+        missing = listing.missing()
+        report.problems += missing or [
             line for line in track(listing.damaged(), len(listing.shards), f"shards of {split}") if line
         ]
         if empty := [name for name, count in zip(listing.classes, listing.counts(), strict=True) if not count]:
             (report.problems if split == "train" else report.notes).append(
-                f"{split}: classes without an image ({len(empty)}): {some(empty)}"
+                f"{split}: classes without images ({len(empty)}): {some(empty)}"
             )
         listings[split] = listing
     report.problems += [f"{index.store.name()}: no split {name!r}" for name in ("train", "val") if name not in listings]
@@ -174,61 +174,61 @@ def _list_folders(report: CheckReport, root: Path) -> dict[str, Listing]:
             failures.append(error)
             continue
         if unknown:
-            report.problems.append(f"{split}: classes that train does not have ({len(unknown)}): {some(unknown)}")
+            report.problems.append(f"{split}: classes missing from train ({len(unknown)}): {some(unknown)}")
         if empty:
-            report.problems.append(f"{split}: class folders without an image ({len(empty)}): {some(empty)}")
+            report.problems.append(f"{split}: class folders without images ({len(empty)}): {some(empty)}")
         if missing := [name for name in known or () if not (root / split / name).is_dir()]:
-            report.notes.append(f"{split}: classes of train that are missing ({len(missing)}): {some(missing)}")
+            report.notes.append(f"{split}: train classes that are missing ({len(missing)}): {some(missing)}")
     if not listings:
         raise failures[0]
     report.problems += [str(error) for error in failures]
     return listings
 
 
-def _look_through(
+def _check_images(
     report: CheckReport, listing: Listing, decode: bool, workers: int
 ) -> tuple[SplitReport, dict[bytes, int]]:
-    """Read the images of one split. Returns its report and, by a hash of its bytes, the first file with them."""
+    """Read the images of one split. Returns its report, and digest -> index of the first file with that content."""
     result = SplitReport(len(listing), dict(zip(listing.classes, listing.counts(), strict=True)))
     result.ignored = dict(sorted(listing.ignored.items()))
-    looks: list[_Inspector] = []
+    probes: list[_Probe] = []
     first: dict[bytes, int] = {}
-    for index, look in enumerate(track(_looks(listing, decode, workers), len(listing), listing.split)):
+    for index, probe in enumerate(track(_probes(listing, decode, workers), len(listing), listing.split)):
         name = f"{listing.split}/{listing.paths[index]}"
-        if look.reason is not None:
-            result.unreadable[name] = look.reason
-            report.problems.append(f"{name}: {look.reason}")
+        if probe.reason is not None:
+            result.unreadable[name] = probe.reason
+            report.problems.append(f"{name}: {probe.reason}")
             continue
-        looks.append(look)
-        other = first.setdefault(look.digest, index)
+        probes.append(probe)
+        other = first.setdefault(probe.digest, index)
         if listing.targets[other] != listing.targets[index]:
             report.conflicts.append((f"{listing.split}/{listing.paths[other]}", name))
-    if looks:
-        result.widths = _spread([look.width for look in looks])
-        result.heights = _spread([look.height for look in looks])
-    result.modes = dict(Counter(look.mode for look in looks).most_common())
-    result.rotated = sum(look.turned for look in looks)
-    result.small = sum(min(look.width, look.height) < SMALL for look in looks)
+    if probes:
+        result.widths = _spread([probe.width for probe in probes])
+        result.heights = _spread([probe.height for probe in probes])
+    result.modes = dict(Counter(probe.mode for probe in probes).most_common())
+    result.rotated = sum(probe.rotated for probe in probes)
+    result.small = sum(min(probe.width, probe.height) < SMALL for probe in probes)
     if result.small:
         report.notes.append(f"{listing.split}: images with a side below {SMALL} pixels: {result.small}")
     if result.ignored:
         count = sum(result.ignored.values())
-        report.notes.append(f"{listing.split}: files that are not images by their names, left out: {count}")
+        report.notes.append(f"{listing.split}: files without an image extension, left out: {count}")
     return result, first
 
 
-def _looks(listing: Listing, decode: bool, workers: int) -> Iterator[_Inspector]:
-    """What is seen of every image, in order."""
+def _probes(listing: Listing, decode: bool, workers: int) -> Iterator[_Probe]:
+    """Probe every image, in order."""
     if workers == 0:
-        yield from (_inspect(listing, decode, index) for index in range(len(listing)))
+        yield from (_probe(listing, decode, index) for index in range(len(listing)))
         return
-    # The listing goes to each process once, not with every index.
+    # The listing is sent to each process once, not with every index.
     with multiprocessing.Pool(workers, _Reader.set, (listing, decode)) as pool:
-        yield from pool.imap(_Reader.inspect, range(len(listing)), chunksize=32)
+        yield from pool.imap(_Reader.probe, range(len(listing)), chunksize=32)
 
 
 class _Reader:
-    """What a process of the pool reads from."""
+    """The state of a pool process."""
 
     task: tuple[Listing, bool]
 
@@ -238,11 +238,11 @@ class _Reader:
         cls.task = listing, decode
 
     @classmethod
-    def inspect(cls, index: int) -> _Inspector:
-        return _inspect(*cls.task, index)
+    def probe(cls, index: int) -> _Probe:
+        return _probe(*cls.task, index)
 
 
-def _inspect(listing: Listing, decode: bool, index: int) -> _Inspector:
+def _probe(listing: Listing, decode: bool, index: int) -> _Probe:
     (data,) = listing.read_bytes([index])
     try:
         if isinstance(data, UserError):
@@ -252,9 +252,9 @@ def _inspect(listing: Listing, decode: bool, index: int) -> _Inspector:
             read_image(data, name="")
     except UserError as error:
         reason = str(error).removeprefix(f"{listing.path(index)}: ").removeprefix(": ")
-        return _Inspector(0, 0, "", False, b"", reason)
+        return _Probe(0, 0, "", False, b"", reason)
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return _Inspector(header.width, header.height, header.mode, header.orientation != 1, digest, None)
+    return _Probe(header.width, header.height, header.mode, header.orientation != 1, digest, None)
 
 
 def _spread(values: list[int]) -> tuple[int, int, int]:

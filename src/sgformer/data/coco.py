@@ -3,9 +3,10 @@
     listing = read_coco(*find_coco("photos", "train"))
     dataset = CocoDataset(listing, transform, seed=0)      # dataset[i] or dataset[epoch, i] gives a Sample
 
-Files as users have them: category ids with gaps, crowd regions, polygons and both kinds of RLE, images without
-annotations. What cannot be used is left out and counted in `listing.notes`; what cannot be right is an error that names
-the file and the entry. Everything is checked before pycocotools sees it, because its C code trusts what it gets.
+Supports category ids with gaps, crowd regions, polygons and both kinds of RLE, images without annotations. Unusable
+entries are left out and counted in `listing.notes`; invalid entries are errors that name the file and the entry.
+
+By hand: pycocotools does not validate, and its C code crashes on malformed masks, so everything is checked before.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from sgformer.core.errors import StalledError, UserError, require
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.imagefolder import Sample, bad_image, seeded, some
 
-#: What the files and folders of a split may be called, in the order of preference.
+#: Names of a split's files and folders, in order of preference.
 SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}
-#: A box's edge may stick out by so many pixels without being counted: annotation tools round.
+#: Boxes may exceed the image by this many pixels without being counted: annotation tools round.
 ROUNDING = 0.01
 
 CROWD = "crowd regions, not used in training"
@@ -62,17 +63,17 @@ class CocoImage(NamedTuple):
 
 @dataclass(frozen=True)
 class CocoListing:
-    """One split, read and checked.
+    """A checked split.
 
     Attributes:
         json: the annotation file.
-        folder: where the images are.
-        categories: the classes; class index 0 is the first one's.
-        own_ids: for each class its id in this very file; None for a class that the file has not.
+        folder: the image folder.
+        categories: the classes in index order.
+        own_ids: the id of each class in this file; None for a class that the file lacks.
         images: the images.
-        objects: of each image, packed (see `objects_of`).
+        objects: the objects of each image, packed (see `objects_of`).
         has_masks: whether every object has a mask.
-        notes: how many of what were left out or mended.
+        notes: counts of dropped and corrected entries, by kind.
     """
 
     json: Path
@@ -89,20 +90,20 @@ class CocoListing:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in the order of the class indices."""
+        """Class names in index order."""
         return tuple(category.name for category in self.categories)
 
     def path(self, index: int) -> Path:
-        """Where image `index` is."""
+        """The path of image `index`."""
         return self.folder / self.images[index].file_name
 
     def objects_of(self, index: int) -> list[tuple[int, list[float], Any]]:
         """Objects of image `index`: (class index, [x1, y1, x2, y2] in pixels, COCO segmentation or None)."""
-        # Packed as text: millions of small Python objects would be copied into every worker, one page fault at a time.
+        # Packed as bytes: reference counts of millions of small objects would copy their memory into every worker.
         return [(label, box, segmentation) for label, box, segmentation in json.loads(self.objects[index])]
 
     def describe(self) -> str:
-        """A few words: file, images, objects, and what was left out."""
+        """One line: file, number of images and objects, and the notes."""
         count = sum(len(self.objects_of(i)) for i in range(len(self)))
         masks = "with" if self.has_masks else "without"
         notes = [f"{number} {what}" for what, number in self.notes.items()]
@@ -113,16 +114,16 @@ class CocoListing:
 
 
 def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | None = None) -> tuple[Path, list[Path]]:
-    """The annotation file of a split, and the folders where its images may be.
+    """Find the annotation file of a split, and the candidate folders of its images.
 
     Args:
         data: a folder with `annotations/instances_train2017.json` and `train2017/` (or without `2017`; also
             `train/_annotations.coco.json` with the images beside it), or the JSON file itself.
-        split: "train" or "val"; of no matter where `data` is a file.
-        images: the image folder, where it is not in one of the usual places.
+        split: "train" or "val"; ignored if `data` is a file.
+        images: the image folder, if it is not in a standard place.
 
     Raises:
-        UserError: nothing of the kind is there.
+        UserError: there is no annotation file or no image folder.
     """
     data = Path(data)
     names = SPLIT_NAMES.get(split, (split,))
@@ -162,16 +163,16 @@ def read_coco(
     """Read and check one annotation file.
 
     Args:
-        file: the JSON.
-        folders: of its images; of several, the first that has the first image.
+        file: the JSON file.
+        folders: image folders; the first one that contains the first image is used.
         categories: the classes in the order of their indices, e.g. those of the training split or of a trained model;
             by default those of the file, by ascending id. The file's own are matched to them by name.
-        masks: whether masks are wanted; by default they are used if every object has one.
-        drop_empty: leave images without objects out (as the published recipes do in training).
-        check_files: look whether every image file exists.
+        masks: whether masks are required; by default they are used if every object has one.
+        drop_empty: leave out images without objects, as the published recipes do in training.
+        check_files: check that every image file exists.
 
     Raises:
-        UserError: missing, malformed, contradictory, or with image paths that lead out of the folder.
+        UserError: the file is missing, malformed or inconsistent, or an image path leaves the folder.
     """
     file = Path(file)
     folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
@@ -209,9 +210,7 @@ def read_coco(
 
     total = sum(len(objects) for objects in by_image.values())
     if masks and maskless:
-        raise UserError(
-            f"{maskless}: has no mask, like {notes[MASKLESS] - 1} others; pass --masks false for boxes only"
-        )
+        raise UserError(f"{maskless}: has no mask, as {notes[MASKLESS] - 1} others; pass --masks false for boxes only")
     has_masks = bool(total and not maskless) if masks is None else masks
     if notes[MASKLESS] in (0, total) or not total:
         del notes[MASKLESS]
@@ -224,7 +223,7 @@ def read_coco(
         notes[EMPTY] += len(images) - len(kept)
         images = kept
     if not images:
-        raise UserError(f"{file}: no image to use in it")
+        raise UserError(f"{file}: holds no usable images")
     listing = CocoListing(
         file,
         folder,
@@ -240,7 +239,7 @@ def read_coco(
         if missing:
             raise UserError(
                 f"{file}: {len(missing)} of {len(images)} images are not in {folder}: {some(missing)}; "
-                "name their folder with --images, or pass --bad-images skip"
+                "pass their folder with --images, or --bad-images skip"
             )
     return listing
 
@@ -255,10 +254,10 @@ def _pick_folder(folders: list[Path], content: dict[str, Any], file: Path) -> Pa
 
 
 def ground_truth(listing: CocoListing) -> dict[str, Any]:
-    """The annotation file as pycocotools wants it for an evaluation, crowd regions and all.
+    """The annotations in the form that pycocotools needs for evaluation, crowd regions included.
 
-    What it cannot do without is filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching takes
-    an object with id 0 for none), polygons of less than three points are taken out. Nothing else changes.
+    Required fields are filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching treats id 0 as
+    no match), and polygons of fewer than three points are removed. Nothing else changes.
     """
     content = _load(listing.json)
     sizes = {image.id: image for image in _images(content, listing.json, listing.folder)}
@@ -290,7 +289,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def mask_area(segmentation: Any, height: int, width: int) -> float:
-    """The number of pixels of a checked COCO segmentation."""
+    """The area of a checked COCO segmentation in pixels."""
     return float(require("pycocotools.mask", "detect").area(_rle(segmentation, height, width)))
 
 
@@ -304,10 +303,10 @@ def _rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def _segmentation(value: Any, image: CocoImage, where: str) -> Any:
-    """A segmentation that is safe to decode: polygons, RLE; [] if it has no area, None if there is none.
+    """Check a segmentation, so that it is safe to decode: polygons or RLE; [] if it has no area, None if missing.
 
     Raises:
-        UserError: it is neither, or does not belong to an image of this size.
+        UserError: it is neither, or does not fit the image's size.
     """
     if value is None or value == [] or value == {}:
         return None
@@ -315,17 +314,17 @@ def _segmentation(value: Any, image: CocoImage, where: str) -> Any:
         reach = 10.0 * max(image.width, image.height)
         for polygon in value:
             if not isinstance(polygon, list) or len(polygon) % 2:
-                raise UserError(f"{where}: a polygon is a list [x1, y1, x2, y2, ...], got {_short(polygon)}")
+                raise UserError(f"{where}: a polygon must be a list [x1, y1, x2, y2, ...], got {_short(polygon)}")
             if not all(_is_number(v) and abs(v) <= reach for v in polygon):
                 raise UserError(
-                    f"{where}: a polygon has points far outside the image, or no numbers: {_short(polygon)}"
+                    f"{where}: a polygon has points far outside the image, or non-numbers: {_short(polygon)}"
                 )
         return [polygon for polygon in value if len(polygon) >= 6]
     if not isinstance(value, dict) or not isinstance(value.get("counts"), (list, str)):
-        raise UserError(f"{where}: segmentation is a list of polygons or RLE (size, counts), got {_short(value)}")
+        raise UserError(f"{where}: segmentation must be polygons or RLE (size, counts), got {_short(value)}")
     if value.get("size") != [image.height, image.width]:
         raise UserError(
-            f"{where}: the RLE is of size {_short(value.get('size'))}, its image [{image.height}, {image.width}]"
+            f"{where}: the RLE has size {_short(value.get('size'))}, its image [{image.height}, {image.width}]"
         )
     counts = value["counts"] if isinstance(value["counts"], list) else _runs(value["counts"])
     if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != image.height * image.width:
@@ -334,7 +333,7 @@ def _segmentation(value: Any, image: CocoImage, where: str) -> Any:
 
 
 def _runs(text: str) -> list[int]:
-    """The run lengths of a compressed RLE; [-1] if it is damaged. Its numbers are differences to the last but one."""
+    """Decode the run lengths of a compressed RLE, stored as differences to the second-last one; [-1] if invalid."""
     runs: list[int] = []
     value = shift = 0
     for code in text.encode("utf-8", "replace"):
@@ -374,8 +373,8 @@ def _load(file: Path) -> dict[str, Any]:
 def _list_of(content: dict[str, Any], key: str, file: Path) -> list[Any]:
     value = content.get(key)
     if not isinstance(value, list):
-        found = ", ".join(map(str, content)) or "nothing"
-        raise UserError(f"{file}: not COCO annotations: no list {key!r} in it (found: {found[:80]})")
+        keys = ", ".join(map(str, content)) or "none"
+        raise UserError(f"{file}: not COCO annotations: no list {key!r} (keys: {keys[:80]})")
     return value
 
 
@@ -387,11 +386,11 @@ def _categories(content: dict[str, Any], file: Path) -> list[Category]:
             raise UserError(f"{where} needs id and name, got {_short(entry)}")
         result.append(Category(_key(entry["id"], where, "id"), entry["name"]))
     for field in Category._fields:
-        twice = [_short(k) for k, n in Counter(getattr(category, field) for category in result).items() if n > 1]
-        if twice:
-            raise UserError(f"{file}: categories with the same {field}: {some(twice)}")
+        repeated = [_short(k) for k, n in Counter(getattr(category, field) for category in result).items() if n > 1]
+        if repeated:
+            raise UserError(f"{file}: categories with the same {field}: {some(repeated)}")
     if not result:
-        raise UserError(f"{file}: no categories in it")
+        raise UserError(f"{file}: holds no categories")
     return sorted(result, key=lambda category: (isinstance(category.id, str), category.id))
 
 
@@ -400,7 +399,7 @@ def _match(own: Sequence[Category], known: Sequence[Category] | None, file: Path
     index = {category.name: i for i, category in enumerate(known or own)}
     unknown = [_short(category.name) for category in own if category.name not in index]
     if unknown:
-        raise UserError(f"{file}: {len(unknown)} classes are not known from training: {some(unknown)}")
+        raise UserError(f"{file}: {len(unknown)} classes are unknown to the training data: {some(unknown)}")
     return {category.id: index[category.name] for category in own}
 
 
@@ -424,31 +423,31 @@ def _images(content: dict[str, Any], file: Path, folder: Path) -> list[CocoImage
                 raise UserError(f"{where} has no width and height, and they cannot be read: {error}") from None
         if not all(isinstance(v, int) and v > 0 for v in (width, height)) or width * height > MAX_PIXELS:
             raise UserError(
-                f"{where} ({_short(name)}): width and height are whole pixels, got {_short(width)} x {_short(height)}"
+                f"{where} ({_short(name)}): width and height must be integers, got {_short(width)} x {_short(height)}"
             )
         result[key] = CocoImage(key, name, width, height)
     return list(result.values())
 
 
 def _safe(name: str, file: Path) -> str:
-    """A path below the image folder; an annotation file must not make us read anything else."""
+    """Check that a path stays below the image folder: an annotation file must not make us read other files."""
     clean = name.replace("\\", "/")
     path = PurePosixPath(clean)
     if not path.parts or path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", clean) or "\0" in clean:
-        raise UserError(f"{file}: file_name {_short(name)} leads out of the image folder: refused")
-    if max(len(part.encode("utf-8", "replace")) for part in path.parts) > 255:  # no file system has such a name
+        raise UserError(f"{file}: file_name {_short(name)} leaves the image folder: rejected")
+    if max(len(part.encode("utf-8", "replace")) for part in path.parts) > 255:  # the limit of common file systems
         raise UserError(f"{file}: file_name {_short(name)} is too long")
     return str(path)
 
 
 def _box(value: Any, where: str) -> list[float]:
     if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
-        raise UserError(f"{where}: bbox is [x, y, width, height] in pixels, got {_short(value)}")
+        raise UserError(f"{where}: bbox must be [x, y, width, height] in pixels, got {_short(value)}")
     return value
 
 
 def _clip(box: list[float], image: CocoImage, notes: Counter[str]) -> list[float] | None:
-    """[x, y, w, h] -> [x1, y1, x2, y2] within the image, or None if nothing is left; what happens is counted."""
+    """[x, y, w, h] -> [x1, y1, x2, y2] clipped to the image, or None if empty; counts clipped and dropped boxes."""
     x, y, w, h = box
     if w <= 0 or h <= 0:
         notes[NO_AREA] += 1
@@ -490,10 +489,10 @@ class DetectionBatch(NamedTuple):
 
     Attributes:
         image: float tensors (3, H_i, W_i).
-        target: a dict per image: `boxes` (N, 4) float32 [x1, y1, x2, y2] and `labels` (N,) int64 from 1 (0 is no
-            object), `masks` (N, H_i, W_i) uint8 if the data has masks, and `size`, (height, width) of the file's image.
-        index: (B,) int64 positions in the listing.
-        skipped: one line for every image left out, naming the file and the reason.
+        target: a dict per image: `boxes` (N, 4) float32 [x1, y1, x2, y2], `labels` (N,) int64 from 1 (0 is the
+            background), `masks` (N, H_i, W_i) uint8 if the data has masks, and `size`, (height, width) of the original.
+        index: (B,) int64 indices in the listing.
+        skipped: one line per skipped image with the file and the reason.
     """
 
     image: list[torch.Tensor]
@@ -506,12 +505,12 @@ class CocoDataset(Dataset):
     """The images of a listing with their objects, transformed together.
 
     Args:
-        listing: what `read_coco` returned.
-        transform: (image, target) -> (image, target), e.g. of torchvision's v2; the image is PIL RGB, the target has
+        listing: from `read_coco`.
+        transform: (image, target) -> (image, target), e.g. from torchvision's v2; the image is PIL RGB, the target has
             `boxes`, `labels` and, if the data has masks, `masks` as tv_tensors. Seeded by (seed, epoch, index).
-        seed: of the transform's randomness.
+        seed: for the transform's random numbers.
         bad_images: "stop" or "skip", as in `ImageFolderDataset`.
-        objects: whether targets have them; without, a target is just the image's `size`.
+        objects: whether targets include objects; otherwise only the image's `size`.
     """
 
     def __init__(
@@ -524,7 +523,7 @@ class CocoDataset(Dataset):
         objects: bool = True,
     ):
         if bad_images not in ("stop", "skip"):
-            raise UserError(f"bad_images is 'stop' or 'skip', got {bad_images!r}")
+            raise UserError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
         self.listing, self.transform, self.seed = listing, transform, seed
         self.bad_images, self.objects = bad_images, objects
 
@@ -550,8 +549,8 @@ class CocoDataset(Dataset):
         image = read_image(path)
         if image.size != (about.width, about.height):
             raise UserError(
-                f"{path}: is {image.width} x {image.height} pixels as displayed, "
-                f"{self.listing.json.name} says {about.width} x {about.height}"
+                f"{path}: {image.width} x {image.height} pixels as displayed, "
+                f"but {about.width} x {about.height} in {self.listing.json.name}"
             )
         return image
 
@@ -575,11 +574,11 @@ class CocoDataset(Dataset):
 
 
 def collate(samples: Sequence[Sample]) -> DetectionBatch:
-    """A batch of the samples that have an image; the others are named in `batch.skipped`."""
-    good = [sample for sample in samples if sample.skipped is None]
+    """Collate the readable samples; the others are listed in `batch.skipped`."""
+    readable = [sample for sample in samples if sample.skipped is None]
     return DetectionBatch(
-        [sample.image for sample in good],
-        [sample.target for sample in good],
-        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        [sample.image for sample in readable],
+        [sample.target for sample in readable],
+        torch.tensor([sample.index for sample in readable], dtype=torch.int64),
         tuple(sample.skipped for sample in samples if sample.skipped is not None),
     )

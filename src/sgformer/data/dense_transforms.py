@@ -1,7 +1,7 @@
-"""An image and its label map, changed together: the augmentation of semantic segmentation, and the evaluation input.
+"""Joint transforms of an image and its label map: augmentation and evaluation for semantic segmentation.
 
-Everything is a torchvision v2 transform on (`tv_tensors.Image` uint8, `tv_tensors.Mask`), so more can be composed with
-it. Random numbers come from torch's global generator.
+All are torchvision v2 transforms of (`tv_tensors.Image` uint8, `tv_tensors.Mask`), so they compose with others. Random
+numbers come from torch's global generator.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def train_transform(
     Args:
         crop: (height, width) in pixels.
         short_side: see `RatioResize`.
-        scale: range of the factor on it.
-        hflip: probability of a mirror image.
+        scale: range of the scaling factor.
+        hflip: probability of a horizontal flip.
         cat_max_ratio: see `DiverseCrop`.
-        distortion: whether colours are changed.
-        ignore: the label that stands for none; padding gets it too.
-        normalization: of the image.
+        distortion: whether to apply `PhotometricDistortion`.
+        ignore: the label for no class, also used for padding.
+        normalization: mean and standard deviation.
 
     Returns:
         (PIL RGB image, (H, W) integer label array) -> float32 (3, height, width), normalised,
@@ -60,12 +60,12 @@ def train_transform(
 
 
 def eval_transform(normalization: Normalization = IMAGENET) -> DenseTransform:
-    """Normalisation alone, at the size of the file. Returns what `train_transform` returns, of that size."""
+    """Normalisation only. Returns a transform like `train_transform`'s that keeps the image's size."""
     return _on_arrays(*_normalized(normalization))
 
 
 class RatioResize(v2.Transform):
-    """Resize by `fit_size` with a random factor, drawn uniformly from `scale`. Labels: the nearest pixel's."""
+    """Resize by `fit_size` with a factor sampled uniformly from `scale`; labels by nearest neighbour."""
 
     def __init__(self, short_side: int, scale: tuple[float, float]):
         super().__init__()
@@ -78,32 +78,32 @@ class RatioResize(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
-            # "nearest" takes the pixel up and left of where the image is sampled; "nearest exact" takes the same place.
-            whole = inpt.as_subclass(torch.Tensor)[None]
-            exact = TF.resize_image(whole, list(params["size"]), InterpolationMode.NEAREST_EXACT)[0]
+            # "nearest" is shifted up and left of the image's sampling positions; "nearest exact" matches them.
+            labels = inpt.as_subclass(torch.Tensor)[None]
+            exact = TF.resize_image(labels, list(params["size"]), InterpolationMode.NEAREST_EXACT)[0]
             return tv_tensors.wrap(exact, like=inpt)
         return TF.resize(inpt, list(params["size"]), InterpolationMode.BILINEAR, antialias=True)
 
 
 class DiverseCrop(v2.Transform):
-    """A random crop of which no class covers `most` or more of the labelled area; after 10 attempts any crop will do.
+    """A random crop in which every class covers less than `max_ratio` of the labelled area (mmseg's `cat_max_ratio`).
 
-    A side of the image that is shorter than the crop's stays as it is.
+    After `attempts` failures any crop is accepted. Image sides shorter than the crop are kept.
     """
 
-    def __init__(self, size: tuple[int, int], most: float = 0.75, ignore: int = 255, attempts: int = 10):
+    def __init__(self, size: tuple[int, int], max_ratio: float = 0.75, ignore: int = 255, attempts: int = 10):
         super().__init__()
-        self.size, self.most, self.ignore, self.attempts = size, most, ignore, attempts
+        self.size, self.max_ratio, self.ignore, self.attempts = size, max_ratio, ignore, attempts
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         labels = next(x for x in flat_inputs if isinstance(x, tv_tensors.Mask)).as_subclass(torch.Tensor)
-        height, width = (min(wanted, have) for wanted, have in zip(self.size, labels.shape[-2:], strict=True))
+        height, width = (min(crop, side) for crop, side in zip(self.size, labels.shape[-2:], strict=True))
         for _ in range(self.attempts + 1):
             top = int(torch.randint(labels.shape[-2] - height + 1, ()))
             left = int(torch.randint(labels.shape[-1] - width + 1, ()))
             counts = torch.bincount(labels[top : top + height, left : left + width].flatten())
             counts[self.ignore : self.ignore + 1] = 0
-            if counts.max() < self.most * counts.sum():
+            if counts.max() < self.max_ratio * counts.sum():
                 break
         return {"top": top, "left": left, "height": height, "width": width}
 
@@ -112,22 +112,22 @@ class DiverseCrop(v2.Transform):
 
 
 class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """torchvision's (brightness, contrast, saturation, hue, each with probability .5) without its swapping of channels,
-    which belongs to detection: in a scene, colour tells sky from grass."""
+    """torchvision's photometric distortion (brightness, contrast, saturation, hue, each with probability .5) without
+    the channel permutation, which suits detection only: in scenes, colour distinguishes sky from grass."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
 class PadTo(v2.Transform):
-    """Fill up on the right and below to at least `size` (height, width)."""
+    """Pad right and bottom to at least `size` (height, width)."""
 
     def __init__(self, size: tuple[int, int], fill: dict[type, int]):
         super().__init__()
         self.size, self.fill = size, fill
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        down, right = (max(0, want - have) for want, have in zip(self.size, inpt.shape[-2:], strict=True))
+        down, right = (max(0, target - side) for target, side in zip(self.size, inpt.shape[-2:], strict=True))
         return TF.pad(inpt, [0, 0, right, down], fill=self.fill[type(inpt)]) if down or right else inpt
 
 
@@ -141,7 +141,7 @@ def _on_arrays(*transforms: v2.Transform) -> DenseTransform:
 
 
 class ArrayTransform:
-    """A v2 transform from a PIL image and a label array to plain tensors."""
+    """Applies a v2 transform to a PIL image and a label array; returns plain tensors."""
 
     def __init__(self, transform: v2.Transform):
         self.transform = transform

@@ -1,4 +1,4 @@
-"""From an image and its objects to what a detector sees: resize, crop, flip; boxes and masks go along."""
+"""Joint transforms of an image with boxes and masks for detection: resize, crop, flip."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torchvision.transforms.v2 import functional as F
 
 from sgformer.data.image import SHORT, short_and_longest
 
-# Sizes of the published recipes in pixels, for a short side of 800; other sizes scale all of them.
+# Sizes of the published recipes in pixels, for a short side of 800; they scale with the short side.
 MULTI_SCALE = tuple(range(480, 801, 32))
 BEFORE_CROP = (400, 500, 600)
 CROP = (384, 600)
 
 
 def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip: float = 0.5) -> v2.Transform:
-    """Resize, flip, and with `multi_scale` the 3x recipes' policy.
+    """Resize and flip; with `multi_scale` the policy of the 3x recipes.
 
-    Multi-scale: half of the images get a short side of 480 to 800 in steps of 32; the others first a short side of 400,
-    500 or 600, then a crop of 384 to 600 in each direction, then the same resize. Sizes are in proportion to
-    `image_size`. Objects of which less than a pixel is left are dropped.
+    Multi-scale: half of the images are resized to a short side of 480 to 800 in steps of 32; the others first to a
+    short side of 400, 500 or 600, then cropped to 384 to 600 in each direction, then resized in the same way. Sizes
+    scale with `image_size`. Objects smaller than one pixel are dropped.
 
     Args:
         image_size: see `short_and_longest`.
-        hflip: chance of a mirror image.
+        multi_scale: whether to use that policy.
+        hflip: probability of a horizontal flip.
 
     Returns:
-        (PIL RGB, target) -> (float (3, H, W) in 0..1, target), random numbers from torch.
+        (PIL RGB, target) -> (float32 (3, H, W) in [0, 1], target); random numbers come from torch.
     """
     short, longest = short_and_longest(image_size)
 
@@ -46,7 +47,7 @@ def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip:
 
 
 def eval_transform(image_size: int | tuple[int, int]) -> v2.Transform:
-    """Resize to `image_size`; no randomness. As `train_transform` otherwise; works on an image alone, too."""
+    """Deterministic resize to `image_size`; otherwise as `train_transform`. Also accepts an image alone."""
     short, longest = short_and_longest(image_size)
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
     return v2.Compose([v2.RandomShortestSize([short], longest), *to_tensor])
@@ -63,18 +64,18 @@ def _to_tensors() -> list[nn.Module]:
 
 
 class RangeCrop(v2.Transform):
-    """A crop of random height and width between `least` and `most` pixels (or the image's own), anywhere."""
+    """A random crop with height and width between `minimum` and `maximum` pixels, at most the image's."""
 
-    def __init__(self, least: int, most: int):
+    def __init__(self, minimum: int, maximum: int):
         super().__init__()
-        self.least, self.most = least, most
+        self.minimum, self.maximum = minimum, maximum
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
         def draw(low: int, high: int) -> int:
             return int(torch.randint(low, high + 1, ()))
 
         height, width = v2.query_size(flat_inputs)
-        h, w = (draw(min(side, self.least), min(side, self.most)) for side in (height, width))
+        h, w = (draw(min(side, self.minimum), min(side, self.maximum)) for side in (height, width))
         return {"top": draw(0, height - h), "left": draw(0, width - w), "height": h, "width": w}
 
     def transform(self, inpt: Any, params: dict[str, int]) -> Any:

@@ -1,4 +1,4 @@
-"""Read any image file as a viewer shows it: upright, 8-bit RGB, first frame, transparency on white."""
+"""Read any image file as a viewer displays it: upright, 8-bit RGB, first frame, transparency on white."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sgformer.core.errors import StalledError, UserError
 
-#: File name endings (lower case) that count as images when a folder is listed.
+#: File name extensions (lower case) of images in listed folders.
 IMAGE_EXTENSIONS = frozenset(
     [
         ".jpg",
@@ -40,20 +40,20 @@ IMAGE_EXTENSIONS = frozenset(
     ]
 )
 
-#: Images of more pixels are refused before anything is decoded. 128 Mpx are 384 MB as RGB.
+#: Larger images are rejected before decoding. 128 Mpx are 384 MB as RGB.
 MAX_PIXELS = 128 * 2**20
 
-#: Files of up to so many bytes are read as a whole before they are decoded.
+#: Files up to this many bytes are read completely before decoding.
 SMALL_FILE = 64 * 2**20
 
-#: Seconds after which a file that does not come is an error.
+#: Seconds after which an unresponsive read is an error.
 READ_TIMEOUT = 300.0
 
 T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
 Images = str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image]
 
-# Pillow's softer bound and its remarks on sloppy metadata would come once per file and worker; MAX_PIXELS is our bound.
+# Pillow's own limit and its metadata warnings would appear once per file and worker; MAX_PIXELS is our limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 
@@ -62,10 +62,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePl
 
 
 def find_images(sources: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Path | Image.Image]:
-    """Files as they are, folders replaced by the images in them in sorted order.
+    """Yield files unchanged, and for each folder its images in sorted order.
 
     Raises:
-        UserError: no such file, or no image in a folder.
+        UserError: a file does not exist, or a folder holds no images.
     """
     for source in sources:
         if isinstance(source, Image.Image):
@@ -91,17 +91,17 @@ def list_images(images: Images) -> list[Path | Image.Image]:
 
 
 def source_name(source: Path | Image.Image, number: int) -> str:
-    """What a result calls its image: the path or, for an image given as an object, its position as text."""
+    """The image's name in results: its path or, for an image object, its position as text."""
     return str(number) if isinstance(source, Image.Image) else str(source)
 
 
 def open_image(source: Path | Image.Image) -> Image.Image:
-    """An RGB image, read as a viewer shows it."""
+    """Open an image as RGB; see `read_image`."""
     return source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
 
 
 class ImageHeader(NamedTuple):
-    """What the header says: size as displayed (after EXIF rotation), Pillow's mode, EXIF orientation (1 = upright)."""
+    """Image header: size after EXIF rotation, Pillow's mode, EXIF orientation (1 = upright)."""
 
     width: int
     height: int
@@ -116,7 +116,7 @@ def read_image(
     formats: Sequence[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Read an image as a viewer shows it.
+    """Read an image as a viewer displays it.
 
     EXIF rotation is applied; transparency (alpha, palette or colour key) is composited on white; CMYK, grey, palette
     and 1-bit become RGB; an animation gives its first frame. 16-bit grey is scaled by its full range 65535, never
@@ -125,21 +125,21 @@ def read_image(
 
     Args:
         source: a path, the bytes of a file, or a seekable binary file object.
-        name: what error messages call it; by default the path.
-        formats: names of Pillow's decoders that may be tried, such as "PNG"; by default all.
-        max_pixels: images of more are refused before anything is decoded.
+        name: the image's name in error messages; by default the path.
+        formats: Pillow's formats to try, such as "PNG"; by default all.
+        max_pixels: larger images are rejected before decoding.
 
     Returns:
         A PIL image of mode RGB, fully loaded.
 
     Raises:
-        UserError: missing, empty, truncated, not an image, or more than `max_pixels` pixels; names the file.
-        StalledError: a path that gives no answer, see `in_time`.
+        UserError: the file is missing, empty, truncated, not an image, or larger than `max_pixels`; names the file.
+        StalledError: the path does not respond, see `in_time`.
     """
     if not isinstance(source, (str, os.PathLike)):
         return _read(source, name, formats, max_pixels)
     name = name or str(source)
-    # Only the waiting is done in another thread: a whole image decoded there costs a tenth more on its way here.
+    # Only the read runs in another thread: decoding there and handing over the pixels costs 10 % more.
     content = in_time(lambda: _small_file(source), source)
     if content is not None:
         return _read(content, name, formats, max_pixels)
@@ -147,11 +147,11 @@ def read_image(
 
 
 def _small_file(path: str | os.PathLike[str]) -> bytes | None:
-    """The content of a file; None where it is too large to hold, or cannot be read, which opening it will explain."""
+    """The content of a file; None if it is too large, or unreadable, which opening it will report."""
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size or SMALL_FILE  # devices have none
-            # No more than that: memory for a large file costs a tenth of decoding a small one.
+            size = os.fstat(file.fileno()).st_size or SMALL_FILE  # devices report 0
+            # Read no more than the size: allocating for a large file costs 10 % of decoding a small one.
             content = file.read(size + 1) if size <= SMALL_FILE else None
         return content if content is not None and len(content) <= size else None
     except OSError:
@@ -167,29 +167,29 @@ def _read(source: ImageSource, name: str | None, formats: Sequence[str] | None, 
 
 
 def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
-    """Read an image's header only, as `(width, height, mode, orientation)`.
+    """Read an image's header only.
 
     Raises:
-        UserError: as `read_image`, for what can be seen without decoding.
+        UserError: as `read_image`, as far as detectable without decoding.
     """
     with opened(source, name) as image:
         orientation = _orientation(image)
         width, height = image.size
-        # Pillow itself swaps the sides of a rotated TIFF when it opens it, and turns it when it loads it.
+        # Pillow already swaps the sides of a rotated TIFF on opening, and rotates it on loading.
         if orientation >= 5 and image.format != "TIFF":
             width, height = height, width
         return ImageHeader(width, height, image.mode, orientation)
 
 
 def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
-    """Read a file in a thread of its own, which is left behind if the disk or network mount gives no answer.
+    """Run a read in a separate thread, which is abandoned if the disk or network mount does not respond.
 
     Args:
-        read: what to do.
+        read: the read.
         path: the file's name for the error.
 
     Raises:
-        StalledError: it took longer than `SGFORMER_READ_TIMEOUT` seconds of the environment (300; 0: for ever).
+        StalledError: it took longer than the environment's `SGFORMER_READ_TIMEOUT` seconds (default 300; 0: no limit).
     """
     limit = float(os.environ.get("SGFORMER_READ_TIMEOUT", READ_TIMEOUT))
     if not limit:
@@ -201,7 +201,7 @@ def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
     except queue.Empty:
         raise StalledError(
             f"{path}: no answer for {limit:g} seconds: does its disk or network mount respond? "
-            "(SGFORMER_READ_TIMEOUT=SECONDS waits longer, 0 for ever)"
+            "(SGFORMER_READ_TIMEOUT=SECONDS waits longer, 0: no limit)"
         ) from None
     _Reader.idle.append(reader)
     if failure is not None:
@@ -210,13 +210,12 @@ def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
 
 
 class _Reader(threading.Thread):
-    """A thread that does what it is given, one thing after the other. It is used again: a new one for every image would
-    cost a twentieth of decoding it."""
+    """A reusable thread that runs reads one by one: a new thread per image would cost 5 % of decoding it."""
 
     idle: ClassVar[deque[_Reader]] = deque()
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)  # one that is stuck must not keep the process
+        super().__init__(daemon=True)  # a stuck thread must not keep the process alive
         self.process = os.getpid()
         self.todo: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -224,7 +223,7 @@ class _Reader(threading.Thread):
     @classmethod
     def take(cls) -> _Reader:
         while cls.idle:
-            with contextlib.suppress(IndexError):  # another thread was quicker
+            with contextlib.suppress(IndexError):  # another thread was faster
                 reader = cls.idle.pop()
                 if reader.process == os.getpid():  # threads do not survive a fork
                     return reader
@@ -236,19 +235,19 @@ class _Reader(threading.Thread):
         while True:
             read = self.todo.get()
             try:
-                answer: tuple[Any, BaseException | None] = read(), None
+                outcome: tuple[Any, BaseException | None] = read(), None
             except BaseException as error:
-                answer = None, error
+                outcome = None, error
             del read
-            self.done.put(answer)
-            del answer  # an image is not held until the next one comes
+            self.done.put(outcome)
+            del outcome  # free the image before waiting for the next read
 
 
 @contextmanager
 def opened(
     source: ImageSource, name: str | None, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Image.Image]:
-    """Open an image lazily within the pixel bound; whatever fails in the block becomes a UserError that names it."""
+    """Open an image lazily within the pixel limit; any failure in the block becomes a UserError that names it."""
     if name is None:
         path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
         name = str(path or "image")
@@ -258,7 +257,7 @@ def opened(
                 yield _checked(file, formats, max_pixels)
         else:
             yield _checked(io.BytesIO(source) if isinstance(source, bytes) else source, formats, max_pixels)
-    except Exception as error:  # Pillow's decoders raise a zoo of types on broken files
+    except Exception as error:  # Pillow's decoders raise many types on broken files
         raise UserError(f"{name}: {_reason(error, formats, max_pixels)}") from error
 
 
@@ -273,7 +272,7 @@ def _checked(file: IO[bytes], formats: Sequence[str] | None, max_pixels: int) ->
 
 
 def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) -> str:
-    """One line on why an image could not be read."""
+    """Why an image could not be read, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -283,7 +282,7 @@ def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) ->
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or not of a format " + (
-            "that Pillow knows" if formats is None else f"taken here: {', '.join(formats)}"
+            "that Pillow supports" if formats is None else f"accepted here: {', '.join(formats)}"
         )
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"too large, the limit is {max_pixels} pixels ({text.split(' exceeds')[0]})"
@@ -297,10 +296,10 @@ def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) ->
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
+    """The EXIF orientation, 1 to 8; 1 if missing or unreadable."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # a viewer shows an image with broken EXIF data as it is stored
+    except Exception:  # viewers ignore broken EXIF data
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -308,16 +307,16 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if image.mode in ("La", "RGBa"):  # premultiplied; only their plain twins convert further
+    if image.mode in ("La", "RGBa"):  # premultiplied; only their straight-alpha modes convert further
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # to convert it would be to copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Scale a grey image (H, W) of 16-bit, 32-bit or float values to uint8 as `read_image` says."""
+    """Scale a grey image (H, W) of 16-bit, 32-bit or float values to uint8; see `read_image`."""
     if np.issubdtype(values.dtype, np.floating):
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         low, high = float(values.min()), float(values.max())
@@ -327,32 +326,32 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
         low, high = 0.0, 65535.0 if values.max() <= 65535 else 2.0**31 - 1
     scale = 255.0 / ((high - low) or 1.0)
     result = np.empty(values.shape, np.uint8)
-    rows = max(1, 2**20 // values.shape[1])  # at a time: doubles of a whole large image would be too much memory
+    rows = max(1, 2**20 // values.shape[1])  # per chunk: float64 of a complete large image would need too much memory
     for start in range(0, len(values), rows):
         part = values[start : start + rows].astype(np.float64)
         result[start : start + rows] = np.rint((part.clip(low) - low) * scale)
     return result
 
 
-#: The long side is at most so many times the short side's target: 2048 for 512.
+#: Maximum ratio of the long side to the short side's target: 2048 for 512.
 LONG_TO_SHORT = 4
 
 
 def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
-    """The size at which an image's short side is `short_side * factor`, or its long side 4 times that if this is less.
+    """The size with the short side `short_side * factor`, or the long side 4 times that if this is smaller.
 
-    Proportions stay; both sides are at least 32 pixels, which backbones need.
+    The aspect ratio is kept; both sides are at least 32 pixels, the backbones' minimum.
     """
     ratio = factor * min(short_side / min(height, width), LONG_TO_SHORT * short_side / max(height, width))
     return max(32, int(height * ratio + 0.5)), max(32, int(width * ratio + 0.5))
 
 
-# Sides of a detector's images in the published recipes, in pixels.
+# Image sides of the published detection recipes, in pixels.
 SHORT, LONGEST = 800, 1333
 
 
 def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """`--image-size` of a detector: the short side, and a bound on the long one (1333 for 800, in proportion)."""
+    """A detector's `--image-size`: the short side, and the maximum of the long one (by default 1333 / 800 of it)."""
     if isinstance(image_size, int):
         return image_size, round(image_size * LONGEST / SHORT)
     return image_size[0], image_size[1]

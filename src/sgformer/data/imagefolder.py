@@ -1,7 +1,7 @@
 """The ImageNet layout: `ROOT/train/CLASS/*.jpg`, `ROOT/val/CLASS/*.jpg`; listing, reading, resumable sampling.
 
-What a sample looks like depends on (seed, epoch, index) alone, not on the number of workers or on what was read before.
-The epoch travels to the workers with the index, so persistent workers see it too:
+A sample depends on (seed, epoch, index) alone, not on the number of workers or on previous reads. The epoch is sent to
+the workers with the index, so it also reaches persistent workers:
 
     listing = scan(root, "train")
     dataset = ImageFolderDataset(listing, transform, seed=0)
@@ -34,15 +34,15 @@ from sgformer.data.image import IMAGE_EXTENSIONS, read_image
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """One split of an image folder, listed. Image `i` is `path(i)`, of class `classes[targets[i]]`.
+    """The listing of a split of an image folder. Image `i` is `path(i)`, of class `classes[targets[i]]`.
 
     Attributes:
         root: the data set's folder.
         split: the split's folder below it, e.g. `"train"`.
-        classes: class names; the position is the class index.
+        classes: class names in index order.
         paths: image paths relative to `root / split`, with forward slashes, sorted by class index, then by name.
         targets: class index of each path.
-        ignored: how many other files there are, by extension (hidden files are not counted).
+        ignored: number of other files by extension; hidden files are not counted.
     """
 
     root: Path
@@ -56,7 +56,7 @@ class ImageFolder:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """Where image `index` is."""
+        """The path of image `index`."""
         return self.root / self.split / self.paths[index]
 
     def counts(self) -> list[int]:
@@ -64,7 +64,7 @@ class ImageFolder:
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
 
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]:
-        """The files' bytes, or why there are none."""
+        """The files' bytes, or the error for each unreadable file."""
         results: list[bytes | UserError] = []
         for path in map(self.path, indices):
             try:
@@ -74,7 +74,7 @@ class ImageFolder:
         return results
 
     def read_many(self, indices: Sequence[int]) -> Iterator[Image.Image | UserError]:
-        """The images, or why one cannot be read, in the order of `indices`."""
+        """The images, or the error for each unreadable one, in the order of `indices`."""
         for index in indices:
             try:
                 yield read_image(self.path(index))
@@ -83,7 +83,7 @@ class ImageFolder:
 
 
 class Listing(Protocol):
-    """What a data set needs to know of the images of a split; an `ImageFolder`, or a `ShardFolder` of tar shards."""
+    """A split's images, as an `ImageFolder` or a `ShardFolder` of tar shards."""
 
     @property
     def split(self) -> str: ...
@@ -103,39 +103,39 @@ class Listing(Protocol):
 
 
 def scan(root: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None) -> ImageFolder:
-    """List one split of an image folder. No image is opened.
+    """List a split of an image folder without opening images.
 
-    Every folder below `root/split` is a class; images may lie in nested folders inside it. Hidden files and folders are
-    passed over; files without an image's extension are left out and counted.
+    Every folder in `root/split` is a class and may contain nested folders. Hidden files and folders are skipped; files
+    without an image extension are left out and counted.
 
     Args:
-        root: folder that holds the splits.
+        root: folder with the splits.
         split: `"train"` or `"val"`.
-        classes: class names in the order of their indices, e.g. those of the training split or of a trained model; by
-            default the folder names, sorted by code point.
+        classes: class names in index order, e.g. those of the training split or of a trained model; by default the
+            folder names, sorted by code point.
 
     Raises:
-        UserError: a folder is missing, a class has no image, or is not among `classes`.
+        UserError: a folder is missing, or a class has no images or is not among `classes`.
     """
     listing, unknown, empty = list_split(root, split, classes)
     folder = listing.root / split
     if unknown:
-        raise UserError(f"{folder}: classes that training does not know ({len(unknown)}): {some(unknown)}")
+        raise UserError(f"{folder}: classes unknown to training ({len(unknown)}): {some(unknown)}")
     if empty:
-        raise UserError(f"{folder}: class folders without an image ({len(empty)}): {some(empty)}; fill or remove them")
+        raise UserError(f"{folder}: class folders without images ({len(empty)}): {some(empty)}; fill or remove them")
     return listing
 
 
 def list_split(
     root: str | os.PathLike, split: str, classes: Sequence[str] | None = None
 ) -> tuple[ImageFolder, list[str], list[str]]:
-    """As `scan`, but tells of unusable class folders instead of raising.
+    """As `scan`, but returns unusable class folders instead of raising.
 
     Returns:
-        The listing, the folders that are not among `classes` (not listed), the class folders without an image.
+        The listing, the folders that are not among `classes` (not listed), the class folders without images.
 
     Raises:
-        UserError: a folder is missing, or there is no class folder in it.
+        UserError: a folder is missing, or holds no class folders.
     """
     root = Path(root)
     folder = root / split
@@ -143,10 +143,10 @@ def list_split(
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; {layout}")
     if not folder.is_dir():
-        raise UserError(f"{root}: no folder {split!r} in it (found: {some(_folders(root)) or 'no folder'}); {layout}")
+        raise UserError(f"{root}: no folder {split!r} (folders: {some(_folders(root)) or 'none'}); {layout}")
     names = _folders(folder)
     if not names:
-        raise UserError(f"{folder}: no class folder in it; {layout}")
+        raise UserError(f"{folder}: holds no class folders; {layout}")
     order = tuple(names if classes is None else classes)
     paths: list[str] = []
     targets: list[int] = []
@@ -167,7 +167,7 @@ def list_split(
 
 
 def scan_splits(root: str | os.PathLike) -> tuple[ImageFolder, ImageFolder]:
-    """List `train` and `val` with the class indices of `train`; `val` may lack a class, but have no new one.
+    """List `train` and `val` with the class indices of `train`; `val` may lack classes, but not add any.
 
     Raises:
         UserError: as `scan`.
@@ -185,50 +185,50 @@ def _extension(file: str) -> str:
 
 
 def _files(folder: Path, recurse: bool = True) -> Iterator[str]:
-    """Files below a folder that are not hidden, relative to it, with forward slashes; follows links, once."""
-    seen: set[str] = set()
+    """Non-hidden files below a folder, relative to it, with forward slashes; follows symlinks, each target once."""
+    visited: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = [name for name in folders if not name.startswith(".")] if recurse and real not in seen else []
-        if real not in seen:
+        folders[:] = [name for name in folders if not name.startswith(".")] if recurse and real not in visited else []
+        if real not in visited:
             prefix = Path(here).relative_to(folder).as_posix() + "/"
             yield from (prefix.removeprefix("./") + name for name in files if not name.startswith("."))
-        seen.add(real)
+        visited.add(real)
 
 
 def bad_image(error: UserError) -> UserError:
-    """An unreadable image's error with what can be done about it."""
+    """Add the remedies to an unreadable image's error."""
     if isinstance(error, StalledError):
         return error
     return UserError(f"{error}; repair or remove it, or pass --bad-images skip")
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:
-    """At most `limit` names and how many more there are."""
+    """The first `limit` names, and the number of the remaining ones."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 class Sample(NamedTuple):
-    """One read image: what the transform made of it (or None, and why), its class index, position in the data set.
+    """A transformed image (or None, and the reason), its class index, and its index in the data set.
 
-    Data sets of other tasks have their own kind of target.
+    Data sets of other tasks have other targets.
     """
 
     image: Any
     target: Any
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # shadows tuple.index
     skipped: str | None = None
 
 
 class Batch(NamedTuple):
-    """A collated batch of the images that could be read.
+    """A collated batch of the readable images.
 
     Attributes:
-        image: (B, ...) tensor; empty of shape (0,) if none could be read.
+        image: (B, ...) tensor; of shape (0,) if no image is readable.
         target: (B,) int64 class indices.
-        index: (B,) int64 positions in the data set.
-        skipped: one line for every image left out, naming the file and the reason.
+        index: (B,) int64 indices in the data set.
+        skipped: one line per skipped image with the file and the reason.
     """
 
     image: Any
@@ -241,15 +241,15 @@ class ImageFolderDataset(Dataset):
     """The images of a listing, transformed.
 
     `dataset[i]` or `dataset[epoch, i]` gives a `Sample`. While the transform runs, the global generators of `random`,
-    NumPy and torch (CPU) are seeded from (seed, epoch, i); afterwards they go on as before (NumPy's old
-    functions forget the second of a pair of normal numbers).
+    NumPy and torch (CPU) are seeded from (seed, epoch, i) and restored afterwards (except for the cached second normal
+    deviate of NumPy's legacy functions).
 
     Args:
-        listing: what `scan` returned, or `shards.open_split`.
-        transform: any callable on a PIL image of mode RGB.
-        seed: of the transform's randomness.
+        listing: from `scan` or `shards.open_split`.
+        transform: a callable on a PIL image of mode RGB.
+        seed: for the transform's random numbers.
         bad_images: `"stop"` raises a UserError on an unreadable image; `"skip"` gives a `Sample` without an image,
-            which `collate` leaves out of the batch. It is never replaced by another image.
+            which `collate` leaves out of the batch. It is not replaced by another image.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class ImageFolderDataset(Dataset):
         bad_images: str = "stop",
     ):
         if bad_images not in ("stop", "skip"):
-            raise UserError(f"bad_images is 'stop' or 'skip', got {bad_images!r}")
+            raise UserError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
         self.listing = listing
         self.transform = transform
         self.seed = seed
@@ -269,7 +269,7 @@ class ImageFolderDataset(Dataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of plain integer indices. Workers that live on do not hear of it: use `EpochSampler` with them."""
+        """Set the epoch for integer indices. It does not reach persistent workers: use `EpochSampler` with them."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -279,7 +279,7 @@ class ImageFolderDataset(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample]:
-        """A batch at once, as a DataLoader asks for it: shards that are far away read it together."""
+        """Read a batch, as DataLoader requests it: remote shards fetch it in one call."""
         pairs = [key if isinstance(key, tuple) else (self.epoch, key) for key in keys]
         images = self.listing.read_many([index for _, index in pairs])
         return [self._sample(epoch, index, image) for (epoch, index), image in zip(pairs, images, strict=True)]
@@ -298,27 +298,27 @@ class ImageFolderDataset(Dataset):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Make a `Batch` of the samples that have an image; the others are named in `batch.skipped`."""
-    good = [sample for sample in samples if sample.skipped is None]
+    """Collate the readable samples; the others are listed in `batch.skipped`."""
+    readable = [sample for sample in samples if sample.skipped is None]
     return Batch(
-        default_collate([sample.image for sample in good]) if good else torch.empty(0),
-        torch.tensor([sample.target for sample in good], dtype=torch.int64),
-        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        default_collate([sample.image for sample in readable]) if readable else torch.empty(0),
+        torch.tensor([sample.target for sample in readable], dtype=torch.int64),
+        torch.tensor([sample.index for sample in readable], dtype=torch.int64),
         tuple(sample.skipped for sample in samples if sample.skipped is not None),
     )
 
 
-#: What NumPy's global functions draw from within `seeded`.
+#: The bit generator of NumPy's global functions within `seeded`.
 _SPARE = np.random.MT19937()
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Seed `random`, `numpy.random` and torch's CPU generator from some integers >= 0; put them back afterwards."""
+    """Seed `random`, `numpy.random` and torch's CPU generator from integers >= 0, and restore them afterwards."""
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
     states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
     random.seed(words[0])
-    # Another generator takes NumPy's place: to copy the state of one and put it back takes three times all the rest.
+    # Swap NumPy's generator: copying and restoring its state takes three times as long as everything else here.
     np.random.set_bit_generator(_SPARE if states[1] is not _SPARE else np.random.MT19937())  # type: ignore[attr-defined]
     np.random.seed(words[1])  # noqa: NPY002
     torch.random.default_generator.manual_seed(words[2])  # torch.manual_seed would also reset the accelerators
@@ -330,20 +330,22 @@ def seeded(*entropy: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+# By hand: torch's DistributedSampler cannot resume mid-epoch, and in evaluation repeats images to give all ranks the
+# same number. Here the position follows from (seed, epoch, batch), so no sampler state is stored.
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) as a function of (seed, epoch), shared out over ranks: a DataLoader `batch_sampler`.
+    """Batches of (epoch, index) as a function of (seed, epoch), split over ranks: a DataLoader `batch_sampler`.
 
-    For training, every epoch is a permutation cut into global batches of `batch_size * world`, of which rank r takes
-    every world-th image from the r-th on; an incomplete last global batch is dropped (a data set smaller than one is
-    repeated to fill it), so that all ranks have equally many batches. For evaluation the order is that of the data set,
-    rank r takes every world-th image, and nothing is dropped or repeated: ranks may differ by one batch.
+    In training, every epoch is a permutation cut into global batches of `batch_size * world`, of which rank r takes
+    every world-th image from the r-th on. An incomplete last global batch is dropped (a smaller data set is repeated to
+    fill one), so all ranks have the same number of batches. In evaluation the order is that of the data set, rank r
+    takes every world-th image, and nothing is dropped or repeated: ranks may differ by one batch.
 
     Args:
         length: number of images.
         batch_size: images per batch on this rank.
-        train: shuffle and keep batches complete, or read everything once in order.
-        seed: of the permutations.
-        rank, world: this process among all.
+        train: shuffle and drop incomplete batches, or yield everything once in order.
+        seed: for the permutations.
+        rank, world: this process's index, and the number of processes.
     """
 
     def __init__(
@@ -357,22 +359,22 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def sampler(self) -> EpochSampler:
-        """Itself: Lightning looks for `set_epoch` on `loader.batch_sampler.sampler`."""
+        """Itself: Lightning calls `set_epoch` on `loader.batch_sampler.sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration serves."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def resume_at(self, epoch: int, batch: int) -> None:
-        """Go on in the middle: epoch `epoch` starts with its batch number `batch` (from 0); other epochs are whole."""
+        """Resume mid-epoch: epoch `epoch` starts at batch `batch`, counted from 0; other epochs are complete."""
         if not 0 <= batch <= len(self):
             raise ValueError(f"batch {batch} of an epoch that has {len(self)}")
         self.epoch = epoch
         self._resume = (epoch, batch)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank, also after `resume_at`."""
+        """Batches per full epoch on this rank, regardless of `resume_at`."""
         if self.train:
             return max(1, self.length // (self.batch_size * self.world))
         return -(-len(range(self.rank, self.length, self.world)) // self.batch_size)

@@ -1,4 +1,4 @@
-"""Which pixels of an image belong to objects, whatever the layout: to ask whether a network looks there."""
+"""The objects' pixels of an image in any data layout, for measuring localization."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class KnownObjects:
     """Images with known objects.
 
     Args:
-        length: how many there are.
+        length: number of images.
         read: index -> RGB image and its objects' pixels, (H, W) bool.
-        what: how the objects are known, for reports.
+        what: the kind of annotation, for reports.
     """
 
     def __init__(self, length: int, read: Callable[[int], tuple[Image.Image, np.ndarray]], what: str):
@@ -36,13 +36,13 @@ class KnownObjects:
 
 
 def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjects:
-    """The images of a split with their objects.
+    """Open a split's images with their objects.
 
-    Layouts: COCO (masks, or boxes where there are none), ADE20K (pixels of a class that is no ground), and the imagenet
+    Layouts: COCO (masks, otherwise boxes), ADE20K (pixels of classes other than the background), and the imagenet
     layout of `sgformer data scenes` (each scene is composed again).
 
     Raises:
-        UserError: none of these, or files that cannot be read.
+        UserError: the layout is another one, or files cannot be read.
     """
     root = Path(data)
     if (root / "images").is_dir() and (root / "annotations").is_dir() and not list(root.glob("annotations/*.json")):
@@ -64,13 +64,13 @@ def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjec
             len(images), lambda i: (read_image(images.path(i)), scene_objects(images.path(i))), "composed again"
         )
     raise UserError(
-        f"{root}: where the objects are is known of the COCO and ADE20K layouts and of `sgformer data scenes`; "
-        "this is none of them"
+        f"{root}: objects are known only in the COCO and ADE20K layouts and in `sgformer data scenes`; "
+        "this is another layout"
     )
 
 
 def object_pixels(labels: np.ndarray, classes: tuple[str, ...], ignore: int) -> np.ndarray:
-    """Class indices (H, W) -> bool: pixels of a class that is no ground."""
+    """Class indices (H, W) -> bool: pixels of classes other than the background."""
     ground = [i for i, name in enumerate(classes) if name.lower() in GROUND]
     return (labels != ignore) & ~np.isin(labels, ground)
 
@@ -87,7 +87,7 @@ def _annotated(dataset: CocoDataset, index: int) -> tuple[Image.Image, np.ndarra
 
 
 def annotated_pixels(target: dict, size: tuple[int, int]) -> np.ndarray:
-    """Masks or, without them, boxes of a COCO sample's target -> the pixels of any object, (H, W) bool."""
+    """The union of a COCO sample's masks or, without masks, boxes: (H, W) bool."""
     if "masks" in target:
         return np.asarray(target["masks"]).astype(bool).any(0).reshape(size)
     covered = np.zeros(size, bool)

@@ -1,15 +1,15 @@
-"""The embedded data set: cluttered scenes composed from a seed, of real pixels that pip packages carry.
+"""The embedded data set: cluttered scenes composed from a seed, with real pixels from pip packages.
 
-Handwritten digits (scikit-learn's `load_digits`) lie on photographs and textures (the files inside scikit-image's and
-scikit-learn's wheels), from an eighth to most of the frame, among distractor strokes, under changing colour and light.
-One generator writes three standard layouts: ImageNet (one target per image), COCO (boxes and visible masks) and ADE20K
+Handwritten digits (scikit-learn's `load_digits`) are placed on photographs and textures (from scikit-image's and
+scikit-learn's wheels), at an eighth to most of the frame, among distractor strokes, with varying colour and lighting.
+One generator writes three standard layouts: ImageNet (one object per image), COCO (boxes and visible masks) and ADE20K
 (label maps). Nothing is downloaded.
 
 Train and val share no sprite and no photograph. The digits are the test set of UCI's "Optical Recognition of
-Handwritten Digits", by 13 writers. The file does not say who wrote a sample, but its order tells forms apart: the
-labels repeat one sequence of 130 digits 14 times (a few are missing), as if everyone had copied the same printed form.
-`DIGIT_FORMS` holds where each copy begins. The last three forms are val, the others train; no form is split. What
-cannot be excluded is that, with 14 forms by 13 writers, one hand is in both.
+Handwritten Digits", by 13 writers. The file does not record the writers, but its order separates forms: the labels
+repeat a sequence of 130 digits 14 times (with a few missing), as if every writer had copied the same printed form.
+`DIGIT_FORMS` holds the start of each copy. The last three forms are val, the others train; no form is split. As there
+are 14 forms by 13 writers, one writer may be in both.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from sgformer.core.progress import track
 from sgformer.data.image import read_image
 from sgformer.data.store import appearing
 
-#: Where each copied form begins in `load_digits()`, and the end.
+#: Start of each copied form in `load_digits()`, and the end.
 DIGIT_FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
-#: How many of the last forms are val.
+#: Number of forms, from the end, that are val.
 VAL_FORMS = 3
 
-#: Photographs and textures by split: `package/path inside it`. Two views of one thing would have to be on one side.
+#: Photographs and textures by split: `package/path inside it`. Two views of one subject must be in the same split.
 PHOTOGRAPHS = {
     "train": (
         "skimage/data/astronaut.png",
@@ -78,14 +78,14 @@ Layout = Literal["imagenet", "coco", "ade20k"]
 SPLITS = ("train", "val")
 #: Objects in a scene of the coco and ade20k layouts: 1 to this many.
 MAX_OBJECTS = 6
-#: Every object shows at least this many pixels.
+#: Minimum number of visible pixels of an object.
 MIN_PIXELS = 6
 
 
 class Sprites(NamedTuple):
-    """What is laid on the grounds: `images` (N, h, w) uint8, 0 where transparent; `labels` (N,) class indices.
+    """The foreground: `images` (N, h, w) uint8, 0 where transparent; `labels` (N,) class indices.
 
-    `shaded`: the values are also the brightness inside the shape (photographs), not ink alone.
+    `shaded`: the values also give the brightness inside the shape (photographs), not only its opacity.
     """
 
     images: np.ndarray
@@ -94,16 +94,16 @@ class Sprites(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """An object of a scene: its class index, its visible mask (H, W) bool, and whether another object covers a part."""
+    """An object of a scene: class index, visible mask (H, W) bool, and whether another object occludes it in part."""
 
     label: int
     mask: np.ndarray
-    covered: bool
+    occluded: bool
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The pixels that the scenes of one split are made of."""
+    """The material for the scenes of one split."""
 
     classes: tuple[str, ...]
     sprites: Sprites
@@ -122,27 +122,27 @@ def make_scenes(
 ) -> Path:
     """Compose scenes and write them in a standard layout.
 
-    Scene `i` of a split depends on (seed, split, i, image size) and, for the number of objects, on the layout: the
-    files are the same to the byte with any number of workers (with the same versions of NumPy, Pillow and the two
-    packages that carry the pixels; `scenes.json` records them).
+    Scene `i` of a split depends on (seed, split, i, image size) and, for the number of objects, on the layout. The
+    files are byte-identical for any number of workers, given the same versions of NumPy, Pillow, scikit-image and
+    scikit-learn, which `scenes.json` records.
 
     Layouts:
-        imagenet: `{train,val}/CLASS/000000.jpg`, one object per image, classes in turn.
+        imagenet: `{train,val}/CLASS/000000.jpg`, one object per image, classes round-robin.
         coco: `{train,val}2017/000000000001.jpg`, `annotations/instances_{train,val}2017.json`, 1 to 6 objects that may
-            cover one another. Boxes, areas and masks are of the visible parts; a mask is a list of polygons, or
-            uncompressed RLE where another object covers a part or where the mask has a hole.
+            occlude each other. Boxes, areas and masks are of the visible parts; a mask is a list of polygons, or
+            uncompressed RLE if it is partly occluded or has a hole.
         ade20k: `images/{training,validation}/00000001.jpg`, `annotations/{training,validation}/00000001.png` (label
-            maps, 8-bit: 0 = ground, 1 to 10 = classes), `classes.txt`; the same scenes as coco.
+            maps, 8-bit: 0 = background, 1 to 10 = classes), `classes.txt`; the same scenes as coco.
 
     Args:
-        out: folder to make; it must not exist, or be empty. It appears whole, at the end.
+        out: folder to create; it must not exist, or be empty. It appears complete, at the end.
         train: number of training scenes.
         val: number of validation scenes.
         image_size: side of the square images in pixels.
-        seed: of everything.
+        seed: for all random numbers.
         layout: `"imagenet"`, `"coco"` or `"ade20k"`.
         sprites: None for handwritten digits, or `"fashion-mnist:DIR"` for the IDX files in DIR.
-        workers: processes; 0 composes in this one.
+        workers: processes; 0 composes in this process.
 
     Returns:
         The path of the folder.
@@ -153,18 +153,18 @@ def make_scenes(
     out = Path(out)
     counts = {"train": train, "val": val}
     if layout not in _WRITERS:
-        raise UserError(f"layout is one of {', '.join(_WRITERS)}; got {layout!r}")
+        raise UserError(f"layout must be one of {', '.join(_WRITERS)}, got {layout!r}")
     if not 32 <= image_size <= 1024:
-        raise UserError(f"image size is 32 to 1024 pixels, got {image_size}")
+        raise UserError(f"image size must be 32 to 1024 pixels, got {image_size}")
     if seed < 0:
-        raise UserError(f"seed is 0 or more, got {seed}")
+        raise UserError(f"seed must be 0 or more, got {seed}")
     if workers < 0:
-        raise UserError(f"workers is 0 or more, got {workers}")
+        raise UserError(f"workers must be 0 or more, got {workers}")
     for split, count in counts.items():
         if count < (least := 10 if layout == "imagenet" else 1):
-            raise UserError(f"{split} is {least} scenes or more in the {layout} layout, got {count}")
+            raise UserError(f"{split} must be {least} scenes or more in the {layout} layout, got {count}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; name another, or remove it")
+        raise UserError(f"{out}: exists and is not an empty folder; choose another, or remove it")
 
     sources = {split: load_sources(split, sprites) for split in SPLITS}
     with appearing(out) as part:
@@ -186,7 +186,7 @@ def make_scenes(
 
 
 def load_sources(split: str, sprites: str | None = None) -> Sources:
-    """Load the sprites and photographs of a split, `"train"` or `"val"`; nothing is in both.
+    """Load the sprites and photographs of a split, `"train"` or `"val"`; the splits are disjoint.
 
     Raises:
         UserError: scikit-image or scikit-learn is not installed, or the IDX files cannot be read.
@@ -195,7 +195,7 @@ def load_sources(split: str, sprites: str | None = None) -> Sources:
     for name in PHOTOGRAPHS[split]:
         package, _, path = name.partition("/")
         file = Path(str(require(package, "demo").__file__)).parent / path
-        if file.is_file():  # what the wheels carry changes slowly; scenes.json lists what was found
+        if file.is_file():  # the content of the wheels changes slowly; scenes.json lists the files used
             photographs[name] = read_image(file)
     if not photographs:
         raise UserError("none of the photographs is in the installed scikit-image and scikit-learn; try other versions")
@@ -208,7 +208,7 @@ def load_sources(split: str, sprites: str | None = None) -> Sources:
         return Sources(classes, Sprites(images[chosen], digits.target[chosen], shaded=False), photographs)
     kind, _, folder = sprites.partition(":")
     if kind != "fashion-mnist" or not folder:
-        raise UserError(f"sprites is 'fashion-mnist:DIR' with the folder of the IDX files, got {sprites!r}")
+        raise UserError(f"sprites must be 'fashion-mnist:DIR' with the folder of the IDX files, got {sprites!r}")
     stem = {"train": "train", "val": "t10k"}[split]
     images = read_idx(_idx_file(folder, f"{stem}-images-idx3-ubyte"))
     labels = read_idx(_idx_file(folder, f"{stem}-labels-idx1-ubyte"))
@@ -220,11 +220,12 @@ def load_sources(split: str, sprites: str | None = None) -> Sources:
     return Sources(FASHION_CLASSES, Sprites(images, labels, shaded=True), photographs)
 
 
+# By hand: torchvision's reader raises a bare AssertionError on damaged files, and does not read gzip.
 def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """Read an IDX file (the format of MNIST), plain or gzipped, as an array of its own shape and type.
+    """Read an IDX file (the format of MNIST), optionally gzipped, as an array of the stored shape and dtype.
 
     Raises:
-        UserError: missing, damaged, or not an IDX file; names it.
+        UserError: the file is missing, damaged, or not an IDX file; names it.
     """
     types = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
     try:
@@ -241,7 +242,7 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     shape = struct.unpack(f">{data[3]}I", data[4:head]) if len(data) >= head else (-1,)
     dtype = np.dtype(types[data[2]])
     if len(data) - head != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: the IDX file is damaged: its header says shape {shape}, it holds {len(data)} bytes")
+        raise UserError(f"{path}: damaged IDX file: its header gives shape {shape}, but it holds {len(data)} bytes")
     return np.frombuffer(data, dtype, offset=head).reshape(shape).astype(dtype.newbyteorder("="))
 
 
@@ -249,7 +250,7 @@ def _idx_file(folder: str, name: str) -> Path:
     for candidate in (Path(folder) / name, Path(folder) / f"{name}.gz"):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{folder}: no file {name} or {name}.gz in it")
+    raise UserError(f"{folder}: holds neither {name} nor {name}.gz")
 
 
 # --- composing -------------------------------------------------------------------------------------------------------
@@ -260,24 +261,24 @@ def compose(
 ) -> tuple[Image.Image, list[Instance]]:
     """Compose one scene.
 
-    The ground keeps to one part of the brightness range and the objects to another, so that every object can be told
-    from what is behind it; everything else is free to vary.
+    Background and objects use separate brightness ranges, so that every object stands out; everything else varies
+    freely.
 
     Args:
-        rng: the only source of chance.
+        rng: the only source of random numbers.
         sources: sprites and photographs.
         size: side of the image in pixels.
-        label: class of the only object; by default 1 to `MAX_OBJECTS` objects of any classes.
+        label: class of a single object; by default 1 to `MAX_OBJECTS` objects of random classes.
 
     Returns:
-        The image (RGB, size x size) and its objects, in the order they were laid down.
+        The image (RGB, size x size) and its objects, from back to front.
     """
-    width = rng.uniform(0.25, 0.55)  # of the ground's brightness range
+    width = rng.uniform(0.25, 0.55)  # of the background's brightness range
     gap = rng.uniform(0.18, 0.35)
     bright_ground = rng.random() < 0.5
     low = rng.uniform(width + gap, 1.0) - width if bright_ground else rng.uniform(0.0, 1.0 - width - gap)
-    # The range of the objects, from the end that is nearest to the ground's.
-    near, far = (low - gap, 0.0) if bright_ground else (low + width + gap, 1.0)
+    # The objects' brightness range, starting at the end closest to the background's.
+    inner, outer = (low - gap, 0.0) if bright_ground else (low + width + gap, 1.0)
 
     canvas = _ground(rng, sources.photographs, size, low, width)
     _scribble(rng, canvas, low, width)
@@ -287,25 +288,25 @@ def compose(
     count = 1 if label is not None else int(rng.integers(1, MAX_OBJECTS + 1))
     largest = 0.9 if count == 1 else min(0.9, 1.25 / math.sqrt(count))
     labels: list[int] = []
-    whole: list[np.ndarray] = []
+    full: list[np.ndarray] = []
     visible: list[np.ndarray] = []
     for _ in range(count):
         kind = label if label is not None else int(rng.integers(len(sources.classes)))
         for _attempt in range(8):
             alpha, shade = _sprite(rng, sources.sprites, kind, size, rng.uniform(0.125, largest))
             mask = alpha > 0.5
-            rim = _rim(alpha) if whole else alpha
-            if np.count_nonzero(mask) >= MIN_PIXELS and _readable(whole, visible, mask, rim > 0.5):
+            rim = _rim(alpha) if full else alpha
+            if np.count_nonzero(mask) >= MIN_PIXELS and _readable(full, visible, mask, rim > 0.5):
                 break
         else:
             continue
-        if whole:  # cut out with a rim, through which the ground shows: like colours do not run together
-            scene += (rim * np.any(whole, 0))[..., None] * (ground - scene)
-        color = _color(rng, near + (far - near) * rng.uniform(0, 0.8))
-        paint = near + (color - near) * shade[..., None]
+        if full:  # a rim of background around the object keeps similar colours apart
+            scene += (rim * np.any(full, 0))[..., None] * (ground - scene)
+        color = _color(rng, inner + (outer - inner) * rng.uniform(0, 0.8))
+        paint = inner + (color - inner) * shade[..., None]
         scene += alpha[..., None] * (paint - scene)
         visible = [under & ~(rim > 0.5) for under in visible] + [mask]
-        whole.append(mask)
+        full.append(mask)
         labels.append(kind)
 
     scene *= _light(rng, size)
@@ -314,23 +315,22 @@ def compose(
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6) * size / 96))
     objects = [
-        Instance(kind, part, bool((part != full).any()))
-        for kind, part, full in zip(labels, visible, whole, strict=True)
+        Instance(kind, part, bool((part != mask).any())) for kind, part, mask in zip(labels, visible, full, strict=True)
     ]
     return image, objects
 
 
-def _readable(whole: list[np.ndarray], visible: list[np.ndarray], mask: np.ndarray, hidden: np.ndarray) -> bool:
-    """Whether the objects so far stay readable if `hidden` is taken from them for a new object with this mask."""
+def _readable(full: list[np.ndarray], visible: list[np.ndarray], mask: np.ndarray, hidden: np.ndarray) -> bool:
+    """Whether the existing objects stay recognisable if a new object with this mask hides `hidden`."""
     return all(
-        np.count_nonzero(under & ~hidden) >= max(MIN_PIXELS, 0.65 * np.count_nonzero(full))
-        and _box_overlap(full, mask) <= 0.35
-        for full, under in zip(whole, visible, strict=True)
+        np.count_nonzero(under & ~hidden) >= max(MIN_PIXELS, 0.65 * np.count_nonzero(other))
+        and _box_overlap(other, mask) <= 0.35
+        for other, under in zip(full, visible, strict=True)
     )
 
 
 def _rim(alpha: np.ndarray) -> np.ndarray:
-    """A matte grown by about a hundredth of the frame, with a soft edge."""
+    """A matte dilated by about 1 % of the frame, with a soft edge."""
     matte = Image.fromarray(np.rint(alpha * 255).astype(np.uint8))
     blurred = matte.filter(ImageFilter.GaussianBlur(max(0.8, 0.012 * len(alpha))))
     return (np.asarray(blurred, dtype=np.float32) * (3 / 255)).clip(0, 1)
@@ -339,7 +339,7 @@ def _rim(alpha: np.ndarray) -> np.ndarray:
 def _ground(
     rng: np.random.Generator, photographs: dict[str, Image.Image], size: int, low: float, width: float
 ) -> Image.Image:
-    """A random crop of a random photograph, tinted, its brightness squeezed into [low, low + width]."""
+    """A random crop of a random photograph, tinted, with brightness compressed to [low, low + width]."""
     photograph = list(photographs.values())[rng.integers(len(photographs))]
     longest = min(photograph.size)
     side = math.exp(rng.uniform(math.log(min(longest, max(48, 0.8 * size))), math.log(longest)))
@@ -353,9 +353,9 @@ def _ground(
 
 
 def _scribble(rng: np.random.Generator, canvas: Image.Image, low: float, width: float) -> None:
-    """Draw distractor strokes onto the ground, in its own brightness range: long lines, arcs, waves; no digits."""
+    """Draw distractor strokes on the background, in its brightness range: long lines, arcs, waves."""
     size = canvas.width
-    scale = 2  # drawn larger and reduced, for smooth edges
+    scale = 2  # supersampling, for smooth edges
     layer = Image.new("RGBA", (size * scale, size * scale))
     draw = ImageDraw.Draw(layer)
     for _ in range(rng.integers(1, 7)):
@@ -365,15 +365,15 @@ def _scribble(rng: np.random.Generator, canvas: Image.Image, low: float, width: 
         angle = rng.uniform(0, 2 * math.pi)
         reach = size * scale * rng.uniform(0.15, 0.5)
         kind = rng.integers(3)
-        if kind == 0:  # a line from a point of the frame to beyond its border
+        if kind == 0:  # a line from within the frame to beyond its border
             end = (x + 2 * size * scale * math.cos(angle), y + 2 * size * scale * math.sin(angle))
             draw.line([(x, y), end], (*color, 255), pen)
-        elif kind == 1:  # at most half a circle
+        elif kind == 1:  # at most a semicircle
             start = math.degrees(angle)
             draw.arc(
                 (x - reach, y - reach, x + reach, y + reach), start, start + rng.uniform(40, 180), (*color, 255), pen
             )
-        else:  # a wave of several bends
+        else:  # a wave with several bends
             along = np.linspace(-1, 1, 24)
             across = 0.25 * np.sin(along * rng.uniform(5, 9) + angle)
             points = np.stack(
@@ -391,10 +391,10 @@ def _scribble(rng: np.random.Generator, canvas: Image.Image, low: float, width: 
 def _sprite(
     rng: np.random.Generator, sprites: Sprites, label: int, size: int, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay a random sprite of a class somewhere in the frame.
+    """Place a random sprite of a class at a random position.
 
     Args:
-        fraction: its height in frames, before it is turned.
+        fraction: its height before rotation, as a fraction of the frame.
 
     Returns:
         Its soft matte and its brightness, both (size, size) float32 within [0, 1].
@@ -406,7 +406,7 @@ def _sprite(
     wide = high * columns / rows * rng.uniform(0.85, 1.15)
     angle, shear = math.radians(rng.uniform(-18, 18)), rng.uniform(-0.2, 0.2)
 
-    # A transparent rim of one sprite pixel lets the smooth enlargement fade out.
+    # A transparent border of one sprite pixel lets the interpolation fade out.
     padded = Image.fromarray(np.pad(pixels, 1))
     target = (max(3, round(wide * (1 + 2 / columns))), max(3, round(high * (1 + 2 / rows))))
     enlarged = padded.resize(target, Image.Resampling.LANCZOS)
@@ -425,7 +425,7 @@ def _sprite(
     values = np.asarray(laid, dtype=np.float32) / 255
     if sprites.shaded:
         return _smoothstep(values, 0.03, 0.25), values
-    weight = rng.uniform(0.36, 0.54)  # where the ink begins: thin or heavy strokes
+    weight = rng.uniform(0.36, 0.54)  # ink threshold: thin or heavy strokes
     return _smoothstep(values, weight - 0.12, weight + 0.12), np.ones_like(values)
 
 
@@ -435,7 +435,7 @@ def _smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _color(rng: np.random.Generator, luminance: float) -> np.ndarray:
-    """A random colour of a given luminance in [0, 1]: (3,) float32."""
+    """A random colour with a given luminance in [0, 1]: (3,) float32."""
     hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1.0, 1.0))
     chroma = hue - hue @ (0.299, 0.587, 0.114)
     room = np.where(chroma > 0, 1 - luminance, luminance) / np.maximum(np.abs(chroma), 1e-6)
@@ -443,7 +443,7 @@ def _color(rng: np.random.Generator, luminance: float) -> np.ndarray:
 
 
 def _light(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Uneven light, a factor (size, size, 1): a smooth field, and sometimes the soft edge of a shadow."""
+    """Uneven lighting, a factor (size, size, 1): a smooth field, sometimes with the soft edge of a shadow."""
     coarse = Image.fromarray(rng.uniform(0.75, 1.1, (3, 3)).astype(np.float32))
     field = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
     if rng.random() < 0.3:
@@ -455,13 +455,13 @@ def _light(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The smallest box around a mask: left, top, width, height in pixels."""
+    """The bounding box of a mask: left, top, width, height in pixels."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
 
 
 def _box_overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """The part of the smaller one's box that the two boxes share."""
+    """Intersection of two masks' boxes over the smaller box."""
     (ax, ay, aw, ah), (bx, by, bw, bh) = _box(a), _box(b)
     across = max(0, min(ax + aw, bx + bw) - max(ax, bx))
     down = max(0, min(ay + ah, by + bh) - max(ay, by))
@@ -506,7 +506,7 @@ _ADE_SPLITS = {"train": "training", "val": "validation"}
 
 
 def _write_scene(root: Path, layout: Layout, split: str, size: int, seed: int, sources: Sources, index: int) -> Any:
-    """Compose and write scene `index`; returns what the layout's common file needs of it."""
+    """Compose and write scene `index`; returns its entry for the layout's annotation file."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     label = index % len(sources.classes) if layout == "imagenet" else None
     image, objects = compose(rng, sources, size, label)
@@ -526,21 +526,21 @@ def _write_coco(root: Path, split: str, index: int, image: Image.Image, objects:
     return [
         {
             "image_id": index + 1,
-            "category_id": thing.label + 1,
-            "bbox": list(_box(thing.mask)),
-            "area": int(thing.mask.sum()),
+            "category_id": instance.label + 1,
+            "bbox": list(_box(instance.mask)),
+            "area": int(instance.mask.sum()),
             "iscrowd": 0,
-            "segmentation": segmentation(thing.mask, thing.covered),
+            "segmentation": segmentation(instance.mask, instance.occluded),
         }
-        for thing in objects
+        for instance in objects
     ]
 
 
 def _write_ade20k(root: Path, split: str, index: int, image: Image.Image, objects: list[Instance], classes) -> None:
     name = f"{_ADE_SPLITS[split]}/{index + 1:08d}"
     labels = np.zeros((image.height, image.width), np.uint8)
-    for thing in objects:
-        labels[thing.mask] = thing.label + 1
+    for instance in objects:
+        labels[instance.mask] = instance.label + 1
     _save(image, root / "images" / f"{name}.jpg")
     Image.fromarray(labels).save(root / "annotations" / f"{name}.png")
 
@@ -559,24 +559,25 @@ def _coco_json(classes: tuple[str, ...], count: int, size: int, annotations: lis
     }
 
 
-def segmentation(mask: np.ndarray, covered: bool = False) -> list[list[int]] | dict:
-    """A mask (H, W) bool in COCO's form: polygons along the pixels' borders, or uncompressed RLE.
+# By hand: pycocotools encodes compressed RLE only and no polygons, and the demo extra does not include it.
+def segmentation(mask: np.ndarray, occluded: bool = False) -> list[list[int]] | dict:
+    """A mask (H, W) bool in COCO's format: polygons along pixel borders, or uncompressed RLE.
 
-    RLE is used for a mask that something else covers in part, and for one with a hole, which polygons cannot say.
+    RLE is used for partly occluded masks, and for masks with a hole, which polygons cannot represent.
     """
-    polygons = None if covered else _outlines(mask)
+    polygons = None if occluded else _outlines(mask)
     if polygons is not None:
         return polygons
-    flat = mask.T.ravel()  # COCO runs down the columns, and begins with a run of zeros
+    flat = mask.T.ravel()  # COCO's RLE is column-major and starts with a run of zeros
     borders = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *borders, flat.size]).tolist()
     return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
 
 
 def _outlines(mask: np.ndarray) -> list[list[int]] | None:
-    """The borders of a mask's 4-connected parts as polygons [x0, y0, x1, y1, ...]; None if a part has a hole."""
+    """Outlines of a mask's 4-connected components as polygons [x0, y0, x1, y1, ...]; None if one has a hole."""
     padded = np.pad(mask, 1).astype(np.int8)
-    down = padded[1:, :] - padded[:-1, :]  # +1: a part begins below this edge, -1: one ends
+    down = padded[1:, :] - padded[:-1, :]  # +1: the mask starts below this edge, -1: it ends
     right = padded[:, 1:] - padded[:, :-1]
     follow: dict[tuple[int, int], list[tuple[int, int]]] = {}
     # Directed edges with the mask on their right-hand side (y down); coordinates are those of the unpadded mask.
@@ -592,7 +593,7 @@ def _outlines(mask: np.ndarray) -> list[list[int]] | None:
         points, before = [], None
         while True:
             ends = follow[here]
-            # Where two parts touch at a corner, turn right, so that each keeps its own outline.
+            # Where two components touch at a corner, turn right, so that each keeps its own outline.
             if len(ends) > 1 and before is not None:
                 dx, dy = here[0] - before[0], here[1] - before[1]
                 there = (here[0] - dy, here[1] + dx)
@@ -616,7 +617,7 @@ def _outlines(mask: np.ndarray) -> list[list[int]] | None:
 
 
 def _provenance(sources, counts, size, seed, layout, sprites) -> dict:
-    """What `scenes.json` says: how to make the same scenes again, and of what they are made."""
+    """The content of `scenes.json`: how to reproduce the scenes, and their material."""
     return {
         "generator": {"layout": layout, **counts, "image_size": size, "seed": seed, "sprites": sprites},
         "classes": list(sources["train"].classes),
@@ -645,37 +646,42 @@ def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 # --- where the objects are -------------------------------------------------------------------------------------------
 
-#: A scene composed again differs from its JPEG by the compression alone: so many grey levels at most, on average.
-SAME = 6.0
+#: A recomposed scene differs from its JPEG by compression only: maximum mean difference in grey levels.
+MAX_DIFFERENCE = 6.0
 
 
 def scene_objects(path: str | os.PathLike[str]) -> np.ndarray:
-    """The pixels of the object in a scene of the imagenet layout, (H, W) bool.
+    """The object's pixels in a scene of the imagenet layout, (H, W) bool.
 
-    Its files hold no masks; the scene is composed again from what `scenes.json` says, and compared with the file.
+    This layout stores no masks; the scene is recomposed from `scenes.json` and compared with the file.
 
     Args:
-        path: of the image, `DATA/{train,val}/CLASS/000000.jpg`.
+        path: the image, `DATA/{train,val}/CLASS/000000.jpg`.
 
     Raises:
-        UserError: not such a file, or other versions of the packages compose another scene from the same numbers.
+        UserError: the file is not such an image, or other package versions compose another scene.
     """
     path = Path(path)
     root, split = path.parents[2], path.parents[1].name
     try:
-        made = json.loads((root / "scenes.json").read_text(encoding="utf-8"))["generator"]
-        index, size, seed, sprites = int(path.stem), int(made["image_size"]), int(made["seed"]), made["sprites"]
-        if made["layout"] != "imagenet" or split not in SPLITS:
+        generator = json.loads((root / "scenes.json").read_text(encoding="utf-8"))["generator"]
+        index, size, seed, sprites = (
+            int(path.stem),
+            int(generator["image_size"]),
+            int(generator["seed"]),
+            generator["sprites"],
+        )
+        if generator["layout"] != "imagenet" or split not in SPLITS:
             raise ValueError
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{path}: no scene of `sgformer data scenes` in the imagenet layout") from None
+        raise UserError(f"{path}: not a scene of `sgformer data scenes` in the imagenet layout") from None
     sources = _cached_sources(split, sprites)
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    image, (thing,) = compose(rng, sources, size, index % len(sources.classes))
+    image, (instance,) = compose(rng, sources, size, index % len(sources.classes))
     stored = np.asarray(read_image(path), dtype=np.float32)
-    if stored.shape[:2] != (size, size) or np.abs(stored - np.asarray(image)).mean() > SAME:
-        raise UserError(f"{path}: composed again it looks different: made with other versions (see {root}/scenes.json)")
-    return thing.mask
+    if stored.shape[:2] != (size, size) or np.abs(stored - np.asarray(image)).mean() > MAX_DIFFERENCE:
+        raise UserError(f"{path}: differs when recomposed: made with other package versions (see {root}/scenes.json)")
+    return instance.mask
 
 
 _cached_sources = lru_cache(maxsize=2)(load_sources)

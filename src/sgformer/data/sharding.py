@@ -1,4 +1,4 @@
-"""Make tar shards of an image folder, or an index for shards that were made elsewhere; `shards.py` reads both."""
+"""Create tar shards from an image folder, or an index for existing shards; `shards.py` reads both."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, 
 from sgformer.data.store import Store, appearing, is_address, printable, unreadable
 
 BLOCK = tarfile.BLOCKSIZE
-#: Class indices below this need no file that names them.
-MOST_CLASSES = 1_000_000
-#: A member of a shard is KEY.KIND; as in WebDataset, KEY ends at the first dot of the last part.
+#: Class indices from this on require classes.txt.
+MAX_UNNAMED = 1_000_000
+#: A member of a shard is KEY.KIND; as in WebDataset, KEY ends at the first dot of the file name.
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
 class _Hashed:
-    """A file being read or written, its SHA-256 and its length."""
+    """Wraps a file being read or written, tracking its SHA-256 and its length."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.digest, self.length, self.last = file, hashlib.sha256(), 0, b""
@@ -54,27 +54,27 @@ class _Hashed:
 
 
 def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: int = 512) -> Path:
-    """Put a folder in the ImageNet layout into tar shards; the same folder gives the same bytes.
+    """Pack a folder in the ImageNet layout into tar shards; the same folder gives the same bytes.
 
-    The files' bytes stay as they are, unreadable ones included. `out` appears when everything is in it.
+    Files are copied byte for byte, unreadable images included. `out` appears when it is complete.
 
     Args:
         source: folder with `train/CLASS/*` and `val/CLASS/*`.
-        out: folder to make.
-        shard_size: largest size of a shard in MB (10^6 bytes); a larger file has a shard to itself.
+        out: folder to create.
+        shard_size: maximum size of a shard in MB (10^6 bytes); a larger file gets a shard of its own.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: `source` is not in that layout, `out` is not empty, or `shard_size` is not above 0.
-        OSError: a file cannot be read or written; `out` is not made.
+        UserError: `source` has another layout, `out` is not empty, or `shard_size` is not above 0.
+        OSError: a file cannot be read or written; `out` is then not created.
     """
     if shard_size < 1:
         raise UserError(f"--shard-size must be above 0, got {shard_size}")
     if is_address(out):
-        raise UserError(f"{out}: shards are written to a local folder; copy that to where it should be")
-    out = Path(out).absolute()  # `.` has no name to put beside it
+        raise UserError(f"{out}: shards are written to a local folder; copy it to its destination afterwards")
+    out = Path(out).absolute()  # `.` has no name for the temporary folder beside it
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
     train, val = scan_splits(source)
@@ -85,7 +85,7 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
 
 
 def _write_split(listing: ImageFolder, folder: Path, shard_size: int) -> list[dict[str, Any]]:
-    """Write a split's shards; returns what the index says of them."""
+    """Write a split's shards; returns their index entries."""
     folder.mkdir()
     shards: list[dict[str, Any]] = []
     order = np.random.default_rng(0).permutation(len(listing)).tolist()
@@ -118,12 +118,12 @@ class _Writer:
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def length_with(self, members: Mapping[str, bytes]) -> int:
-        """Bytes of the whole file, were this its last sample."""
-        more = sum(BLOCK + _padded(len(data), BLOCK) for data in members.values())
-        return _padded(self.file.length + more + 2 * BLOCK, tarfile.RECORDSIZE)  # two empty blocks are the end mark
+        """Size of the complete file if this were its last sample."""
+        added = sum(BLOCK + _padded(len(data), BLOCK) for data in members.values())
+        return _padded(self.file.length + added + 2 * BLOCK, tarfile.RECORDSIZE)  # two empty blocks mark the end
 
     def add(self, key: str, name: str, target: int, members: Mapping[str, bytes]) -> None:
-        """One sample, by `_members`."""
+        """Add one sample, from `_members`."""
         offset, *_ = [self._member(key + kind, data) for kind, data in members.items()]
         image, *_ = members.values()
         values = (name, target, offset, len(image), zlib.crc32(image))
@@ -131,21 +131,21 @@ class _Writer:
             column.append(value)
 
     def _member(self, name: str, data: bytes) -> int:
-        """Write a member without anything that depends on time or user; returns where its data begin."""
+        """Write a member without time or user; returns the offset of its data."""
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self.tar.addfile(member, io.BytesIO(data))
         return self.file.length - _padded(len(data), BLOCK)
 
     def close(self) -> dict[str, Any]:
-        """End the file; returns what the index says of it."""
+        """Finish the file; returns its index entry."""
         self.tar.close()
         self.raw.close()
-        return _about(self.path.name, self.file, self.columns)
+        return _entry(self.path.name, self.file, self.columns)
 
 
 def _members(name: str, target: int, image: bytes) -> dict[str, bytes]:
-    """A sample's members by their kinds, the image first."""
+    """A sample's members by kind, the image first."""
     about = {".cls": str(target).encode(), ".json": json.dumps({"name": name}).encode()}
     return {os.path.splitext(name)[1].lower(): image, **about}
 
@@ -154,43 +154,43 @@ def _padded(length: int, unit: int) -> int:
     return -(-length // unit) * unit
 
 
-def _about(name: str, file: _Hashed, columns: Mapping[str, list[Any]]) -> dict[str, Any]:
+def _entry(name: str, file: _Hashed, columns: Mapping[str, list[Any]]) -> dict[str, Any]:
     facts = {"file": name, "bytes": file.length, "sha256": file.digest.hexdigest(), "samples": len(columns["names"])}
     return {**facts, **columns}
 
 
-# -- an index for shards of others ------------------------------------------------------------------------------------
+# -- an index for existing shards -------------------------------------------------------------------------------------
 
 
 def index_shards(root: str | os.PathLike) -> dict[str, Any]:
-    """Read tar shards through and write `shards.json` beside them.
+    """Scan tar shards and write `shards.json` beside them.
 
-    They lie in `root/train/*.tar` and `root/val/*.tar`. A sample is an image and a `.cls` with the class index, with
-    the same key and next to each other; a `.json` may give the image's `name`. Class names are the lines of
-    `root/classes.txt`, else the indices.
+    The shards are `root/train/*.tar` and `root/val/*.tar`. A sample consists of an image and a `.cls` with the class
+    index, adjacent and with the same key; a `.json` may give the image's `name`. Class names are the lines of
+    `root/classes.txt`, otherwise the indices.
 
     Args:
-        root: a folder, or an address that can be listed and written to.
+        root: a folder, or a URL that can be listed and written to.
 
     Returns:
-        `{"samples": {split: count}, "classes": count, "extra": {kind: count}}`; `extra` are members that are not used.
+        `{"samples": {split: count}, "classes": count, "extra": {kind: count}}`; `extra` counts unused members.
 
     Raises:
-        UserError: there is an index already, there are no shards, one is not whole, or a sample is not as above; names
-            the shard.
+        UserError: an index exists, there are no shards, or a shard is incomplete or has an invalid sample; names the
+            shard.
     """
     store = Store(root)
     if INDEX in store.list(""):
-        raise UserError(f"{store.name(INDEX)}: is there already; remove it to make it anew")
+        raise UserError(f"{store.name(INDEX)}: already exists; remove it to recreate it")
     splits: dict[str, list[dict[str, Any]]] = {}
     extra: Counter[str] = Counter()
     for split in SPLITS:
         if files := tars_in(store, split):
-            found = (_scan_shard(store, f"{split}/{file}", extra) for file in files)
-            splits[split] = list(track(found, len(files), f"reading {split}"))
+            scans = (_scan_shard(store, f"{split}/{file}", extra) for file in files)
+            splits[split] = list(track(scans, len(files), f"reading {split}"))
     if not splits:
         packed = [file for split in SPLITS for file in store.list(split) if file.endswith((".tgz", ".tar.gz"))]
-        hint = "; unpack .gz: images are read from within a shard" if packed else ""
+        hint = "; decompress .gz: images are read by their offset in a shard" if packed else ""
         raise UserError(f"{store.name()}: expected train/*.tar and val/*.tar{hint}")
     highest = max(max(shard["targets"]) for shards in splits.values() for shard in shards)
     classes = _class_names(store, highest)
@@ -201,35 +201,35 @@ def index_shards(root: str | os.PathLike) -> dict[str, Any]:
 
 def _class_names(store: Store, highest: int) -> list[str]:
     if "classes.txt" not in store.list(""):
-        if highest >= MOST_CLASSES:  # before a name is made for each
-            raise UserError(f"{store.name()}: a .cls says {highest}: so many classes have to be named in classes.txt")
+        if highest >= MAX_UNNAMED:  # before a name is generated for each
+            raise UserError(f"{store.name()}: a .cls holds {highest}: this many classes must be named in classes.txt")
         return [str(i) for i in range(highest + 1)]
     where = store.name("classes.txt")
     try:
         names = [line.strip() for line in store.read("classes.txt").decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise UserError(f"{where}: not text in UTF-8") from None
+        raise UserError(f"{where}: not UTF-8 text") from None
     if len(set(names)) != len(names):
-        raise UserError(f"{where}: {some([name for name, n in Counter(names).items() if n > 1])} is there twice")
+        raise UserError(f"{where}: repeated names: {some([name for name, n in Counter(names).items() if n > 1])}")
     if highest >= len(names):
-        raise UserError(f"{where}: {len(names)} names, but class index {highest} occurs (the first one is 0)")
+        raise UserError(f"{where}: {len(names)} names, but class index {highest} occurs (indices start at 0)")
     return names
 
 
 def _scan_shard(store: Store, path: str, extra: Counter[str]) -> dict[str, Any]:
-    """Read one tar file from front to back; returns what the index says of it."""
+    """Read one tar file sequentially; returns its index entry."""
     where = store.name(path)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     sample: dict[str, Any] = {}
     done: set[str] = set()
 
     def finish() -> None:
-        """Put the sample that has ended into the columns."""
+        """Append the completed sample to the columns."""
         if not sample:
             return
-        lacking = [what for what in ("image", "cls") if what not in sample]
-        if lacking:
-            raise UserError(f"{where}: sample {_shown(sample['key'])} has no {' and no .'.join(lacking)}")
+        missing = [kind for kind in ("image", "cls") if kind not in sample]
+        if missing:
+            raise UserError(f"{where}: sample {_shown(sample['key'])} has no {' and no .'.join(missing)}")
         offset, size, crc, kind = sample["image"]
         name = sample.get("name") or f"{sample['key']}{kind}"
         for column, value in zip(columns.values(), (name, sample["cls"], offset, size, crc), strict=True):
@@ -240,7 +240,7 @@ def _scan_shard(store: Store, path: str, extra: Counter[str]) -> dict[str, Any]:
             file = _Hashed(raw)
             with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|") as tar:
                 for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    tar.members = []  # type: ignore[attr-defined]  # it would accumulate all members
                     parts = MEMBER.fullmatch(member.name)
                     if parts is None or not member.isreg() or member.issparse():
                         if not member.isdir():
@@ -250,33 +250,33 @@ def _scan_shard(store: Store, path: str, extra: Counter[str]) -> dict[str, Any]:
                     if sample.get("key") != key:
                         finish()
                         if key in done:
-                            raise UserError(f"{where}: the members of sample {_shown(key)} are not next to each other")
+                            raise UserError(f"{where}: the members of sample {_shown(key)} are not adjacent")
                         done.add(key)
                         sample = {"key": key}
                     if len(key) > LONGEST_NAME - 16:
                         raise UserError(f"{where}: a member's name has {len(key)} characters")
                     if not _take(sample, kind, member, tar, where):
                         extra[_shown(kind)] += 1
-            while file.read(2**20):  # what follows the end mark belongs to the file, too
+            while file.read(2**20):  # the checksum includes everything after the end mark
                 pass
-            if file.last != bytes(BLOCK):  # tarfile takes a file that ends between two members for a whole one
+            if file.last != bytes(BLOCK):  # tarfile accepts a file that ends between two members
                 raise tarfile.ReadError("no end mark")
             finish()
     except (UserError, KeyboardInterrupt):
         raise
     except tarfile.TarError as error:
-        raise UserError(f"{where}: not a whole tar file ({first_line(error)})") from None
+        raise UserError(f"{where}: not a complete tar file ({first_line(error)})") from None
     except OSError as error:
         raise unreadable(where, error) from None
-    except Exception as error:  # tarfile on broken headers, drivers on broken connections
+    except Exception as error:  # from tarfile on broken headers, from drivers on broken connections
         raise UserError(f"{where}: not a readable tar file ({first_line(error)})") from None
     if not columns["names"]:
-        raise UserError(f"{where}: no sample in it")
-    return _about(path.partition("/")[2], file, columns)
+        raise UserError(f"{where}: holds no samples")
+    return _entry(path.partition("/")[2], file, columns)
 
 
 def _take(sample: dict[str, Any], kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile, where: str) -> bool:
-    """Put a member into its sample; False if it is of no use."""
+    """Add a member to its sample; False if it is not used."""
     key = _shown(sample["key"])
     if kind in IMAGE_EXTENSIONS:
         if "image" in sample:
@@ -286,7 +286,7 @@ def _take(sample: dict[str, Any], kind: str, member: tarfile.TarInfo, tar: tarfi
     elif kind == ".cls":
         text = _content(tar, member)[:40] if member.size <= 32 else b"?"
         if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
-            raise UserError(f"{where}: {key}.cls is no class index")
+            raise UserError(f"{where}: {key}.cls does not hold a class index")
         sample["cls"] = int(text)
     elif kind == ".json":
         with contextlib.suppress(ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Files of a data set, on a disk or behind any address that fsspec opens; ranges of bytes of them."""
+"""Access to a data set's files and byte ranges, on a local disk or at any URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from sgformer.core.errors import MissingError, StalledError, UserError, first_li
 from sgformer.core.files import replacing
 from sgformer.data.image import in_time
 
-MOST_OPEN = 64  # files that a process keeps open
+MAX_OPEN = 64  # files that a process keeps open
 
 
 def is_address(root: str | os.PathLike) -> bool:
-    """Whether data is behind an address, such as `s3://bucket/data`, not in a folder."""
+    """Whether `root` is a URL, such as `s3://bucket/data`, and not a folder."""
     return bool(re.match(r"[A-Za-z][\w+.-]*(::[\w+.-]+)*://", os.fspath(root)))
 
 
+# The local half is by hand: fsspec's local reads take 1.5 to 4 times as long (docs/notes/libraries.md).
 class Store:
-    """Files below a local folder, or below an address that fsspec opens (`s3://bucket/data`, `memory://data`).
+    """Files below a local folder or a URL that fsspec supports (`s3://bucket/data`, `memory://data`).
 
-    Safe to fork and to pickle: open files and connections are each process's own.
+    Safe to fork and to pickle: every process opens its own files and connections.
 
     Args:
-        root: the folder or address.
+        root: the folder or URL.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -54,14 +55,14 @@ class Store:
         self._reset()
 
     def name(self, file: str = "") -> str:
-        """What messages call a file."""
+        """A file's name in messages."""
         return os.path.join(self.root, file) if self.local else f"{self.root}/{file}".rstrip("/")
 
     def read(self, file: str, start: int = 0, size: int | None = None) -> bytes:
-        """`size` bytes from `start` on; fewer where the file ends.
+        """Read `size` bytes from `start`; fewer at the end of the file; None: all.
 
         Raises:
-            StalledError: it cannot be read, which says nothing about its content.
+            StalledError: the file cannot be read, whatever its content.
         """
         (result,) = self.read_many([(file, start, size)])
         if isinstance(result, StalledError):
@@ -69,7 +70,7 @@ class Store:
         return result
 
     def read_many(self, ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | StalledError]:
-        """As `read`, for several ranges: from an address all at once, where its driver can do that."""
+        """As `read`, for several ranges; from a URL concurrently if the driver supports it."""
         if self.local:
             return [in_time(lambda one=one: self._read_local(*one), self.name(one[0])) for one in ranges]  # type: ignore[misc]
 
@@ -81,21 +82,21 @@ class Store:
             return system.cat_ranges(files, starts, ends, on_error="return")
 
         try:
-            found = in_time(read, self.name(ranges[0][0]))
+            results = in_time(read, self.name(ranges[0][0]))
         except UserError:
             raise
-        except Exception as error:  # drivers raise whatever their libraries do
-            found = [error] * len(ranges)
+        except Exception as error:  # drivers raise their libraries' exceptions
+            results = [error] * len(ranges)
         return [
-            unreadable(self.name(one[0]), got) if isinstance(got, BaseException) else bytes(got)
-            for one, got in zip(ranges, found, strict=True)
+            unreadable(self.name(one[0]), result) if isinstance(result, BaseException) else bytes(result)
+            for one, result in zip(ranges, results, strict=True)
         ]
 
     def size(self, file: str) -> int | None:
-        """Bytes in a file; None where an address does not tell.
+        """A file's size in bytes; None if the server does not report it.
 
         Raises:
-            StalledError: it is not there, or cannot be reached.
+            StalledError: the file is missing or unreachable.
         """
         try:
             if self.local:
@@ -108,14 +109,14 @@ class Store:
             raise unreadable(self.name(file), error) from None
 
     def open(self, file: str) -> IO[bytes]:
-        """A file to be read from front to back."""
+        """Open a file for sequential reading."""
         if self.local:
             return open(self.name(file), "rb")
         system, root = self.system()
         return system.open(f"{root}/{file}", "rb")
 
     def list(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if there is no such folder."""
+        """The names of the files in a folder, sorted; empty if the folder does not exist."""
         try:
             if self.local:
                 return sorted(entry.name for entry in os.scandir(self.name(folder)) if entry.is_file())
@@ -129,7 +130,12 @@ class Store:
             raise unreadable(self.name(folder), error) from None
 
     def write(self, file: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file, on a local disk atomically.
+
+        Raises:
+            UserError: the URL cannot be written to.
+            OSError: the local file cannot be written.
+        """
         if not self.local:
             system, root = self.system()
             try:
@@ -141,10 +147,10 @@ class Store:
             unfinished.write_bytes(data)
 
     def system(self) -> tuple[Any, str]:
-        """fsspec's file system and the path of the root in it.
+        """The fsspec file system and the root's path in it.
 
         Raises:
-            UserError: the address is of no known kind, or what opens its kind is not installed.
+            UserError: the URL's protocol is unknown, or its driver is not installed.
         """
         if self._process != os.getpid():  # connections do not survive a fork
             self._reset()
@@ -154,10 +160,10 @@ class Store:
             try:
                 system, root = core.url_to_fs(self.root)
             except ImportError as error:
-                raise UserError(f"{self.root}: {scheme}:// needs a package more: {first_line(error)}") from None
+                raise UserError(f"{self.root}: {scheme}:// needs another package: {first_line(error)}") from None
             except Exception as error:
                 hint = "" if "://" in first_line(error) else f" ({first_line(error)})"
-                raise UserError(f"{self.root}: fsspec cannot open such an address{hint}") from None
+                raise UserError(f"{self.root}: fsspec cannot open this URL{hint}") from None
             self._system = system, root.rstrip("/")
         return self._system
 
@@ -168,7 +174,7 @@ class Store:
                     opened.seek(start)
                     return opened.read(-1 if size is None else size)
             parts, handle = [], self._handle(file)
-            while size and (part := os.pread(handle, size, start)):  # the system may give less than it is asked for
+            while size and (part := os.pread(handle, size, start)):  # short reads are possible
                 parts.append(part)
                 start, size = start + len(part), size - len(part)
             return b"".join(parts)
@@ -176,12 +182,12 @@ class Store:
             return unreadable(self.name(file), error)
 
     def _handle(self, file: str) -> int:
-        """An open file: opening one for every image is what a network file system is slow at."""
+        """An open file descriptor, cached: opening a file per image is slow on network file systems."""
         if self._process != os.getpid():
             self._reset()
         with self._lock:
             if file not in self._files:
-                while len(self._files) >= MOST_OPEN:
+                while len(self._files) >= MAX_OPEN:
                     os.close(self._files.popitem(last=False)[1])
                 self._files[file] = os.open(self.name(file), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self._files.move_to_end(file)
@@ -196,10 +202,10 @@ class Store:
 
 @contextlib.contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A folder to fill, beside `out`, whose place it takes when the block has ended well; else it is removed.
+    """Yield a temporary folder beside `out`, renamed to `out` when the block succeeds, otherwise removed.
 
     Args:
-        out: not there, or an empty folder.
+        out: must not exist, or be an empty folder.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
@@ -214,12 +220,12 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 def unreadable(name: str, error: BaseException) -> StalledError:
-    """The error of a file that did not come."""
+    """The error for a file that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{name}: no such file")
     return StalledError(f"{name}: cannot be read ({first_line(error)})")
 
 
 def printable(text: str) -> str:
-    """A name from a file of a stranger's, fit for a terminal."""
+    """An untrusted name with unprintable characters escaped."""
     return text if text.isprintable() else ascii(text)[1:-1]

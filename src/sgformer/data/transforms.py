@@ -19,13 +19,13 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep so many bits of each value: all from 8 up; none, at a policy's full strength, leaves black."""
+    """Keep the highest `bits` bits of each value: all for 8 or more; 0, at a policy's maximum strength, gives black."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-# timm leaves 0 bits to Pillow, which refuses them from version 13 on: one image in a thousand would end a training.
+# timm passes 0 bits to Pillow, which rejects them from version 13 on: one image in a thousand would stop a training.
 NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
@@ -40,13 +40,16 @@ def train_transform(
     reprob: float = 0.25,
     normalization: Normalization = IMAGENET,
 ) -> Transform:
-    """Random crop and flip, RandAugment (or colour jitter where that is off), normalisation, random erasing.
+    """Random crop and flip, RandAugment (or colour jitter if that is off), normalisation, random erasing.
 
     Args:
         image_size: (height, width) in pixels.
         auto_augment: a timm policy string, or None.
-        crop_scale: smallest share of the image's area in a crop.
-        normalization: of the result.
+        color_jitter: strength of the jitter, used if `auto_augment` is None.
+        interpolation: of the crop's resize; "random" picks bilinear or bicubic.
+        crop_scale: minimum area of a crop as a fraction of the image's.
+        hflip, reprob: probabilities of a horizontal flip and of random erasing.
+        normalization: mean and standard deviation.
 
     Returns:
         PIL RGB image -> float32 (3, height, width), normalised. Random numbers come from the
@@ -74,7 +77,7 @@ def train_transform(
         )
     except AssertionError as error:
         raise UserError(
-            f"--auto-augment {auto_augment}: {error}; a policy of timm is e.g. rand-m9-mstd0.5-inc1"
+            f"--auto-augment {auto_augment}: {error}; an example of a timm policy: rand-m9-mstd0.5-inc1"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Explain what a trained network attended to, whatever it was trained for.
+"""Explain what a trained network attends to, for any task.
 
-An :class:`Explainer` joins a network with what it takes to explain an image: how the image is read for it, one forward
-pass that keeps every map, and the result as a picture. Each task has one, made from the class here.
+An :class:`Explainer` combines a network with its preprocessing, a forward pass that keeps every map, and the drawing of
+the result. Each task derives its own from the class here.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from sgformer.models.backbone import GuidedBlock, Inspection, SGFormer
 from sgformer.models.significance import make_source
 from sgformer.results import Explanation
 
-#: An image as people have it: a file, a PIL image, a (H, W, 3) uint8 array, or a tensor as the network takes it.
+#: An image in any supported form: a file, a PIL image, a (H, W, 3) uint8 array, or a tensor ready for the network.
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
 def explain_batch(model: SGFormer, x: Tensor, normalization: Normalization = IMAGENET) -> list[Explanation]:
-    """One forward pass, turned into what can be drawn.
+    """Run one forward pass and collect its maps for drawing.
 
     Args:
-        model: in the mode it is to run in; it is not changed.
+        model: used in its current mode, which is not changed.
         x: (B, 3, H, W), normalised.
-        normalization: of x.
+        normalization: the normalisation of x.
 
     Returns:
         One :class:`~sgformer.results.Explanation` per image, read from the pass's own maps and indices.
     """
     with torch.no_grad():
-        seen = model.inspect(x)
-    assert seen.logits is not None
-    images, logits = pixels(x, normalization), seen.logits.float().cpu().numpy()
+        inspection = model.inspect(x)
+    assert inspection.logits is not None
+    images, logits = pixels(x, normalization), inspection.logits.float().cpu().numpy()
     return [
-        dataclasses.replace(one, logits=said)
-        for one, said in zip(explanations(model, seen, images), logits, strict=True)
+        dataclasses.replace(explanation, logits=row)
+        for explanation, row in zip(explanations(model, inspection, images), logits, strict=True)
     ]
 
 
 def pixels(x: Tensor, normalization: Normalization = IMAGENET) -> np.ndarray:
-    """(B, C, H, W) normalised -> (B, H, W, 3) uint8; other than three channels come out as their mean, in grey."""
+    """(B, C, H, W) normalised -> (B, H, W, 3) uint8; if C is not 3, the mean over channels in grey."""
     if x.shape[1] == 3:
         shown = denormalize(x, normalization)
     else:
@@ -62,11 +62,11 @@ def pixels(x: Tensor, normalization: Normalization = IMAGENET) -> np.ndarray:
     return (shown.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
-def explanations(model: SGFormer, seen: Inspection, images: np.ndarray) -> list[Explanation]:
-    """What an inspected pass over a batch saw, image by image; images (B, H, W, 3) uint8 as the network got them."""
-    regions = {key: groups.region_map().cpu().numpy() for key, groups in seen.tokens.items()}
-    tokens = {key: groups.token_map().cpu().numpy() for key, groups in seen.tokens.items()}
-    rates = {key: [r.rate for r in model.config.stages[int(key.split(".")[0]) - 1].regions] for key in seen.tokens}
+def explanations(model: SGFormer, inspection: Inspection, images: np.ndarray) -> list[Explanation]:
+    """Split the inspection of a batch by image; images are the network's inputs, (B, H, W, 3) uint8."""
+    regions = {key: groups.region_map().cpu().numpy() for key, groups in inspection.tokens.items()}
+    tokens = {key: groups.token_map().cpu().numpy() for key, groups in inspection.tokens.items()}
+    rates = {key: [r.rate for r in model.config.stages[int(key.split(".")[0]) - 1].regions] for key in tokens}
 
     def of(maps: Mapping[str, Any], i: int) -> dict[str, np.ndarray]:
         return {key: m[i] if isinstance(m, np.ndarray) else m[i].float().cpu().numpy() for key, m in maps.items()}
@@ -75,9 +75,9 @@ def explanations(model: SGFormer, seen: Inspection, images: np.ndarray) -> list[
         Explanation(
             image=image,
             title="",
-            significance=of(seen.significance, i),
-            coarse=of(seen.coarse, i),
-            fine=of(seen.fine, i),
+            significance=of(inspection.significance, i),
+            coarse=of(inspection.coarse, i),
+            fine=of(inspection.fine, i),
             regions=of(regions, i),
             tokens=of(tokens, i),
             rates=rates,
@@ -90,14 +90,14 @@ class Explainer(ABC):
     """Explains images by one kind of network.
 
     Args:
-        model: the network; it runs in evaluation mode, and is left in the mode it was in.
+        model: the network; it runs in evaluation mode, and its own mode is restored afterwards.
         metadata: of its weights: `classes`, `image_size` and so on, as far as known.
 
     Raises:
-        UserError: another network than SG-Former, which has no significance.
+        UserError: the backbone is not an SG-Former, so there is no significance.
     """
 
-    #: What is less certain is left out, where a network is certain of single things.
+    #: Objects with a lower score are left out; used by detectors.
     score = 0.0
 
     def __init__(self, model: Any, metadata: Mapping[str, Any] | None = None):
@@ -105,24 +105,24 @@ class Explainer(ABC):
         self.names = [str(name) for name in self.metadata.get("classes") or []]
         self.normalization = Normalization.of(self.metadata)
         if not isinstance(self.network, SGFormer):
-            held = self.metadata.get("model") or type(self.network).__name__
-            raise UserError(f"{held} is another network than SG-Former and has no significance to show")
+            name = self.metadata.get("model") or type(self.network).__name__
+            raise UserError(f"{name} is not an SG-Former and has no significance to show")
 
     @property
     def network(self) -> Any:
-        """The SG-Former in the model."""
+        """The model's SG-Former backbone."""
         return self.model.backbone.network
 
     @abstractmethod
     def read(self, image: Image.Image) -> Tensor:
-        """An RGB image as the tensor (3, H, W) that `explain` takes: as in validation."""
+        """Preprocess an RGB image as in validation: the tensor (3, H, W) that `explain` takes."""
 
     def read_mask(self, mask: np.ndarray) -> Tensor:
-        """Pixels (H, W) bool of an image as `read` moves them: what `mask` takes."""
+        """Apply the geometry of `read` to a mask (H, W) bool: the tensor that `mask` takes."""
         return denormalize(self.read(Image.fromarray(mask).convert("RGB")), self.normalization)[0] > 0.5
 
     def explain(self, x: Tensor) -> Explanation:
-        """One forward pass of one image (3, H, W), and every map of it."""
+        """Run one forward pass on one image (3, H, W) and return all its maps."""
         training = self.model.training
         self.model.eval()
         try:
@@ -135,11 +135,11 @@ class Explainer(ABC):
     def _explain(self, x: Tensor) -> Explanation: ...
 
     def mask(self, mask: Tensor) -> np.ndarray:
-        """A mask (H, W) of an image that `explain` takes, laid on the image that it shows: bool."""
+        """A mask (H, W) in the geometry of `explain`'s input, mapped to `Explanation.image`: (H, W) bool."""
         return mask.bool().cpu().numpy()
 
     def take_size(self, image_size: int | tuple[int, int]) -> None:
-        """Read images at another size than in training.
+        """Use another image size than in training.
 
         Raises:
             UserError: the size is invalid.
@@ -150,35 +150,35 @@ class Explainer(ABC):
         self.metadata |= self._sized(image_size)
 
     def _sized(self, image_size: int | tuple[int, int]) -> dict[str, Any]:
-        """What the metadata has to say for another size."""
+        """The metadata entries for another image size."""
         return {"image_size": image_size}
 
     def explain_all(self, pictures: Iterable[Picture]) -> Iterator[Explanation]:
-        """Explain images one after the other; the titles begin with the names of files."""
+        """Explain images one by one; each title starts with the file name."""
         for picture in pictures:
-            seen = self.explain_image(picture)
+            explanation = self.explain_image(picture)
             name = Path(picture).name if isinstance(picture, str | os.PathLike) else ""
-            yield dataclasses.replace(seen, title="\n".join(filter(None, [name, seen.title])))
+            yield dataclasses.replace(explanation, title="\n".join(filter(None, [name, explanation.title])))
 
     def explain_image(self, image: Picture) -> Explanation:
-        """Explain an image as people have it.
+        """Explain an image given in any supported form.
 
         Args:
-            image: a file, a PIL image, an array (H, W, 3) uint8, or a tensor (3, H, W) as the network takes it
-                (normalised; for a detector in 0..1).
+            image: a file, a PIL image, an array (H, W, 3) uint8, or a tensor (3, H, W) ready for the network
+                (normalised; for a detector in [0, 1]).
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be read, or has another shape or dtype.
         """
         if isinstance(image, Tensor):
             x = image[0] if image.ndim == 4 and len(image) == 1 else image
             if x.ndim != 3:
-                raise UserError(f"an image as a tensor is (3, H, W), got {tuple(image.shape)}")
+                raise UserError(f"an image tensor must be (3, H, W), got {tuple(image.shape)}")
             return self.explain(x)
         if isinstance(image, np.ndarray):
-            colours = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-            if image.dtype != np.uint8 or not colours:
-                raise UserError(f"an image as an array is (H, W, 3) uint8, got {image.shape} {image.dtype}")
+            valid_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+            if image.dtype != np.uint8 or not valid_shape:
+                raise UserError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
             image = Image.fromarray(image)
         return self.explain(self.read(open_image(image if isinstance(image, Image.Image) else Path(image))))
 
@@ -186,10 +186,10 @@ class Explainer(ABC):
 def as_pictures(
     images: Picture | Iterable[Picture], limit: int | None = None
 ) -> list[Path | Image.Image | np.ndarray | Tensor]:
-    """One or several images, with folders replaced by the images in them; `limit` spreads evenly.
+    """List one or several images, expanding folders; `limit` takes that many, evenly spaced.
 
     Raises:
-        UserError: no such file, or no image in a folder.
+        UserError: a file does not exist, or a folder holds no images.
     """
     single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
     pictures: list[Any] = []
@@ -202,7 +202,7 @@ def as_pictures(
 
 @contextmanager
 def ranked_by(network: nn.Module, ranking: str | None) -> Iterator[None]:
-    """Within the block, a trained network's tokens are ranked by another source of significance; None: its own."""
+    """Rank a trained network's tokens by another source of significance within the block; None keeps its own."""
     blocks = [module for module in network.modules() if isinstance(module, GuidedBlock)] if ranking else []
     own = [block.source for block in blocks]
     try:
@@ -215,5 +215,5 @@ def ranked_by(network: nn.Module, ranking: str | None) -> Iterator[None]:
 
 
 def _replace_source(block: GuidedBlock, source: Any) -> None:
-    del block.source  # a module's place in its parent takes nothing but modules
+    del block.source  # a name registered as a submodule accepts only modules
     block.source = source

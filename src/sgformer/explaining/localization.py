@@ -1,14 +1,14 @@
-"""Localization: do salient tokens fall on the objects more often than chance?
+"""Localization: do salient tokens fall on objects more often than expected by chance?
 
-Three numbers for every self-guided block, over images whose objects are known:
+Three measures per self-guided block, over images with annotated objects:
 
-* energy inside: the share of salient tokens' area that lies on objects (salient: the most significant region);
-* area: the objects' share of the image, which is what tokens placed at random would reach;
-* shuffled: energy inside again, but with each image's salient tokens laid on the objects of all other images. Maps and
-  objects both prefer the middle of an image; this baseline keeps that, so what differs is about the image itself.
+* energy inside: the fraction of the salient tokens' area that lies on objects (salient: the most significant region);
+* area: the objects' fraction of the image, the expected value for tokens placed at random;
+* shuffled: energy inside with each image's salient tokens evaluated on the objects of all other images. Maps and
+  objects share a centre bias; this baseline keeps it, so any difference is specific to the image.
 
-The test is a permutation test of energy inside: the objects are reassigned to images at random many times, and p is the
-share of assignments (the true one included) that reach the measured value.
+Energy inside gets a permutation test: the objects are reassigned to images at random, and p is the fraction of
+assignments (the true one included) that reach the measured value.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from sgformer.explaining.base import Explainer
 from sgformer.results import Explanation
 
 PERMUTATIONS = 10_000
-#: The name of the mean over all blocks, as a block.
+#: The block name of the mean over all blocks.
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Localization:
-    """Where the salient tokens of one self-guided block landed.
+    """Localization of one self-guided block's salient tokens.
 
     Attributes:
         block: "stage.block", or "all" for the mean over blocks.
-        images: how many with objects.
-        energy_inside, area, shuffled: fractions; see the module.
-        p: of the permutation test, one-sided.
-        more: in how many images `energy_inside` is above `area`.
-        sign_p: of the one-sided sign test of that, images without a difference left out.
+        images: number of images with objects.
+        energy_inside, area, shuffled: fractions in [0, 1]; see the module.
+        p: one-sided p-value of the permutation test.
+        more: number of images with `energy_inside` above `area`.
+        sign_p: one-sided p-value of the sign test of that; ties are dropped.
     """
 
     block: str
@@ -58,65 +58,66 @@ class Localization:
 
 
 def coverage(mask: np.ndarray, grid: tuple[int, int], stride: int) -> np.ndarray:
-    """The objects' share of every token's pixels, `stride` x `stride`: (H, W) bool -> (h, w) float."""
+    """The objects' fraction of every token's `stride` x `stride` pixels: (H, W) bool -> (h, w) float64."""
     (H, W), (h, w) = mask.shape, grid
     padded = np.zeros((h * stride, w * stride))
-    real = np.zeros_like(padded)
-    padded[:H, :W], real[:H, :W] = mask[: h * stride, : w * stride], 1
-    sums = [a.reshape(h, stride, w, stride).sum((1, 3)) for a in (padded, real)]
+    valid = np.zeros_like(padded)
+    padded[:H, :W], valid[:H, :W] = mask[: h * stride, : w * stride], 1
+    sums = [a.reshape(h, stride, w, stride).sum((1, 3)) for a in (padded, valid)]
     return sums[0] / np.maximum(sums[1], 1)
 
 
-def salient(seen: Explanation, block: str) -> np.ndarray:
-    """(h, w) bool: tokens of the most significant region of a self-guided block."""
-    return seen.regions[block] == len(seen.rates[block]) - 1
+def salient(explanation: Explanation, block: str) -> np.ndarray:
+    """The tokens of a self-guided block's most significant region, (h, w) bool."""
+    return explanation.regions[block] == len(explanation.rates[block]) - 1
 
 
 def stride_of(block: str) -> int:
-    """Pixels between tokens of a block's stage: 4, 8, 16."""
+    """The stride of a block's stage in pixels: 4, 8 or 16."""
     return 2 ** (int(block.split(".")[0]) + 1)
 
 
-def salient_energy(seen: Explanation, mask: np.ndarray) -> dict[str, tuple[float, float]]:
-    """By block of one image: the share of salient tokens' area inside objects, and the objects' share of all tokens."""
-    found = {}
-    for block in seen.tokens:
-        chosen = salient(seen, block)
+def salient_energy(explanation: Explanation, mask: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Energy inside and the objects' area of one image, by block."""
+    energies = {}
+    for block in explanation.tokens:
+        chosen = salient(explanation, block)
         covered = coverage(mask, chosen.shape, stride_of(block))
-        found[block] = float(covered[chosen].mean()), float(covered.mean())
-    return found
+        energies[block] = float(covered[chosen].mean()), float(covered.mean())
+    return energies
 
 
 def measure(
     pairs: Iterable[tuple[Explanation, np.ndarray]], permutations: int = PERMUTATIONS, seed: int = 0
 ) -> list[Localization]:
-    """The three numbers and their tests.
+    """Compute the three measures and their tests.
 
     Args:
-        pairs: what a network saw of an image, and the objects' pixels on the image it was shown, (H, W) bool. Images
-            without objects are left out; all have to be of one size.
-        permutations: of the permutation test.
-        seed: of the permutations.
+        pairs: explanations, each with the objects' pixels in `Explanation.image`, (H, W) bool. Images without objects
+            are left out; all others must have the same size.
+        permutations: number of random assignments in the permutation test.
+        seed: for the permutations.
 
     Returns:
-        One for every self-guided block, and "all".
+        One entry per self-guided block, and one for "all".
 
     Raises:
-        UserError: fewer than two images with objects, images of different sizes, or a network without reallocation.
+        UserError: fewer than two images with objects, images of different sizes, or a network that reallocates no
+            tokens.
     """
     chosen: dict[str, list[np.ndarray]] = {}
     covered: dict[str, list[np.ndarray]] = {}
-    for seen, mask in pairs:
-        if not seen.tokens:
-            raise UserError("the network reallocates no tokens (pairs is not guided): there is nothing to measure")
+    for explanation, mask in pairs:
+        if not explanation.tokens:
+            raise UserError("the network reallocates no tokens (pairs is not guided), so there is nothing to measure")
         if not mask.any():
             continue
-        for block in seen.tokens:
-            where = salient(seen, block)
-            chosen.setdefault(block, []).append(where.ravel() / where.sum())
-            covered.setdefault(block, []).append(coverage(mask, where.shape, stride_of(block)).ravel())
+        for block in explanation.tokens:
+            selected = salient(explanation, block)
+            chosen.setdefault(block, []).append(selected.ravel() / selected.sum())
+            covered.setdefault(block, []).append(coverage(mask, selected.shape, stride_of(block)).ravel())
             if chosen[block][-1].shape != chosen[block][0].shape:
-                raise UserError("the images have different sizes; pass --image-size so that all become one size")
+                raise UserError("the images have different sizes; pass --image-size to resize them all")
     if len(next(iter(chosen.values()), [])) < 2:
         raise UserError("at least two images with objects are needed")
     crossed = {block: np.stack(chosen[block]) @ np.stack(covered[block]).T for block in chosen}  # maps x objects
@@ -125,6 +126,7 @@ def measure(
     return [_test(block, crossed[block], areas[block], permutations, seed) for block in crossed]
 
 
+# The tests are NumPy and math: scipy.stats gives the same p-values, but is 113 MB that the train extra does not need.
 def _test(block: str, crossed: np.ndarray, area: np.ndarray, permutations: int, seed: int) -> Localization:
     n = len(crossed)
     own = np.diag(crossed)
@@ -139,7 +141,7 @@ def _test(block: str, crossed: np.ndarray, area: np.ndarray, permutations: int, 
 
 
 def sign_test(more: int, less: int) -> float:
-    """The chance of `more` or more heads in `more + less` throws of a fair coin."""
+    """The probability of `more` or more heads in `more + less` tosses of a fair coin."""
     n = more + less
     return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n
 
@@ -147,7 +149,7 @@ def sign_test(more: int, less: int) -> float:
 def explain_objects(
     explainer: Explainer, objects: KnownObjects, limit: int | None = None
 ) -> Iterable[tuple[Explanation, np.ndarray]]:
-    """Images explained, and their objects' pixels on the image the network got; `limit` spreads evenly."""
+    """Explain images and map their objects to the network's input; `limit` takes that many, evenly spaced."""
     count = len(objects) if limit is None else min(limit, len(objects))
     for i in range(count):
         image, mask = objects[i * len(objects) // count]
@@ -160,28 +162,28 @@ def localize(
     limit: int | None = None,
     permutations: int = PERMUTATIONS,
 ) -> list[Localization]:
-    """Whether a trained network spends its tokens on the objects of a data set; see the module.
+    """Measure whether a trained network spends its tokens on the objects of a data set; see the module.
 
     Args:
-        explainer: of the network.
-        objects: the images and where their objects are, from `sgformer.data.objects.find_objects`.
-        limit: so many images at most, spread evenly.
-        permutations: of the test.
+        explainer: the network's explainer.
+        objects: images with known objects, from `sgformer.data.objects.find_objects`.
+        limit: maximum number of images, evenly spaced.
+        permutations: number of random assignments in the permutation test.
 
     Raises:
-        UserError: network or data are invalid, or do not go together.
+        UserError: the network or the data is invalid, or they do not match.
     """
     count = min(limit or len(objects), len(objects))
     return measure(track(explain_objects(explainer, objects, limit), count, "explaining"), permutations)
 
 
-def write_localization(found: list[Localization], folder: str | os.PathLike[str], about: Mapping[str, object]) -> None:
-    """`localization.csv`, `localization.json` (with `about`) and `localization.png`."""
+def write_localization(blocks: list[Localization], folder: str | os.PathLike[str], about: Mapping[str, object]) -> None:
+    """Write `localization.csv`, `localization.json` (with the entries of `about`) and `localization.png`."""
     from sgformer.viz.evolution import draw_localization
 
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(one) for one in found]
+    rows = [asdict(block) for block in blocks]
     with (out / "localization.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -190,10 +192,10 @@ def write_localization(found: list[Localization], folder: str | os.PathLike[str]
     draw_localization(rows, out / "localization.png")
 
 
-def table(found: list[Localization]) -> str:
-    """Plain text, a block a line."""
+def table(blocks: list[Localization]) -> str:
+    """A text table with one line per block."""
     lines = [f"{'block':<6} {'inside':>8} {'area':>8} {'shuffled':>8} {'p':>8}   images above area (sign test)"]
-    for one in found:
+    for one in blocks:
         shares = " ".join(f"{100 * v:7.1f}%" for v in (one.energy_inside, one.area, one.shuffled))
         lines.append(f"{one.block:<6} {shares} {one.p:8.4f}   {one.more} of {one.images} (p = {one.sign_p:.2g})")
     return "\n".join(lines)

@@ -1,12 +1,13 @@
 """SG-Former, the self-guided vision transformer (Ren, Yang, Liu, Wang, ICCV 2023, arXiv 2308.12216).
 
-Stages 1 to 3 are pairs of blocks. The first of a pair looks at two scales at once and, as a by-product, learns how much
-attention every token receives: its significance (:class:`HybridScaleAttention`, paper section 3.2). The second lets all
-tokens look at few, and spends those few where significance is high (:class:`SelfGuidedAttention`, section 3.3).
-Stage 4 is plain attention. docs/method.md maps every formula to its function and lists where code and paper differ.
+Stages 1 to 3 are pairs of blocks. The first block attends at two scales and, as a by-product, yields the attention
+every token receives: its significance (:class:`HybridScaleAttention`, paper section 3.2). In the second, all tokens
+attend to a few pooled tokens, most of them spent where significance is high (:class:`SelfGuidedAttention`, section
+3.3). Stage 4 is global self-attention. docs/method.md maps every formula to its function and lists the differences
+between code and paper.
 
-Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d = C / h. Inside, every tensor is
-(B, H, W, C), which a convolution sees as a channels-last image without a copy; NCHW only at the border.
+Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d = C / h. Internally every tensor is
+(B, H, W, C), which convolutions read as a channels-last image without a copy; NCHW only at the interface.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from sgformer.ops import MergedTokens, TokenGroups
 
 @dataclass
 class Inspection:
-    """Everything one forward pass saw, by "stage.block" with stages counted from 1 and blocks from 0.
+    """The intermediate results of one forward pass, by "stage.block"; stages count from 1, blocks from 0.
 
     Attributes:
-        logits: (B, num_classes), or the pooled features (B, C) of a model without classifier.
-        features: the four stages' outputs, (B, C_s, H_s, W_s), stride 4, 8, 16, 32.
-        significance: of every hybrid-scale block, (B, H, W) float32; no gradient. What the self-guided block after it
-            sorted by: ``coarse + fine``, unless the config names another source.
-        coarse, fine: the attention that tokens received from its coarse and fine heads.
-        tokens: of every self-guided block, which tokens made each key/value token and with what weight.
+        logits: (B, num_classes), or the pooled features (B, C) of a model without a classifier.
+        features: the four stages' outputs, (B, C_s, H_s, W_s), strides 4, 8, 16, 32.
+        significance: per hybrid-scale block, (B, H, W) float32, detached: the values by which the next self-guided
+            block sorts, ``coarse + fine`` unless the config names another source.
+        coarse, fine: per hybrid-scale block, (B, H, W): the attention received from its coarse and fine heads.
+        tokens: per self-guided block, the tokens that form each key/value token, and their weights.
     """
 
     logits: Tensor | None = None
@@ -58,11 +59,12 @@ class Inspection:
     tokens: dict[str, TokenGroups | MergedTokens] = field(default_factory=dict)
 
 
-# No symbolic trace goes into attention: padding and grouping follow the grid's size, which it cannot know.
+# Symbolic tracing stops at attention: padding and grouping depend on the grid's size, which a trace does not know.
 class HybridScaleAttention(nn.Module):
-    """Half of the heads look far and coarse, half near and fine; together they say what is significant (section 3.2).
+    """Half of the heads attend coarsely over a wide reach, half finely within windows (section 3.2).
 
-    Coarse heads read keys and values from a grid reduced r times; fine heads stay in ``window`` x ``window`` windows.
+    Coarse heads take keys and values from a grid reduced r times, fine heads from ``window`` x ``window`` windows. The
+    attention that tokens receive from both is their significance.
     """
 
     def __init__(self, dim: int, heads: int, reduction: int, window: int, coarse: str):
@@ -76,7 +78,7 @@ class HybridScaleAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, H, W, C) -> output of the same shape, and the coarse and fine terms of significance, each (B, H, W)."""
+        """(B, H, W, C) -> the output, of the same shape, and the coarse and fine terms of significance, (B, H, W)."""
         C = x.shape[-1]
         q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
         reduced = reduce_grid(x, self.reduce, self.reduce_norm)  # (B, ceil(H / r), ceil(W / r), C)
@@ -86,14 +88,14 @@ class HybridScaleAttention(nn.Module):
         fine_out, fine_significance = attend_scale(q_fine, kv_fine, self.heads, 1, self.window)
         out = torch.cat([coarse_out, fine_out], dim=-1) + self.local(
             local.contiguous()
-        )  # a copy, so that proj_in's output can go
+        )  # a copy, so that proj_in's output can be freed
         return self.proj(out), coarse_significance, fine_significance
 
 
 class MultiScaleAttention(nn.Module):
-    """The paper's general form (section 3.2): head group j reads keys and values from a grid reduced s_j times.
+    """The paper's general form (section 3.2): head group j takes keys and values from a grid reduced s_j times.
 
-    With the scales (r, 1) it is :class:`HybridScaleAttention`, with its parameters laid out by group.
+    With scales (r, 1) it equals :class:`HybridScaleAttention`, with parameters laid out by group.
     """
 
     def __init__(self, dim: int, heads: int, scales: Sequence[int], window: int, coarse: str):
@@ -107,7 +109,7 @@ class MultiScaleAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As of :class:`HybridScaleAttention`; coarse is the sum over groups with s_j > 1, fine over those with 1."""
+        """As in :class:`HybridScaleAttention`; coarse sums over groups with s_j > 1, fine over those with s_j = 1."""
         C = x.shape[-1]
         queries, local = self.proj_in(x).split((C, C), dim=-1)
         outs, coarse, fine = [], x.new_zeros(()), x.new_zeros(())
@@ -115,9 +117,9 @@ class MultiScaleAttention(nn.Module):
             self.scales, queries.chunk(len(self.scales), -1), self.reduce, self.reduce_norm, self.kv, strict=True
         )
         for scale, q, reduce, norm, kv in groups:
-            seen = x if scale == 1 else reduce_grid(x, reduce, norm)
+            keys = x if scale == 1 else reduce_grid(x, reduce, norm)
             out, received = attend_scale(
-                q, kv(seen), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
+                q, kv(keys), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
             )
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
@@ -138,10 +140,10 @@ def reduce_grid(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
 def attend_scale(
     q: Tensor, kv: Tensor, heads: int, scale: int, window: int, is_global: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Heads of one scale: queries (B, H, W, D) meet keys and values (B, ceil(H / scale), ceil(W / scale), 2 D).
+    """Attention of one scale's heads: queries (B, H, W, D), keys and values (B, ceil(H / scale), ceil(W / scale), 2 D).
 
-    Attention is global, or within windows of ``window`` x ``window`` keys and the queries these stand for. Returns the
-    output (B, H, W, D) and the significance of every token (B, H, W): the attention that its key received.
+    Attention is global, or within windows of ``window`` x ``window`` keys and the queries they cover. Returns the
+    output (B, H, W, D) and each token's significance (B, H, W): the attention received by its key.
     """
     grid = q.shape[1:3]
     if is_global:
@@ -150,22 +152,22 @@ def attend_scale(
         key_window, query_window = (window, window), (window * scale, window * scale)
     out, received = ops.attend_windows(q, kv, heads, query_window, key_window)
     significance = received / (query_window[0] * query_window[1])
-    if scale > 1:  # nearest
+    if scale > 1:  # nearest-neighbour upsampling
         significance = significance.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, : grid[0], : grid[1]]
     return out, significance
 
 
 class SelfGuidedAttention(nn.Module):
-    """All tokens look at few, and the few are dense where significance is high (section 3.3).
+    """All tokens attend to a few pooled tokens, which are dense where significance is high (section 3.3).
 
-    Tokens are sorted by significance and cut into regions; in region i every r_i neighbours in sorted order become one
-    key/value token, by a learned linear map over positions or what else ``aggregation`` names (guidance.py).
+    Tokens are sorted by significance and split into regions; in region i every r_i neighbours in sorted order form one
+    key/value token, by a learned linear map over positions or another ``aggregation`` (significance.py).
 
     Args:
         dim: channels; a multiple of ``heads``.
         regions: least significant first.
-        aggregation, attention: as of :class:`~sgformer.models.config.SGFormerConfig`.
-        local: the class of the local term's convolution; it decides whether tokens come in (H, W) or (N,).
+        aggregation, attention: see :class:`~sgformer.models.config.SGFormerConfig`.
+        local: the class of the local term's convolution; it determines whether tokens are (H, W) or (N,).
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class SelfGuidedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, H, W, C) and (B, H, W) -> output (B, H, W, C), and how the tokens were grouped, for ``describe``."""
+        """(B, H, W, C) and (B, H, W) -> the output (B, H, W, C), and the grouping of tokens, for ``describe``."""
         C = x.shape[-1]
         q, local = self.proj_in(x).split((C, C), dim=-1)
         pooled, grouped = self.aggregate(x.flatten(1, -2), significance.flatten(1))
@@ -200,7 +202,7 @@ class SelfGuidedAttention(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Every token looks at every token; (B, H, W, C) to the same. The last stage's attention."""
+    """Global self-attention of the last stage; (B, H, W, C) to the same."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -217,7 +219,7 @@ class PlainAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised input and added to the stream. What differs is the attention."""
+    """Pre-norm residual block of attention and MLP. Subclasses differ in the attention."""
 
     def __init__(self, dim: int, attn: nn.Module, config: SGFormerConfig, drop_path: float):
         super().__init__()
@@ -241,7 +243,7 @@ class HybridBlock(Block):
 
 
 class GuidedBlock(Block):
-    """Also chooses what is significant: by default the two terms of the hybrid-scale block before, added."""
+    """Also selects the source of significance: by default the sum of the previous hybrid-scale block's two terms."""
 
     def __init__(self, dim: int, attn: nn.Module, config: SGFormerConfig, drop_path: float):
         super().__init__(dim, attn, config, drop_path)
@@ -262,14 +264,14 @@ class PlainBlock(Block):
 
 
 def run_part(owner: nn.Module, part: nn.Module, *args: Any) -> Any:
-    """``part(*args)``, of which an owner in training with gradient checkpointing keeps the arguments alone."""
+    """``part(*args)``, checkpointed if ``owner`` is in training with gradient checkpointing."""
     if owner.grad_checkpointing and owner.training:
         return checkpoint(part, *args, use_reentrant=False)
     return part(*args)
 
 
 class Stage(nn.Module):
-    """Downsampling, blocks, and the norm that ends a stage: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
+    """Downsampling (except in the first stage), blocks, norm: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
 
     def __init__(self, stage: StageConfig, dim_in: int | None, config: SGFormerConfig, drop_path: Sequence[float]):
         super().__init__()
@@ -287,19 +289,23 @@ class Stage(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, seen: Inspection | None = None, name: str = "") -> Tensor:
+    def forward(self, x: Tensor, inspection: Inspection | None = None, name: str = "") -> Tensor:
         x = run_part(self, self.downsample, x)
         for i, block in enumerate(self.blocks):
             key = f"{name}.{i}"
             if isinstance(block, HybridBlock):
                 x, coarse, fine = run_part(self, block, x)
-                if seen is not None:
-                    seen.significance[key], seen.coarse[key], seen.fine[key] = coarse + fine, coarse, fine
+                if inspection is not None:
+                    inspection.significance[key], inspection.coarse[key], inspection.fine[key] = (
+                        coarse + fine,
+                        coarse,
+                        fine,
+                    )
             elif isinstance(block, GuidedBlock):
                 x, significance, grouped = run_part(self, block, x, coarse, fine)
-                if seen is not None:
-                    seen.significance[f"{name}.{i - 1}"] = significance.detach()
-                    seen.tokens[key] = block.attn.describe(grouped, (x.shape[1], x.shape[2]))
+                if inspection is not None:
+                    inspection.significance[f"{name}.{i - 1}"] = significance.detach()
+                    inspection.tokens[key] = block.attn.describe(grouped, (x.shape[1], x.shape[2]))
             else:
                 x = run_part(self, block, x)
         return self.norm(x)
@@ -312,12 +318,12 @@ class Stage(nn.Module):
 
 
 class SGFormer(nn.Module):
-    """The self-guided vision transformer; follows timm's model interface.
+    """The self-guided vision transformer, with timm's model interface.
 
     Args:
-        config: the network as data; ``sgformer.models.config.VARIANTS`` holds the published sizes.
-        global_pool: "avg", or "" for no pooling (then the features stay a map).
-        device, dtype: where and as what the parameters are created; "meta" allocates nothing.
+        config: the network's hyperparameters; ``sgformer.models.config.VARIANTS`` holds the published sizes.
+        global_pool: "avg", or "" for no pooling, which keeps the feature map.
+        device, dtype: device and dtype of the parameters; "meta" allocates nothing.
     """
 
     def __init__(
@@ -359,11 +365,11 @@ class SGFormer(nn.Module):
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W), H and W from 32 up -> (B, num_classes)."""
+        """(B, in_chans, H, W) with H, W >= 32 -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last stage's map, (B, C, ceil(H / 32), ceil(W / 32))."""
+        """(B, in_chans, H, W) -> the last stage's feature map, (B, C, ceil(H / 32), ceil(W / 32))."""
         x = run_part(self, self.stem, x)
         for stage in self.stages:
             x = stage(x)
@@ -373,14 +379,14 @@ class SGFormer(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def inspect(self, x: Tensor) -> Inspection:
-        """One forward pass that returns all it saw: logits, four feature maps, significance maps, token groups."""
-        seen = Inspection()
+        """One forward pass that also returns the four feature maps, the significance maps and the token groups."""
+        inspection = Inspection()
         x = run_part(self, self.stem, x)
         for i, stage in enumerate(self.stages, start=1):
-            x = stage(x, seen, str(i))
-            seen.features.append(x.permute(0, 3, 1, 2))
-        seen.logits = self.forward_head(seen.features[-1])
-        return seen
+            x = stage(x, inspection, str(i))
+            inspection.features.append(x.permute(0, 3, 1, 2))
+        inspection.logits = self.forward_head(inspection.features[-1])
+        return inspection
 
     def forward_intermediates(
         self,
@@ -391,8 +397,9 @@ class SGFormer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the stages in ``indices`` (None: all; n: the last n), and the last map unless only they are
-        wanted. Every stage ends with its norm, so ``norm`` changes nothing; ``output_fmt`` is "NCHW" or "NHWC"."""
+        """Feature maps of the stages in ``indices`` (None: all; n: the last n), preceded by the final map unless
+        ``intermediates_only``. Every stage ends with its norm, so ``norm`` has no effect; ``output_fmt`` is "NCHW" or
+        "NHWC"."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC (got {output_fmt!r})")
         take = self._take(indices)
@@ -411,7 +418,7 @@ class SGFormer(nn.Module):
     ) -> list[int]:
         """Drop the stages above the last one in ``indices`` (and the head); returns the indices kept.
 
-        A stage's norm is part of its feature map, so ``prune_norm`` has nothing to remove.
+        A stage's norm is part of its feature map, so ``prune_norm`` has no effect.
         """
         take = self._take(indices)
         self.stages = self.stages[: max(take) + 1]
@@ -428,7 +435,7 @@ class SGFormer(nn.Module):
             raise ValueError(f"stage indices must be within -{n}..{n - 1} (got {list(indices)})")
         return take
 
-    # -- what timm and training ask for -------------------------------------------------------------------------
+    # -- interface for timm and training ------------------------------------------------------------------------
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
@@ -442,8 +449,8 @@ class SGFormer(nn.Module):
         self.head.apply(init_module).to(parameter.device, parameter.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep only what goes into the stem, each downsampling and each block, and
-        run them again in the backward pass."""
+        """Save memory in training: keep only the inputs of the stem, of each downsampling and of each block, and
+        recompute the rest in the backward pass."""
         self.grad_checkpointing = enable
         for stage in self.stages:
             stage.grad_checkpointing = enable
@@ -452,7 +459,7 @@ class SGFormer(nn.Module):
         return {"stem.position.table"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How parameters form layers from input to output (timm's layer-wise learning-rate decay)."""
+        """Parameter patterns of the layers from input to output, for timm's layer-wise learning-rate decay."""
         blocks = [(r"^stages\.(\d+)\.(?:downsample)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         fine = [*blocks, (r"^stages\.(\d+)\.norm", (99999,))]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}

@@ -1,4 +1,4 @@
-"""Weights in our own files: safetensors with the config inside and a checksum over everything."""
+"""This package's weight files: safetensors with an embedded config and a checksum over everything."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 def save_model(model: SGFormer, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write weights, config and metadata to one safetensors file, whole or not at all.
+    """Write weights, config and metadata to one safetensors file, atomically.
 
     Args:
-        model: any SGFormer; parameters are stored in their own dtype.
-        path: the file to write; an existing one is replaced in one step.
-        metadata: anything JSON can hold (class names, image size, metrics ...).
+        model: any SGFormer; parameters keep their dtype.
+        path: the file to write; an existing file is replaced.
+        metadata: JSON-serialisable entries (class names, image size, metrics ...).
 
     Raises:
         UserError: the folder does not exist or cannot be written.
@@ -48,9 +48,9 @@ def save_model(model: SGFormer, path: str | os.PathLike[str], metadata: Mapping[
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], header: dict[str, str]) -> Path:
-    """safetensors to a temporary name beside ``path``, flushed to disk, then renamed over it.
+    """Write safetensors to a temporary file, fsync it, then rename it to ``path``.
 
-    The header gets a checksum of everything, which :func:`read_safetensors` compares.
+    The header gets a checksum over everything, which :func:`read_safetensors` verifies.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -66,21 +66,21 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], 
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file.
+    """Read the tensors and the header of a safetensors file, verifying the checksum if it has one.
 
     Raises:
-        UserError: the file is missing, cut short, no safetensors file, or not what was written.
+        UserError: the file is missing, truncated, damaged, or not a safetensors file.
     """
     with _opened(path) as f:
         tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
     written = header.pop(CHECKSUM, None)
     if written not in (None, checksum(tensors, header)):
-        raise UserError(f"{path}: damaged: its checksum does not match what is in it")
+        raise UserError(f"{path}: damaged: its checksum does not match its content")
     return tensors, header
 
 
 def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """Of a header and of names, types, shapes and bits of tensors on the CPU, whatever their order."""
+    """BLAKE2b over a header and the names, dtypes, shapes and bytes of CPU tensors, independent of their order."""
     digest = hashlib.blake2b(json.dumps(dict(header), sort_keys=True).encode(), digest_size=32)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -90,7 +90,7 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The header alone: quick, whatever the file's size. Raises like :func:`read_safetensors`."""
+    """Read the header only, without the tensors. Raises as :func:`read_safetensors`."""
     with _opened(path) as f:
         return f.metadata() or {}
 
@@ -107,7 +107,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What was given to ``save_model`` as metadata."""
+    """Read the metadata that was passed to ``save_model``.
+
+    Raises:
+        UserError: as :func:`read_safetensors`, or the metadata is not JSON.
+    """
     try:
         return json.loads(read_header(path).get("metadata", "{}"))
     except json.JSONDecodeError:
@@ -115,18 +119,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_own(path: str | os.PathLike[str], **overrides: Any) -> SGFormer:
-    """Rebuild a model from a file of ``save_model`` alone, in evaluation mode and in the stored dtype.
+    """Rebuild a model from a file of ``save_model``, in evaluation mode and in the stored dtype.
 
     Args:
         path: a safetensors file.
-        overrides: SGFormerConfig fields to change. ``num_classes`` other than the stored one gives a fresh classifier;
-            ``img_size`` resizes the position table.
+        overrides: SGFormerConfig fields to change. Another ``num_classes`` gives a freshly initialised classifier;
+            another ``img_size`` resizes the position table.
 
     Returns:
         The model; ``model.metadata`` holds the file's metadata.
 
     Raises:
-        UserError: not such a file, damaged, or its tensors do not fit its own config.
+        UserError: the file is of another kind or damaged, or its tensors do not fit its config.
     """
     tensors, header = read_safetensors(path)
     if header.get("format") != FORMAT:
@@ -148,17 +152,17 @@ def load_own(path: str | os.PathLike[str], **overrides: Any) -> SGFormer:
 
 
 def build_from_tensors(config: SGFormerConfig, tensors: Mapping[str, Tensor], source: str) -> SGFormer:
-    """A model with these weights; a fresh classifier where the class count differs.
+    """Build a model with these weights; the classifier is freshly initialised if the number of classes differs.
 
     Raises:
-        UserError: names missing, left over or of another shape are listed.
+        UserError: tensors are missing, unknown or of another shape; lists them.
     """
     with torch.device("meta"):
         model = SGFormer(config)
     tensors = fit_to_model(tensors, model)
     expected = {name: t.shape for name, t in model.state_dict().items()}
     fresh = [name for name in CLASSIFIER if name in expected and name not in tensors]
-    complain(source, tensors, {name: shape for name, shape in expected.items() if name not in fresh})
+    check_fit(source, tensors, {name: shape for name, shape in expected.items() if name not in fresh})
     if fresh:
         dtype = next(iter(tensors.values())).dtype
         tensors.update({k: torch.empty(expected[k], dtype=dtype) for k in fresh})
@@ -171,8 +175,7 @@ def build_from_tensors(config: SGFormerConfig, tensors: Mapping[str, Tensor], so
 
 
 def fit_to_model(tensors: Mapping[str, Tensor], model: SGFormer) -> dict[str, Tensor]:
-    """Adapt weights to a model that differs in what may differ: the position grid is resized, a classifier for another
-    number of classes is left out."""
+    """Adapt weights to a model: resize the position table, and drop a classifier for another number of classes."""
     tensors = dict(tensors)
     height, width = model.stem.position.table.shape[:2]
     if POSITION in tensors and tensors[POSITION].ndim == 3:
@@ -184,8 +187,8 @@ def fit_to_model(tensors: Mapping[str, Tensor], model: SGFormer) -> dict[str, Te
     return tensors
 
 
-def complain(source: str, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise one UserError that lists what is missing, left over or misshapen; nothing if all fits."""
+def check_fit(source: str, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise a UserError that lists missing, unknown and misshapen tensors, if there are any."""
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     wrong = [

@@ -1,7 +1,7 @@
-"""What a network is made of, as plain data.
+"""Network configurations as data.
 
-A size of SG-Former is a :class:`SGFormerConfig`: four stages and a few numbers. Nothing here knows torch, so a config
-can be read, printed, compared and stored anywhere. To build a new size, write a config and hand it to
+A size of SG-Former is a :class:`SGFormerConfig`: four stages and a few numbers. Nothing here imports torch, so a config
+can be read, printed, compared and stored anywhere. To define a new size, write a config and pass it to
 ``sgformer.create_model(config)``.
 """
 
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 
 class Region(NamedTuple):
-    """A run of the tokens sorted by significance, and how hard it is condensed.
+    """A contiguous part of the tokens sorted by significance, and its pooling rate.
 
     Attributes:
         share: fraction of all tokens that fall in the region, in (0, 1].
-        rate: how many neighbours in sorted order become one key/value token, at least 1.
+        rate: number of neighbours in sorted order that form one key/value token, at least 1.
     """
 
     share: float
@@ -31,12 +31,12 @@ class StageConfig:
 
     Attributes:
         dim: channels C; a multiple of ``heads``.
-        heads: attention heads; even in hybrid/guided stages, where half look far and half look near.
+        heads: attention heads; even in hybrid/guided stages, where half are coarse and half fine.
         depth: number of blocks; even in hybrid/guided stages, where blocks come in pairs.
-        reduction: r, the coarse heads' reduction: one reduced token stands for r x r tokens. None makes the stage one
-            of plain global-attention blocks.
-        regions: least significant first; the shares sum to 1. Empty for a plain stage.
-        scales: one per head group, e.g. (8, 4, 1): the heads are dealt out evenly, and group j looks at a grid reduced
+        reduction: r, the coarse heads' reduction: one reduced token covers r x r tokens. None: a stage of global
+            attention blocks.
+        regions: least significant first; the shares sum to 1. Empty if reduction is None.
+        scales: one per head group, e.g. (8, 4, 1): the heads are split evenly, and group j attends to a grid reduced
             s_j times (1: windows of the grid itself). Empty: the published two groups, (reduction, 1).
     """
 
@@ -53,9 +53,7 @@ class StageConfig:
         _require(self.dim > 0 and self.heads > 0 and self.depth > 0, "dim, heads and depth must be positive", self)
         _require(self.dim % self.heads == 0, "dim must be a multiple of heads", self)
         if self.reduction is None:
-            _require(
-                not self.regions and not self.scales, "a plain stage (reduction=None) has no regions, scales", self
-            )
+            _require(not self.regions and not self.scales, "a stage with reduction=None has no regions or scales", self)
             return
         _require(self.reduction >= 1, "reduction must be at least 1", self)
         _require(bool(self.scales) or self.heads % 2 == 0, "heads must be even: half are coarse, half fine", self)
@@ -69,23 +67,23 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class SGFormerConfig:
-    """A whole network.
+    """The configuration of a network.
 
     Attributes:
         stages: the pyramid, stride 4, 8, 16, 32.
         in_chans: image channels.
         num_classes: classifier outputs; 0 leaves the classifier out.
-        img_size: (H, W) in pixels for which the position table is made. Other sizes resize the table; they never fail.
+        img_size: (H, W) in pixels of the position table's grid. Other image sizes resize the table.
         window: side of the fine heads' windows in tokens (and of the coarse windows in reduced tokens).
         coarse: "global": every query sees every reduced token (the published code); "window": windows of
             ``window`` x ``window`` reduced tokens, so that cost stays linear in pixels and the coarse term of
             significance keeps its mean of 1 / 49 at every size (the paper's text). They agree at 224 pixels.
-        significance: what self-guided blocks sort tokens by: "hybrid" (the paper), another name of
+        significance: the values by which self-guided blocks sort tokens: "hybrid" (the paper), another name of
             :data:`SIGNIFICANCE`, or one added with ``sgformer.register_significance``.
-        aggregation: how a group of sorted tokens becomes one key/value token: a name of :data:`AGGREGATION`.
-        attention: of self-guided blocks, over the few tokens: "softmax" (the paper) or "linear".
-        pairs: what follows a hybrid-scale block: "guided", a self-guided one (the paper); "hybrid", another hybrid one,
-            for as much depth without reallocated tokens; "single", nothing.
+        aggregation: how a group of sorted tokens is pooled to one key/value token: a name of :data:`AGGREGATION`.
+        attention: attention of self-guided blocks over the pooled tokens: "softmax" (the paper) or "linear".
+        pairs: the block after a hybrid-scale block: "guided", a self-guided one (the paper); "hybrid", another
+            hybrid-scale one, for the same depth without reallocation; "single", none.
         mlp_ratio: hidden width of the MLP as a multiple of C.
         drop_rate: dropout before the classifier, probability.
         drop_path_rate: stochastic depth of the last block, probability; grows linearly from 0 at the first.
@@ -120,7 +118,7 @@ class SGFormerConfig:
         if self.pairs != "guided":
             for name, default in (("significance", "hybrid"), ("aggregation", "linear"), ("attention", "softmax")):
                 value = getattr(self, name)
-                _require(value == default, f"{name} is of self-guided blocks, and pairs={self.pairs} has none", value)
+                _require(value == default, f"{name} is for self-guided blocks, and pairs={self.pairs} has none", value)
         _require(self.stages[0].dim % 4 == 0, "the first stage's dim must be a multiple of 4", self.stages[0].dim)
         for name in ("drop_rate", "drop_path_rate"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
@@ -131,7 +129,7 @@ class SGFormerConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts and numbers: what a file can hold. ``from_dict`` is its inverse."""
+        """JSON-serialisable lists, dicts and numbers. ``from_dict`` is the inverse."""
         return {
             **dataclasses.asdict(self),
             "img_size": list(self.img_size),
@@ -143,7 +141,7 @@ class SGFormerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SGFormerConfig:
-        """Build from ``to_dict``'s output. Unknown keys raise ValueError and are named."""
+        """Build from ``to_dict``'s output; unknown keys raise a ValueError that names them."""
         _known(values, cls)
         for stage in values.get("stages", ()):
             _known(stage, StageConfig)
@@ -152,22 +150,22 @@ class SGFormerConfig:
 
 COARSE = ("global", "window")
 
-#: Names of significance sources, each with what it sorts by. ``sgformer.register_significance`` adds to them.
+#: Significance sources and their descriptions. ``sgformer.register_significance`` adds to them.
 SIGNIFICANCE: dict[str, str] = {
     "hybrid": "the attention received from coarse and fine heads (the paper)",
     "coarse": "the attention received from coarse heads alone",
     "fine": "the attention received from fine heads alone",
     "uniform": "nothing: all tokens are equal and stay in raster order",
     "random": "one random order, the same for every image and block of a grid",
-    "inverted": "the negative of hybrid: most tokens where least is looked",
-    "feature-norm": "the length of the token's vector",
+    "inverted": "the negative of hybrid: most tokens where attention is lowest",
+    "feature-norm": "the norm of the token's features",
     "learned": "a small head, trained with the task",
 }
 AGGREGATION: dict[str, str] = {
     "linear": "a learned weight for every position of a group, and a bias (the paper)",
     "mean": "their mean",
     "weighted": "their mean, weighted by the softmax of significance",
-    "merge": "groups by likeness instead of rank: tokens join the most similar of a region's seeds (after ToMe)",
+    "merge": "grouped by similarity instead of rank: tokens join the most similar of a region's seeds (after ToMe)",
 }
 CHOICES: dict[str, Any] = {
     "coarse": COARSE,
@@ -179,7 +177,7 @@ CHOICES: dict[str, Any] = {
 
 
 def parse_regions(text: str) -> tuple[tuple[Region, ...], ...]:
-    """Regions of the guided stages from text, least significant first: ``.25:196,.5:56,.25:28/.25:49,.5:14,.25:7/1:1``.
+    """Parse the guided stages' regions, least significant first: ``.25:196,.5:56,.25:28/.25:49,.5:14,.25:7/1:1``.
 
     Raises:
         ValueError: not of this form; the message has the text.
@@ -189,12 +187,12 @@ def parse_regions(text: str) -> tuple[tuple[Region, ...], ...]:
         return tuple(tuple(Region(float(share), int(rate)) for share, rate in stage) for stage in stages)
     except (ValueError, TypeError):
         raise ValueError(
-            f"regions are SHARE:RATE,SHARE:RATE for each guided stage, split by / (got {text!r})"
+            f"regions must be SHARE:RATE,SHARE:RATE for each guided stage, separated by / (got {text!r})"
         ) from None
 
 
 def parse_scales(text: str) -> tuple[tuple[int, ...], ...]:
-    """Scales of the guided stages' head groups from text: ``8,1/4,2,1/2,1``.
+    """Parse the scales of the guided stages' head groups: ``8,1/4,2,1/2,1``.
 
     Raises:
         ValueError: not of this form; the message has the text.
@@ -202,14 +200,14 @@ def parse_scales(text: str) -> tuple[tuple[int, ...], ...]:
     try:
         return tuple(tuple(int(scale) for scale in stage.split(",")) for stage in text.split("/"))
     except ValueError:
-        raise ValueError(f"scales are NUMBER,NUMBER for each guided stage, split by / (got {text!r})") from None
+        raise ValueError(f"scales must be NUMBER,NUMBER for each guided stage, separated by / (got {text!r})") from None
 
 
 def with_stages(config: SGFormerConfig, **values: tuple[Any, ...] | None) -> SGFormerConfig:
-    """A copy whose guided stages have other ``regions`` or ``scales``: one value for each guided stage.
+    """A copy with other ``regions`` or ``scales`` in its guided stages: one value per guided stage.
 
     Raises:
-        ValueError: not as many values as guided stages, or a value that makes no sense.
+        ValueError: the number of values differs from the number of guided stages, or a value is invalid.
     """
     guided = [i for i, stage in enumerate(config.stages) if stage.reduction is not None]
     stages = list(config.stages)

@@ -1,4 +1,4 @@
-"""Networks with fresh weights, by name or from a config; timm's builder among them."""
+"""Freshly initialised networks, by name or from a config, and timm's builder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgformer.models.config import VARIANTS, SGFormerConfig
 
 
 def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
-    """Build a network with fresh weights.
+    """Build a freshly initialised network.
 
     Args:
         name: "sgformer_n", "_t", "_s", "_m" or "_b", or a config of your own.
@@ -26,7 +26,7 @@ def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
 
     Raises:
         UserError: no such size.
-        ValueError: an option's value makes no sense; the message has the value.
+        ValueError: the value of an option is invalid; the message has the value.
     """
     if isinstance(name, SGFormerConfig):
         return from_fields(name, **options)
@@ -38,7 +38,7 @@ def create_model(name: str | SGFormerConfig, **options: Any) -> SGFormer:
 
 
 def from_fields(base: SGFormerConfig, **kwargs: Any) -> SGFormer:
-    """A network from a config, with some of its fields and SGFormer's own arguments given by name."""
+    """Build a network from a config, overriding its fields; `kwargs` may also hold SGFormer's own arguments."""
     own = {name: kwargs.pop(name) for name in ("global_pool", "device", "dtype") if name in kwargs}
     return SGFormer(base.replace(**kwargs), **own)
 

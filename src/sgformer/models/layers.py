@@ -1,6 +1,6 @@
-"""The plain parts of the network: stem, position table, downsampling, MLP, and how parameters start.
+"""Building blocks of the network: stem, position table, downsampling, MLP, parameter initialisation.
 
-Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C); convolutions see them as a channels-last image.
+Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C), a channels-last image to convolutions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, GroupNorm with one group, and a GELU where asked for. NCHW."""
+    """Convolution without bias, GroupNorm with one group, and a GELU if `act`. NCHW."""
 
     def __init__(self, dim_in: int, dim: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True):
         super().__init__()
@@ -27,7 +27,7 @@ class ConvNorm(nn.Sequential):
 
 
 class PositionTable(nn.Module):
-    """A learned vector for every position of a grid, started as the 2-D sine-cosine table; resized to other grids."""
+    """A learned position embedding per grid cell, initialised to 2-D sine-cosine and resized to other grids."""
 
     def __init__(self, dim: int, grid: tuple[int, int]):
         super().__init__()
@@ -50,7 +50,7 @@ class PositionTable(nn.Module):
 
 
 def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of a (H, W, C) position table to ``grid``; the table itself where the grid is the same."""
+    """Resize a (H, W, C) position table to ``grid`` bicubically; returns the table itself if the grid is the same."""
     if tuple(table.shape[:2]) == tuple(grid):
         return table
     resized = F.interpolate(table.permute(2, 0, 1)[None], size=grid, mode="bicubic", align_corners=False)
@@ -69,13 +69,13 @@ class Stem(nn.Module):
         self.position = PositionTable(dim, (-(-img_size[0] // 4), -(-img_size[1] // 4)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # so that the tokens come out in place, without a copy
+        x = x.contiguous(memory_format=torch.channels_last)  # so that the tokens need no copy
         x = self.conv3(self.conv2(self.conv1(x)))
         return self.position(self.norm(x.permute(0, 2, 3, 1)))
 
 
 class Downsample(nn.Module):
-    """Half the grid, rounded up, between stages: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
+    """Halves the grid between stages: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
 
     def __init__(self, dim_in: int, dim: int):
         super().__init__()
@@ -98,7 +98,7 @@ class DepthwiseConv(nn.Conv2d):
         return self._conv_forward(image, self.weight if weight is None else weight, self.bias).permute(0, 2, 3, 1)
 
     def plus_input(self, x: Tensor) -> Tensor:
-        """``x + self(x)`` in one pass over x: a 1 is added to each kernel's centre tap instead."""
+        """``x + self(x)`` in one pass over x, by adding 1 to each kernel's centre tap."""
         return self(x, self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1)))
 
 
@@ -200,7 +200,7 @@ def init_module(module: nn.Module) -> None:
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return  # nothing to fill; torch would import its compiler to do so, which costs seconds
     if isinstance(module, nn.Linear):
-        # Drawn in float32: in half precision the inverse error function overflows and leaves weights at the bounds.
+        # Sampled in float32: in half precision the inverse error function overflows and leaves weights at the bounds.
         module.weight.copy_(truncated_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02))
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
@@ -215,7 +215,7 @@ def init_module(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def created_on(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
-    """Modules built inside get their parameters on ``device`` and in ``dtype``."""
+    """Create parameters on ``device`` and in ``dtype`` within the block; None keeps the default."""
     before = torch.get_default_dtype()
     try:
         if dtype is not None:

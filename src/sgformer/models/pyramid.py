@@ -1,4 +1,4 @@
-"""What dense tasks stand on: any backbone with four feature maps."""
+"""The backbone of dense tasks: any network with four feature maps."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Pyramid(nn.Module):
-    """A backbone's four feature maps.
+    """Wraps a backbone to return its four feature maps.
 
     Args:
-        network: a whole network of timm's interface (`forward_intermediates`, `feature_info`); what comes after its
-            last map is removed.
-        freeze_stages: stem and this many stages keep their weights and statistics; -1 trains everything, 0 freezes the
-            stem alone.
+        network: a network with timm's interface (`forward_intermediates`, `feature_info`); layers after its last
+            feature map are removed.
+        freeze_stages: freeze the weights and statistics of the stem and this many stages; -1 freezes nothing, 0 the
+            stem only.
 
     Attributes:
-        channels: of each map.
-        strides: of each map, in pixels: (4, 8, 16, 32).
-        architecture: a plain dict from which `pyramid_backbone` builds the same network again.
+        channels: channels of each map.
+        strides: stride of each map in pixels: (4, 8, 16, 32).
+        architecture: a JSON-serialisable dict from which `pyramid_backbone` rebuilds the network.
 
     Raises:
-        UserError: the network has no four maps of strides 4, 8, 16 and 32, or not so many stages to freeze.
+        UserError: the network lacks maps at strides 4, 8, 16 and 32, or has fewer stages than `freeze_stages`.
     """
 
     def __init__(self, network: nn.Module, freeze_stages: int = -1):
@@ -42,24 +42,24 @@ class Pyramid(nn.Module):
         if not hasattr(network, "forward_intermediates") or [info[i]["reduction"] for i in places] != list(STRIDES):
             strides = ", ".join(str(entry["reduction"]) for entry in info)
             raise UserError(
-                f"{self.architecture['model']} does not give one map at each of the strides 4, 8, 16 and 32 "
-                f"(it gives {strides or 'none'}); pick a hierarchical network"
+                f"{self.architecture['model']} does not have one map at each of the strides 4, 8, 16 and 32 "
+                f"(it has {strides or 'none'}); pick a hierarchical network"
             )
         self.channels = tuple(int(info[i]["num_chs"]) for i in places)
         self.strides = STRIDES
         prune = getattr(network, "prune_intermediate_layers", None)
-        # In DDP every parameter must get a gradient: what comes after the maps goes.
+        # DDP requires a gradient for every parameter: drop the layers after the maps.
         self.places = prune(places, prune_norm=True) if prune else places
         self.network = network
         self._freeze(freeze_stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> four maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))."""
+        """(B, 3, H, W) -> four feature maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))."""
         run = self.network.forward_intermediates
         return run(x, indices=self.places, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> Pyramid:
-        """Training mode, but not of frozen parts: there neither batch statistics nor drop path move."""
+        """Set training mode, except for frozen modules: their batch statistics stay and drop path is off."""
         super().train(mode)
         for module in self.network.modules():
             parameters = list(module.parameters())
@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that do not decay, besides norms and biases."""
+        """Names of parameters without weight decay, besides norms and biases."""
         network = self.network
         names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()  # type: ignore[operator]
         return {f"network.{name}" for name in names}
@@ -78,12 +78,12 @@ class Pyramid(nn.Module):
             return
         network = self.network
         if not hasattr(network, "group_matcher"):
-            raise UserError(f"{self.architecture['model']} does not name its stages: it cannot be frozen in part")
+            raise UserError(f"{self.architecture['model']} does not define its stages, so it cannot be partly frozen")
         from timm.models import group_parameters
 
         layers = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
         if stages > len(STRIDES):
-            raise UserError(f"--freeze-stages is -1 (nothing) to {len(STRIDES)} (everything), got {stages}")
+            raise UserError(f"--freeze-stages must be -1 (nothing) to {len(STRIDES)} (everything), got {stages}")
         for name, parameter in network.named_parameters():
             if layers[name] <= stages:
                 parameter.requires_grad_(False)
@@ -99,27 +99,27 @@ def pyramid_backbone(
     freeze_stages: int = -1,
     grad_checkpointing: bool = False,
 ) -> Pyramid:
-    """A backbone with four feature maps, NCHW at strides 4, 8, 16 and 32.
+    """Build a backbone with four feature maps, NCHW at strides 4, 8, 16 and 32.
 
     Args:
         source: a name (`sgformer_n` ... `sgformer_b`, or any of timm's), a `Pyramid.architecture`, or a network.
-        weights: of the same network, trained for any task (see `models.load.read_weights`); its classifier or heads are
+        weights: of the same network, trained for any task (see `models.load.read_weights`); classifier and heads are
             left out.
         drop_path: stochastic depth.
-        coarse: reach of SG-Former's coarse heads, "global" or "window"; by default the network's own.
+        coarse: reach of SG-Former's coarse heads, "global" or "window"; None: the network's own.
         guidance: other fields of SG-Former's config (`RunConfig.guidance`).
         freeze_stages: see `Pyramid`.
         grad_checkpointing: less memory, more time.
 
     Raises:
-        UserError: no such network or weights, weights of another network, or a network without such maps.
+        UserError: the network or the weights do not exist or do not match, or the network lacks such maps.
     """
     if isinstance(source, nn.Module):
         network = source
     elif weights is not None:
         name = source if isinstance(source, str) else source["model"]
-        held = weights if isinstance(weights, Weights) else read_weights(weights, name)
-        network = build_network(held, num_classes=0, **_options(name, drop_path, coarse, guidance))
+        loaded = weights if isinstance(weights, Weights) else read_weights(weights, name)
+        network = build_network(loaded, num_classes=0, **_options(name, drop_path, coarse, guidance))
     elif isinstance(source, str):
         network = build_model(source, 0, **_options(source, drop_path, coarse, guidance))
     else:
@@ -141,7 +141,7 @@ def _options(name: str, drop_path: float, coarse: str | None, guidance: Mapping[
 
 
 def _architecture(network: nn.Module) -> dict[str, Any]:
-    held: dict[str, Any] = {"model": network_name(network)}
+    architecture: dict[str, Any] = {"model": network_name(network)}
     if isinstance(network, SGFormer):
-        held["config"] = network.config.replace(num_classes=0).to_dict()
-    return held
+        architecture["config"] = network.config.replace(num_classes=0).to_dict()
+    return architecture

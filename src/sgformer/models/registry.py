@@ -50,7 +50,7 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 
 
 def _register(variant: str) -> Callable[..., SGFormer]:
-    """Add a size to timm's registry under its name; timm finds functions by name in their module."""
+    """Add a size to timm's registry under its name; timm looks up functions by name in their module."""
 
     def build_variant(pretrained: bool = False, **kwargs: Any) -> SGFormer:
         from sgformer.models.create import build

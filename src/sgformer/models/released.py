@@ -1,6 +1,6 @@
-"""Checkpoints as the authors released them, in and out: their names, and what ours are made of.
+"""Reads and writes checkpoints in the authors' released format: the mapping between their parameters and ours.
 
-Pickles are read with torch's restricted loader, so nothing in them is ever executed.
+Pickles are read with torch's restricted unpickler, so they cannot execute code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sgformer.models.backbone import SGFormer
 from sgformer.models.checkpoint import POSITION, build_from_tensors, save_model
 from sgformer.models.config import VARIANTS, SGFormerConfig
 
-# How one parameter of ours is put together from released ones, within a block's attention. Rows are stacked in this
-# order; "name[0]" and "name[1]" are the first and second half of a released matrix's rows (keys and values).
+# The released parameters that form one of ours, within a block's attention. Rows are stacked in this order; "name[0]"
+# and "name[1]" are the first and second half of a released matrix's rows (keys and values).
 HYBRID = {
     "reduce": ["sr"],
     "reduce_norm": ["norm"],
@@ -34,12 +34,12 @@ HYBRID = {
 GUIDED = {"proj_in": ["q", "lepe_linear"], "kv": ["kv1[0]", "kv2[0]", "kv1[1]", "kv2[1]"]}
 PLAIN = {"proj_in": ["q", "kv", "lepe_linear"]}
 EVERY = {"local": ["lepe_conv"], "proj": ["proj"]}
-# Rows of each released matrix inside a stacked one, in halves of C; 1 where only one matrix goes in.
+# Rows of each released matrix within a stacked one, in units of C / 2; 1 if it is the only one.
 ROWS = {"q1": 1, "q2": 1, "kv2": 2, "q": 2, "kv": 4, "lepe_linear": 2}
 
 
 def released_map(config: SGFormerConfig) -> dict[str, list[str]]:
-    """Our modules and the released ones each is made of: {ours: [released, ...]}, without ".weight" and ".bias"."""
+    """The released modules that form each of ours: {ours: [released, ...]}, without ".weight" and ".bias"."""
     pairs: dict[str, list[str]] = {"head.fc": ["head"], "stem.norm": ["patch_embed1.norm"]}
     convs = {"stem": ("patch_embed1.conv.{}", {"conv1": 0, "conv2": 2, "conv3": 4})}
     for s in range(2, len(config.stages) + 1):
@@ -66,7 +66,11 @@ def released_map(config: SGFormerConfig) -> dict[str, list[str]]:
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: SGFormerConfig, source: str) -> dict[str, Tensor]:
-    """Released names to ours, dtype kept. Raises UserError listing what is missing or left over."""
+    """Convert released names to ours, keeping the dtype.
+
+    Raises:
+        UserError: tensors are missing or unknown; lists them.
+    """
     with torch.device("meta"):
         expected = {name: t.shape for name, t in SGFormer(config).state_dict().items()}
     unused = set(state_dict)
@@ -101,9 +105,9 @@ def from_released(state_dict: Mapping[str, Tensor], config: SGFormerConfig, sour
 
 
 def to_released(model: SGFormer) -> dict[str, Tensor]:
-    """The model's weights under the released names and shapes: the inverse of :func:`load_released`.
+    """Convert the model's weights to the released names and shapes: the inverse of :func:`load_released`.
 
-    Needs the square position table of the released layout and a classifier, as every released checkpoint has them.
+    Requires a square position table and a classifier, which every released checkpoint has.
     """
     state = model.state_dict()
     result = {"pos_embed": state[POSITION].flatten(0, 1)[None]}
@@ -125,10 +129,10 @@ def to_released(model: SGFormer) -> dict[str, Tensor]:
 
 
 def detect_variant(state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> SGFormerConfig:
-    """The published size whose dims and depths a released state dict has, with its number of classes.
+    """The published size that matches a released state dict's dims and depths, with its number of classes.
 
     Raises:
-        UserError: no such size, or not an SG-Former state dict.
+        UserError: no published size matches.
     """
     depths = [0] * 4
     for name in state_dict:
@@ -148,16 +152,16 @@ def detect_variant(state_dict: Mapping[str, Tensor], source: str = "checkpoint")
 
 
 def load_released(source: str | os.PathLike[str] | Mapping[str, Any], raw: bool = False, **overrides: Any) -> SGFormer:
-    """Build the model of a released checkpoint; the size is read off the weights, the dtype is kept.
+    """Build the model of a released checkpoint; the size is detected from the weights, the dtype is kept.
 
     Args:
-        source: a released .pth file, or what ``torch.load`` gave: a state dict, or a dict that holds one under
-            "state_dict_ema" or "state_dict".
-        raw: take "state_dict" even where there are averaged weights ("state_dict_ema", the reported ones).
+        source: a released .pth file, or its content: a state dict, or a dict with one under "state_dict_ema" or
+            "state_dict".
+        raw: use "state_dict" even if there are averaged weights ("state_dict_ema", the reported ones).
         overrides: SGFormerConfig fields to change, as in :func:`load_model`.
 
     Raises:
-        UserError: unreadable, would run code, or names and shapes that do not fit; one line that lists them.
+        UserError: the file is unreadable or would run code, or names or shapes do not fit; lists them.
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
     state_dict = pick_weights(source if isinstance(source, Mapping) else read_pickle(Path(source)), raw, name)
@@ -166,12 +170,12 @@ def load_released(source: str | os.PathLike[str] | Mapping[str, Any], raw: bool 
 
 
 def is_released(state_dict: Mapping[str, Any]) -> bool:
-    """Whether names are those of the published code."""
+    """Whether the parameter names are those of the published code."""
     return any(name.startswith(("patch_embed1.", "block1.")) for name in state_dict)
 
 
 def adapt(state_dict: Mapping[str, Tensor], source: str) -> tuple[SGFormerConfig, dict[str, Tensor]]:
-    """The config of a released state dict, and its tensors under our names.
+    """Convert a released state dict to a config and tensors under our names.
 
     Raises:
         UserError: as :func:`load_released`.
@@ -186,10 +190,10 @@ def adapt(state_dict: Mapping[str, Tensor], source: str) -> tuple[SGFormerConfig
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], raw: bool = False) -> SGFormer:
-    """Released checkpoint in, safetensors file out; returns the model.
+    """Convert a released checkpoint to a safetensors file; returns the model.
 
     Raises:
-        UserError: as :func:`load_released`; nothing is written then.
+        UserError: as :func:`load_released`; then nothing is written.
     """
     model = load_released(source, raw)
     save_model(model, target, {"source": Path(source).name, "weights": "raw" if raw else "ema where stored"})
@@ -197,10 +201,10 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], raw:
 
 
 def pick_weights(loaded: Any, raw: bool, source: str) -> dict[str, Tensor]:
-    """The tensors of what ``torch.load`` gave: averaged ones where there are some, unless ``raw``; "module." goes.
+    """Extract the tensors of a loaded checkpoint, averaged ones if present unless ``raw``; strips "module.".
 
     Raises:
-        UserError: there are none.
+        UserError: the checkpoint holds no tensors.
     """
     if not isinstance(loaded, Mapping):
         raise UserError(f"{source}: holds a {type(loaded).__name__}, not a checkpoint")
@@ -213,31 +217,31 @@ def pick_weights(loaded: Any, raw: bool, source: str) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a file of ``torch.save`` holds, if that is tensors, plain values and an ``argparse.Namespace``.
+    """Read a file of ``torch.save`` that holds tensors, built-in types and ``argparse.Namespace`` only.
 
     Raises:
-        UserError: no such file, damaged, or loading it would run code.
+        UserError: the file is missing or damaged, or loading it would run code.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                # What is marked as a folder, torch does not read: its tensors would be whatever was in the memory.
+                # torch skips entries marked as folders: their tensors would be uninitialised memory.
                 folders = (entry.filename for entry in archive.infolist() if entry.is_dir() or entry.external_attr & 16)
                 damaged = archive.testzip() or next(folders, None)
             if damaged is not None:
-                raise UserError(f"{path}: damaged: {damaged} in it is not what was written")
+                raise UserError(f"{path}: damaged: its entry {damaged} is corrupt")
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their options under "args"
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if m := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise UserError(f"{path}: refused, because loading it would run code ({m[1]})") from None
+            raise UserError(f"{path}: rejected, because loading it would run code ({m[1]})") from None
         raise UserError(f"{path}: not a readable checkpoint ({first_sentence(e)})") from None
     except UserError:
         raise
-    except Exception as e:  # torch's readers fail in a zoo of ways on broken files
-        raise UserError(f"{path}: cut short or damaged ({first_sentence(e)})") from None
+    except Exception as e:  # torch's readers raise many types on broken files
+        raise UserError(f"{path}: truncated or damaged ({first_sentence(e)})") from None
 
 
 def _table_from_released(table: Tensor, source: str) -> Tensor:
@@ -249,5 +253,5 @@ def _table_from_released(table: Tensor, source: str) -> Tensor:
 
 def _stack(parts: list[Tensor], what: str) -> Tensor:
     if len({p.shape[1:] for p in parts}) > 1:
-        raise UserError(f"{what}: shapes do not go together (got {', '.join(str(tuple(p.shape)) for p in parts)})")
+        raise UserError(f"{what}: shapes do not match (got {', '.join(str(tuple(p.shape)) for p in parts)})")
     return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,7 +1,7 @@
-"""What guides a self-guided block: by which significance tokens are sorted, and how groups of them become one.
+"""The guidance of self-guided blocks: sources of significance, and aggregation of sorted tokens.
 
-The paper sorts by the attention that tokens received from both kinds of heads, and condenses with a learned linear map.
-Here are the alternatives, by name, so that the choice can be questioned. A new source is a function or a module:
+The paper sorts by the attention received from coarse and fine heads, and aggregates with a learned linear map. The
+alternatives here are selected by name and serve ablations. A new source is a function or a module:
 
     @sgformer.register_significance("centre")
     def centre(x, coarse, fine):                    # (B, H, W, C), (B, H, W), (B, H, W)
@@ -10,7 +10,7 @@ Here are the alternatives, by name, so that the choice can be questioned. A new 
 
     model = sgformer.create_model("sgformer_n", significance="centre")
 
-Legend: B batch, H x W token grid (or one length N, of sequences), C channels.
+Legend: B batch, H x W token grid (or length N, for sequences), C channels, M pooled tokens.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ SOURCES: dict[str, Any] = {}
 
 
 def register_significance(name: str) -> Callable[[Any], Any]:
-    """Decorator: add a source of significance under a name, for ``SGFormerConfig(significance=name)``.
+    """Decorator: register a source of significance for ``SGFormerConfig(significance=name)``.
 
-    What is decorated is a function ``(x, coarse, fine) -> significance``, or an ``nn.Module`` class made with the
-    stage's channels whose forward is one. x is (B, H, W, C), what the self-guided block gets; coarse and fine (B, H, W)
-    float32 are the attention that tokens received in the hybrid-scale block before. The result is (B, H, W), float32:
-    higher is more significant, and only the order counts. A module's result also gates the tokens (:func:`gate`), which
-    is how its parameters are trained.
+    The source is a function ``(x, coarse, fine) -> significance``, or an ``nn.Module`` class constructed with the
+    stage's channels whose forward has that signature. x (B, H, W, C) is the self-guided block's input; coarse and fine
+    (B, H, W) float32 are the attention received in the previous hybrid-scale block. The result is (B, H, W) float32:
+    higher is more significant, and only the order matters. A module's result also gates the tokens (:func:`gate`),
+    through which its parameters are trained.
 
-    Weights remember the name, so it must be registered before they are loaded.
+    Weights store the name, so the source must be registered before they are loaded.
 
     Raises:
         ValueError: the name is taken by another source.
@@ -52,7 +52,7 @@ def register_significance(name: str) -> Callable[[Any], Any]:
 
     def add(source: Any) -> Any:
         if name in SIGNIFICANCE and SOURCES.get(name, source) is not source:
-            raise ValueError(f"there is a significance of the name {name!r} already")
+            raise ValueError(f"a significance named {name!r} is already registered")
         SOURCES[name] = source
         SIGNIFICANCE.setdefault(name, (source.__doc__ or "registered by the user").strip().splitlines()[0])
         return source
@@ -61,7 +61,7 @@ def register_significance(name: str) -> Callable[[Any], Any]:
 
 
 def make_source(name: str, dim: int) -> Source:
-    """The function, or a fresh module for tokens of ``dim`` channels."""
+    """The source's function, or a new module for tokens of ``dim`` channels."""
     source = SOURCES[name]
     return source(dim) if isinstance(source, type) and issubclass(source, nn.Module) else source
 
@@ -105,22 +105,23 @@ def feature_norm(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
 
 @register_significance("learned")
 class LearnedSignificance(nn.Module):
-    """A norm and a linear map to one number a token, trained through the gate: what scores more weighs more."""
+    """A norm and a linear map to one score per token, trained through the gate."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.score = nn.Linear(dim, 1, bias=False)  # the same for all tokens would change no order
+        self.score = nn.Linear(dim, 1, bias=False)  # a bias would not change the order
 
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
         return self.score(self.norm(x))[..., 0].to(_precise(x))
 
 
 def gate(x: Tensor, significance: Tensor) -> Tensor:
-    """Tokens times 2 sigmoid(significance): 1 at the start of training, and the way back for the gradient.
+    """Scale tokens by 2 sigmoid(significance), which is 1 at initialisation and gives the source a gradient.
 
-    Sorting has no gradient. As in top-k pooling (Gao and Ji, "Graph U-Nets", ICML 2019) the score therefore also scales
-    what is sorted: if a token helps the task as key and value, its score rises, and it moves towards the salient end.
+    Sorting has no gradient. As in top-k pooling (Gao and Ji, "Graph U-Nets", ICML 2019), the score therefore also
+    scales the sorted tokens: if a token is useful as key and value, its score rises and it moves towards the salient
+    end.
     """
     return x * (2 * significance.sigmoid()).to(x.dtype)[..., None]
 
@@ -131,8 +132,8 @@ def _precise(x: Tensor) -> torch.dtype:
 
 @functools.lru_cache(maxsize=64)
 def _random_order(tokens: int) -> list[int]:
-    # From a fixed seed: the same order on every device and in every run. By NumPy, as a tracer would record torch's
-    # drawing, but not its seed, and what is cached must be a tensor of no mode.
+    # A fixed seed gives the same order on every device and in every run. NumPy, because a tracer would record torch's
+    # sampling without its seed, and a cached value must not be a tensor of some tracing mode.
     return np.random.RandomState(0).permutation(tokens).tolist()  # type: ignore[no-any-return]
 
 
@@ -140,8 +141,8 @@ def _random_order(tokens: int) -> list[int]:
 
 
 class Aggregation(nn.Module):
-    """Sorted tokens to few: ``forward`` maps (B, N, C) and significance (B, N) to (B, M, C) and how they were grouped;
-    ``describe`` turns the latter into what :class:`~sgformer.models.backbone.Inspection` holds."""
+    """Pools sorted tokens: ``forward`` maps (B, N, C) and significance (B, N) to (B, M, C) and the grouping;
+    ``describe`` converts the grouping for :class:`~sgformer.models.backbone.Inspection`."""
 
     def __init__(self, regions: Sequence[Region]):
         super().__init__()
@@ -158,7 +159,7 @@ class Aggregation(nn.Module):
 
 
 class LinearAggregation(nn.ModuleList):
-    """y = sum over k of w_i[k] x[k] + b_i (section 3.3). The list holds the learned linear map of each region."""
+    """y = sum over k of w_i[k] x[k] + b_i (section 3.3), with one learned linear map per region."""
 
     def __init__(self, regions: Sequence[Region]):
         super().__init__(nn.Linear(region.rate, 1) for region in regions)
@@ -187,31 +188,31 @@ class MeanAggregation(Aggregation):
 
 
 class WeightedAggregation(Aggregation):
-    """The mean of each group, weighted by the softmax of significance in standard deviations of the image's tokens."""
+    """The mean of each group, weighted by the softmax of significance standardised over the image's tokens."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         groups = self.group(significance)
         centred = significance - significance.mean(1, keepdim=True)
         scaled = centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
-        few = []
+        pooled = []
         for index in groups:
             flat = index.flatten(1)
             weights = scaled.gather(1, flat).view(index.shape).softmax(-1).to(x.dtype)  # (B, G, r)
             members = x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, -1)
-            few.append((weights[..., None, :] @ members).squeeze(2))
-        return torch.cat(few, 1), groups
+            pooled.append((weights[..., None, :] @ members).squeeze(2))
+        return torch.cat(pooled, 1), groups
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
-        # The weights differ from group to group; what a picture needs is who belongs together.
+        # The weights differ by group; drawing needs only the grouping.
         return TokenGroups(grid, grouped, [], [])
 
 
 class MergeAggregation(Aggregation):
-    """The mean of tokens that are alike; see :func:`sgformer.ops.merge_similar`."""
+    """The mean of similar tokens; see :func:`sgformer.ops.merge_similar`."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        few, token, region = ops.merge_similar(x, ops.sort_tokens(significance), self.shares, self.rates)
-        return few, [token, region]
+        pooled, token, region = ops.merge_similar(x, ops.sort_tokens(significance), self.shares, self.rates)
+        return pooled, [token, region]
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> MergedTokens:
         token, region = grouped

@@ -1,1 +1,1 @@
-"""A run: settings, trainer, callbacks, folder and report."""
+"""Training runs: settings, trainer, callbacks, run folder and report."""

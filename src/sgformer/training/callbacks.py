@@ -1,7 +1,7 @@
-"""What happens around the training steps: seeds, averaged weights, the log, checkpoints.
+"""Training callbacks: seeds, averaged weights, the log, checkpoints.
 
 Every callback works with any task that has `model`, `eval_model`, `evaluate_with` and `monitor`. Training can stop
-after any update and go on later as if nothing had happened, as all randomness depends on (seed, process, step).
+after any update and resume bit for bit, because all randomness depends on (seed, process, step).
 """
 
 from __future__ import annotations
@@ -29,38 +29,40 @@ from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.files import write_text
 from sgformer.models.load import read_metadata, save_weights
 from sgformer.training.run_folder import RunFolder
-from sgformer.training.sharded import full, own
+from sgformer.training.sharded import full, local_shard
 from sgformer.training.state_file import publish
 
 log = logging.getLogger("sgformer")
 
-#: Signals that ask a run to save its state and stop: ctrl-C, a scheduler's, and SLURM's warning.
+#: Signals on which a run saves its state and stops: ctrl-C, a scheduler's, and SLURM's warning.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StepSeeds(Callback):
-    """Seeds every generator before every batch from (seed, process, number of the batch).
+    """Seeds all generators before every batch from (seed, process, batch number).
 
-    Mixup, drop path and dropout are then the same in an uninterrupted and in a resumed run.
+    This makes mixup, drop path and dropout the same in an uninterrupted and in a resumed run.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        part = batch_idx % trainer.accumulate_grad_batches
-        entropy = (self.seed, trainer.global_rank, trainer.global_step, part)
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        entropy = (self.seed, trainer.global_rank, trainer.global_step, micro_batch)
         words = np.random.SeedSequence(entropy).generate_state(3).tolist()
         random.seed(words[0])
-        np.random.seed(words[1])  # noqa: NPY002 - timm's mixup draws from it
+        np.random.seed(words[1])  # noqa: NPY002 - used by timm's mixup
         torch.manual_seed(words[2])
 
 
+# By hand: Lightning's EMAWeightAveraging does not support sharded models, has no decay warm-up, and swaps the average
+# into the model for validation.
 class WeightAverage(Callback):
-    """An exponential moving average of the weights, which validation runs and which is saved: never swapped in and out.
+    """An exponential moving average of the weights, used for validation and saved; never swapped into the model.
 
-    The decay warms up as t / (t + 10) after t updates, so that the average always reaches back over about the last
-    tenth of the run until `decay` is met: short runs get a sensible average, long ones forget their start.
+    The decay warms up as t / (t + 10) after t updates until it reaches `decay`, so the average always spans about the
+    last tenth of the run: short runs get a useful average, and long runs forget their beginning.
     """
 
     def __init__(self, decay: float):
@@ -70,17 +72,17 @@ class WeightAverage(Callback):
         self._step = -1
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
-        # Here the network is on its device and has its restored weights; `setup` would be too early for both.
+        # By now the network is on its device with restored weights; `setup` would be too early for both.
         network = task.model if task.unsharded is None else task.unsharded
         self.average = ModelEmaV3(network, self.decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
         if task.unsharded is not None:
-            share_tensors(self.average.module, task.model)
+            copy_shards(self.average.module, task.model)
         self.average.module.requires_grad_(False)
         self._take_loaded()
         task.evaluate_with(self.average.module)
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        self._take_loaded()  # shared out weights, and with them all states, are restored later
+        self._take_loaded()  # sharded weights, and all states with them, are restored after `on_fit_start`
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
@@ -99,27 +101,27 @@ class WeightAverage(Callback):
     def _take_loaded(self) -> None:
         if self._loaded is None or self.average is None:
             return
-        for name, place in self.average.module.state_dict().items():
+        for name, target in self.average.module.state_dict().items():
             value = self._loaded[name]
-            if place is not own(place):
+            if target is not local_shard(target):
                 from torch.distributed.tensor import distribute_tensor
 
-                value = distribute_tensor(value.to(place.device), place.device_mesh, place.placements)
-            place.copy_(value)
+                value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+            target.copy_(value)
         self._loaded = None
 
 
-def share_tensors(module: nn.Module, like: nn.Module) -> None:
-    """Give a network copies of the parameters and buffers of another one that is shared out, each process its part."""
+def copy_shards(module: nn.Module, like: nn.Module) -> None:
+    """Replace a network's parameters and buffers by copies of a sharded network's; each process copies its shard."""
     for name, value in like.named_parameters():
-        place, _, last = name.rpartition(".")
-        setattr(module.get_submodule(place), last, nn.Parameter(value.detach().clone(), requires_grad=False))
-    for mine, theirs in zip(module.buffers(), like.buffers(), strict=True):
-        mine.data = theirs.detach().clone()
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, nn.Parameter(value.detach().clone(), requires_grad=False))
+    for target, source in zip(module.buffers(), like.buffers(), strict=True):
+        target.data = source.detach().clone()
 
 
 class UnshardedCopy(Callback):
-    """Fills the network that validation runs where weights are shared out; on its device only while it is needed."""
+    """Gathers sharded weights into the unsharded copy for validation; it is on the device only during validation."""
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
         task.unsharded.to(trainer.strategy.root_device)
@@ -130,18 +132,18 @@ class UnshardedCopy(Callback):
 
 
 class SameStart(Callback):
-    """Stops a run whose processes do not go on from the same state, as where one machine sees an older run folder.
+    """Stops a run whose processes resume from different steps, e.g. because a machine has a stale run folder.
 
     Args:
-        folder: of the run.
-        step: of the state that this process found.
+        folder: the run folder.
+        step: the step of the checkpoint that this process read.
     """
 
     def __init__(self, folder: RunFolder, step: int):
         self.folder, self.step = folder, step
 
     def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
-        # The processes are connected here, and no state has been read yet.
+        # The processes are connected here, and no checkpoint has been loaded yet.
         if trainer.world_size == 1 or stage != "fit":
             return
         ends = torch.tensor([self.step, -self.step], device=trainer.strategy.root_device)
@@ -149,13 +151,13 @@ class SameStart(Callback):
         last, first = int(ends[0]), -int(ends[1])
         if first != last:
             raise UserError(
-                f"{self.folder.path}: processes see different checkpoints in it (of steps {first} to {last}): do all "
-                "machines share this folder? wait for its file system, or put it on one that they share"
+                f"{self.folder.path}: processes find different checkpoints in it (steps {first} to {last}): do all "
+                "machines share this folder? wait for its file system to sync, or use a shared one"
             )
 
 
 class SkippedImages(Callback):
-    """Collects one line for every unreadable image that batches left out, over all processes."""
+    """Collects one line for every unreadable image left out of a batch, over all processes."""
 
     def __init__(self) -> None:
         self.lines: set[str] = set()
@@ -167,11 +169,11 @@ class SkippedImages(Callback):
                 log.info(f"skipped {line}")
 
     def gather(self, trainer: L.Trainer) -> None:
-        """Make every process know the lines of all."""
+        """Merge the lines of all processes, on every process."""
         if trainer.world_size > 1:
-            everyone: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyone, self.lines)
-            self.lines = set().union(*everyone)
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, self.lines)
+            self.lines = set().union(*gathered)
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note(batch)
@@ -191,17 +193,18 @@ class SkippedImages(Callback):
         self.lines = set(state_dict["lines"])
 
 
+# By hand: Lightning's CSVLogger deletes the rows of an interrupted run when it resumes, and rewrites the file in place.
 class RunLog(Callback):
-    """Rows of `metrics.csv` and one line per validation in the log.
+    """Writes rows of `metrics.csv`, and one log line per validation.
 
     Args:
-        folder: where `metrics.csv` goes.
-        images_per_step: over all processes.
-        total_steps: of this run, for the time left.
+        folder: the run folder.
+        images_per_step: images per update, over all processes.
+        total_steps: updates of this run, for the remaining time.
         every: updates between rows.
-        steps_per_pass: updates that make an epoch.
-        schedule: updates of the whole schedule, also where the run ends earlier.
-        unit: what a line counts in, "epoch" or "step".
+        steps_per_pass: updates per epoch.
+        schedule: updates of the full schedule, even if the run ends earlier.
+        unit: the unit of progress in the log, "epoch" or "step".
     """
 
     def __init__(
@@ -219,14 +222,14 @@ class RunLog(Callback):
         self.images_per_step, self.total_steps, self.every = images_per_step, total_steps, every
         self.steps_per_pass, self.schedule, self.unit = steps_per_pass, schedule, unit
         self.images_per_second = 0.0
-        self.seconds = 0.0  # of training and validation, over all sessions
-        self._losses: dict[str, list[torch.Tensor]] = {}  # one per batch, not yet summed
-        self._since: dict[str, dict[str, tuple[float, int]]] = {"row": {}, "validation": {}}  # sum and number
-        self._row_losses: dict[str, float] = {}  # of the last row
+        self.seconds = 0.0  # training and validation time, over all sessions
+        self._losses: dict[str, list[torch.Tensor]] = {}  # per batch, not yet summed
+        self._since: dict[str, dict[str, tuple[float, int]]] = {"row": {}, "validation": {}}  # (sum, count) by name
+        self._row_losses: dict[str, float] = {}  # mean losses in the last row
         self._step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
+        self._sum_losses()
         return {"losses": copy.deepcopy(self._since), "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,11 +239,11 @@ class RunLog(Callback):
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         self._step = self._first_step = trainer.global_step
         self._start = time.monotonic()
-        self._pace = (self._start, self._step)  # when the current stretch of training began, and at which step
-        if self.writes and self.table.exists():  # rows after the checkpoint will be made again
-            # Without its end of line, the last row is one that a killed process was writing.
-            whole = self.table.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = [row for row in csv.DictReader(io.StringIO(whole, newline="")) if int(row["step"]) <= self._step]
+        self._pace = (self._start, self._step)  # time and step at which the current stretch of training began
+        if self.writes and self.table.exists():  # rows after the checkpoint will be repeated
+            # A last line without a newline was cut off when the process was killed.
+            complete = self.table.read_text(encoding="utf-8").rpartition("\n")[0]
+            rows = [row for row in csv.DictReader(io.StringIO(complete, newline="")) if int(row["step"]) <= self._step]
             self._write(rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -277,8 +280,8 @@ class RunLog(Callback):
         losses = self._mean_losses(trainer, "validation")
         if not self.writes:
             return
-        done, left = self._step - self._first_step, self.total_steps - self._step
-        eta = (time.monotonic() - self._start) / done * left if done else 0
+        done, remaining = self._step - self._first_step, self.total_steps - self._step
+        eta = (time.monotonic() - self._start) / done * remaining if done else 0
         shown = [f"{name} {100 * value:.2f}" for name, value in metrics.items() if "loss" not in name]
         shown = [f"val {metrics['val_loss']:.3f}", *shown] if "val_loss" in metrics else shown
         log.info(
@@ -298,8 +301,8 @@ class RunLog(Callback):
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._start
 
-    def _settle(self) -> None:
-        """Move the losses from the device into plain sums."""
+    def _sum_losses(self) -> None:
+        """Add the losses on the device to the running sums."""
         for name, losses in self._losses.items():
             for sums in self._since.values():
                 total, count = sums.get(name, (0.0, 0))
@@ -307,8 +310,8 @@ class RunLog(Callback):
         self._losses = {}
 
     def _mean_losses(self, trainer: L.Trainer, since: str) -> dict[str, float]:
-        """Of all processes, since the last row (this one begins the next) or validation; {} if there are none."""
-        self._settle()
+        """Mean over all processes since the last "row", which is then reset, or "validation"; {} if there are none."""
+        self._sum_losses()
         sums, device = self._since[since], trainer.strategy.root_device
         if not sums:
             return {}
@@ -331,7 +334,7 @@ class RunLog(Callback):
                         csv.DictWriter(out, reader.fieldnames or ()).writerow(_short(row))
                     return
                 rows = list(reader)
-        self._write([*rows, _short(row)])  # the first row, or the first with a new column
+        self._write([*rows, _short(row)])  # the first row, or one with a new column
 
     def _write(self, rows: list[Any]) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -343,20 +346,22 @@ class RunLog(Callback):
 
 
 class Checkpoints(Callback):
-    """Writes the training state for `--resume` and the weights, and stops the run where it should.
+    """Writes training state and weights, and stops the run at a signal or at `max_steps`.
 
-    `checkpoints/last.ckpt`: every `every` updates, at each epoch's end, and at SIGINT, SIGTERM or SIGUSR1 (which SLURM
-    can send before a job's time is up), after which `Interrupted` is raised; the one before it stays as
-    `previous.ckpt`. `last.safetensors` and, when `task.monitor` rose, `best.safetensors`: at each epoch's end.
+    `checkpoints/last.ckpt`, for `--resume`: every `every` updates, at the end of each epoch, and at SIGINT, SIGTERM or
+    SIGUSR1 (which SLURM can send before a job's time limit), after which `Interrupted` is raised; the preceding one is
+    kept as `previous.ckpt`. `last.safetensors` and, if `task.monitor` improved, `best.safetensors`: at the end of each
+    epoch.
 
-    Whoever goes on from a state does everything after it again, validation included. So a state is put in its place
-    only when all that belongs to it, weights and numbers of its validation, is on the disk.
+    A resumed run repeats everything after its checkpoint, validation included. A checkpoint is therefore published only
+    when the weights and the metrics that belong to it are on the disk.
 
     Args:
-        folder: of the run.
-        metadata: saved in the weights, beside metrics, epoch and step.
-        max_steps: stop after this update, validating once more.
-        on_best: called with the task when its weights are the best so far.
+        folder: the run folder.
+        metadata: stored with the weights, beside metrics, epoch and step.
+        every: updates between checkpoints.
+        max_steps: stop after this update, with a final validation.
+        on_best: called with the task whenever its weights are the best so far.
     """
 
     def __init__(
@@ -385,25 +390,25 @@ class Checkpoints(Callback):
         best = self.folder.path / "best.safetensors"
         if best.exists():
             about = read_metadata(best)
-            if about["step"] <= self._step:  # else a later state, now lost, was the best one: it will come again
+            if about["step"] <= self._step:  # otherwise they are from after the checkpoint, and will be repeated
                 self.best = about["metrics"][task.monitor]
         try:
-            self._handlers = {name: signal.signal(name, self._remember) for name in SIGNALS}
-        except ValueError:  # not in the main thread: whoever started it handles signals
+            self._handlers = {name: signal.signal(name, self._on_signal) for name in SIGNALS}
+        except ValueError:  # not in the main thread, whose program handles signals
             self._handlers = {}
 
-    def _remember(self, signum: int, frame: Any) -> None:
+    def _on_signal(self, signum: int, frame: Any) -> None:
         if self._signal:
             raise Interrupted(
                 signum, self._step, self.folder.path
-            )  # asked twice: do not wait; the last checkpoint stands
+            )  # second signal: stop at once; the last checkpoint is kept
         self._signal = signum
-        log.info("stopping after this update (again: at once)")
+        log.info("stopping after this update (signal again to stop immediately)")
 
-    def _asked_to_stop(self, trainer: L.Trainer) -> bool:
+    def _stop_requested(self, trainer: L.Trainer) -> bool:
         if trainer.world_size == 1:
             return bool(self._signal)
-        # All processes have to stop after the same update; asking each other costs time, so not at every one.
+        # All processes must stop after the same update; the all-reduce costs time, so it runs at every tenth.
         if trainer.global_step % 10:
             return False
         flag = torch.tensor(self._signal, device=trainer.strategy.root_device)
@@ -419,11 +424,11 @@ class Checkpoints(Callback):
         last = self.max_steps is not None and step >= self.max_steps
         trainer.should_stop = trainer.should_stop or last
         if batch_idx + 1 == trainer.num_training_batches:
-            return  # the end of the epoch follows, and saves
+            return  # the epoch ends here and saves
         if last:
-            self._write(trainer)  # the validation that follows still belongs to it
+            self._write(trainer)  # published after the validation that follows
             return
-        stop = self._asked_to_stop(trainer)
+        stop = self._stop_requested(trainer)
         if stop or step % self.every == 0:
             self.save(trainer)
         if stop:
@@ -442,13 +447,13 @@ class Checkpoints(Callback):
             self.best = metrics.get(task.monitor, 0.0)
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches:
             self.save(trainer)
-        else:  # the run ends inside the epoch, and its state was written there
+        else:  # the run ended within the epoch and has written its checkpoint
             self._publish()
-        if self._asked_to_stop(trainer):
+        if self._stop_requested(trainer):
             raise Interrupted(self._signal, self._step, self.folder.path)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt` whole or not at all."""
+        """Write `last.ckpt` atomically."""
         self._write(trainer)
         self._publish()
 
@@ -472,26 +477,26 @@ class Checkpoints(Callback):
 
 
 class FirstBatches(StepSeeds):
-    """Hands the first batches' images, mixed as the network will see them, to `draw(images, targets)`, as lists.
+    """Passes the images and targets of the first batches, after mixing, to `draw(images, targets)` as lists.
 
-    Has to come before `StepSeeds`, which puts the generators back to where the mixing began.
+    Must precede `StepSeeds`, which resets the generators to their state before mixing.
     """
 
     def __init__(self, seed: int, draw: Callable[[list[Any], list[Any]], None], batches: int = 3, each: int = 8):
         super().__init__(seed)
         self.draw, self.batches, self.each = draw, batches, each
-        self._seen = 0
+        self._count = 0
         self._images: list[Any] = []
         self._targets: list[Any] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch or batch_idx != self._seen or batch_idx >= self.batches or not len(batch[1]):
+        if trainer.current_epoch or batch_idx != self._count or batch_idx >= self.batches or not len(batch[1]):
             return
         super().on_train_batch_start(trainer, task, batch, batch_idx)
-        self._seen += 1
-        for kept, given in zip((self._images, self._targets), task.mix(batch[0], batch[1]), strict=True):
-            kept.extend(move_data_to_device(list(given[: self.each]), torch.device("cpu")))
-        if self._seen == self.batches:
+        self._count += 1
+        for collected, mixed in zip((self._images, self._targets), task.mix(batch[0], batch[1]), strict=True):
+            collected.extend(move_data_to_device(list(mixed[: self.each]), torch.device("cpu")))
+        if self._count == self.batches:
             self._draw(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
@@ -503,14 +508,15 @@ class FirstBatches(StepSeeds):
         self._images, self._targets, self.batches = [], [], 0
 
 
+# By hand: RichProgressBar shows no images per second, and costs 1 ms more per batch (docs/notes/libraries.md).
 class ProgressBar(Callback):
-    """One line on a terminal: epoch, bar, batches, images per second, time left in this epoch."""
+    """One line on a terminal: epoch, bar, batches, images per second, time left in the epoch."""
 
     def __init__(self, images_per_batch: int):
         self.images_per_batch = images_per_batch
         self._bar: Any = None
 
-    def _start(self, trainer: L.Trainer, what: str, total: float, done: int = 0) -> None:
+    def _start(self, trainer: L.Trainer, label: str, total: float, done: int = 0) -> None:
         from rich import progress
 
         self._stop()
@@ -525,7 +531,7 @@ class ProgressBar(Callback):
             expand=True,
         )
         self._bar.start()
-        self._task = self._bar.add_task(what, total=total, completed=done, rate=0.0)
+        self._task = self._bar.add_task(label, total=total, completed=done, rate=0.0)
 
     def _move(self, done: int) -> None:
         if self._bar is not None:
@@ -572,7 +578,7 @@ def clock(seconds: float) -> str:
 
 
 def _rate(trainer: L.Trainer) -> float:
-    """The learning rate of the network's top (layer decay lowers those below)."""
+    """The learning rate of the topmost layer (layer decay lowers the others)."""
     return max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
 

@@ -1,6 +1,6 @@
-"""The settings that every run has: a frozen dataclass, the source of the command line, its help and `config.yaml`.
+"""The settings common to all runs: a frozen dataclass, the single source of options, help and `config.yaml`.
 
-Each task adds a dataclass of its own. No torch here: `sgformer train TASK --help` reads these and nothing heavier.
+Each task extends it. No torch here: `sgformer train TASK --help` imports nothing heavier.
 """
 
 from __future__ import annotations
@@ -16,99 +16,103 @@ from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
 
-# `lr`, `min_lr` and `warmup_lr` are stated for this many images per update and scaled linearly to the actual batch.
+# `lr`, `min_lr` and `warmup_lr` refer to this many images per update and scale linearly with the batch size.
 LR_BASE_BATCH = 1024
 
-# Optimisers that treat every weight by itself, so that a share of a tensor is treated as the whole tensor would be.
-# Others (muon, lamb, adafactor ...) take norms or products of whole tensors.
+# Element-wise optimisers, whose update of a shard equals that of the full tensor. Others (muon, lamb, adafactor ...)
+# need norms or products of full tensors.
 ELEMENTWISE = ("sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "rmsprop", "lion")
 
-# Options that are fields of SGFormerConfig, or change its stages; None leaves them as published, or as in --weights.
+# Options for fields of SGFormerConfig or its stages; None: as published, or as in --weights.
 GUIDANCE = ("significance", "aggregation", "attention", "pairs", "regions", "scales")
 
 
 def option(default: Any, group: str, help: str, *, main: bool = False) -> Any:
-    """A dataclass field that the command line shows: `main` ones get a line of their own in `--help`."""
+    """A dataclass field with command-line help; `main` options get a line of their own in `--help`."""
     return field(default=default, metadata={"group": group, "help": help, "main": main})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training task has in common."""
+    """The settings common to all training tasks."""
 
-    base_batch = LR_BASE_BATCH  # learning rates are stated for so many images per update
-    former_names: ClassVar[Mapping[str, str]] = {}  # in the config.yaml of runs that were begun before
+    base_batch = LR_BASE_BATCH  # images per update that learning rates refer to
+    former_names: ClassVar[Mapping[str, str]] = {}  # keys in the config.yaml of older runs -> current names
 
     data: str | None = option(None, "Run", "folder with the images", main=True)
     model: str = option("sgformer_s", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
     weights: str | None = option(
         None, "Run", "start from these weights: a run, .safetensors or released .pth", main=True
     )
-    run: str | None = option(None, "Run", "folder for everything the run leaves [runs/TASK-MODEL-TIME]", main=True)
+    run: str | None = option(None, "Run", "output folder [runs/TASK-MODEL-TIME]", main=True)
 
     epochs: int = option(100, "Schedule", "passes over the training images", main=True)
-    max_steps: int | None = option(None, "Schedule", "stop after so many updates; schedule stays as is", main=True)
+    max_steps: int | None = option(
+        None, "Schedule", "stop after this many updates; does not change the schedule", main=True
+    )
     batch_size: int = option(128, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
-    accumulate: int = option(1, "Schedule", "split each batch in so many parts to save memory")
+    accumulate: int = option(1, "Schedule", "gradient accumulation: split each batch into this many parts")
     image_size: int | tuple[int, int] = option(
         224, "Schedule", "pixels: a number, or [HEIGHT,WIDTH] as one word", main=True
     )
     lr: float = option(
-        1e-3, "Schedule", f"peak rate per {LR_BASE_BATCH} images; x batch-size/{LR_BASE_BATCH}", main=True
+        1e-3, "Schedule", f"peak learning rate for {LR_BASE_BATCH} images; x batch-size/{LR_BASE_BATCH}", main=True
     )
-    seed: int = option(0, "Schedule", "same seed, same run", main=True)
+    seed: int = option(0, "Schedule", "random seed; runs with the same seed are the same", main=True)
 
     device: str = option("auto", "Machine", "auto, cpu, cuda, cuda:1, mps", main=True)
     devices: int | Literal["auto"] = option("auto", "Machine", "processes on this machine, one per GPU", main=False)
-    workers: int = option(4, "Machine", "processes that read images; 0: none. Never changes the result", main=True)
+    workers: int = option(4, "Machine", "data loading processes; 0: none. Never changes the result", main=True)
     strategy: Literal["ddp", "fsdp"] = option(
         "ddp",
         "Machine",
-        "what a process holds: ddp: all weights and moments; fsdp: its share of them",
+        "ddp: weights and optimizer state on every process; fsdp: sharded over processes",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "Machine", "arithmetic; bf16, fp16: mixed", main=True)
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "Machine", "bf16 and fp16 are mixed precision", main=True
+    )
     compile: bool = option(False, "Machine", "torch.compile the network")
     native: Literal["auto", "on", "off"] = option(
-        "auto", "Machine", "native kernels, of sgformer on the CPU in fp32; auto: if there is a C++ compiler"
+        "auto", "Machine", "native kernels, for sgformer on the CPU in fp32; auto: if there is a C++ compiler"
     )
     grad_checkpointing: bool = option(False, "Machine", "less memory, more time")
-    deterministic: bool = option(False, "Machine", "same bits at every run on a GPU, too; slower")
+    deterministic: bool = option(False, "Machine", "bit-for-bit reproducible on a GPU, too; slower")
 
-    drop_path: float = option(0.1, "Network", "stochastic depth", main=True)
+    drop_path: float = option(0.1, "Network", "stochastic depth rate", main=True)
     coarse: Literal["global", "window"] = option("global", "Network", "reach of the coarse heads (sgformer)")
     significance: str | None = option(
-        None, "Network", f"what tokens are ranked by: {', '.join(SIGNIFICANCE)} [hybrid, or as in --weights]"
+        None, "Network", f"ranking of tokens: {', '.join(SIGNIFICANCE)} [hybrid, or as in --weights]"
     )
     aggregation: str | None = option(
-        None, "Network", f"how ranked tokens become one: {', '.join(AGGREGATION)} [linear, or as in --weights]"
+        None, "Network", f"pooling of ranked tokens: {', '.join(AGGREGATION)} [linear, or as in --weights]"
     )
     attention: Literal["softmax", "linear"] | None = option(
-        None, "Network", "of self-guided blocks [softmax, or as in --weights]"
+        None, "Network", "attention of self-guided blocks [softmax, or as in --weights]"
     )
     pairs: Literal["guided", "hybrid", "single"] | None = option(
-        None, "Network", "what follows a hybrid block: a guided one, another hybrid one, nothing [guided]"
+        None, "Network", "the block after a hybrid one: guided, another hybrid, or none (single) [guided]"
     )
     regions: str | None = option(
         None,
         "Network",
-        "SHARE:RATE,... per guided stage, least to most significant, split by /, e.g. .5:28,.5:7/.5:4,.5:2/1:1",
+        "SHARE:RATE,... per guided stage, least to most significant, separated by /, e.g. .5:28,.5:7/.5:4,.5:2/1:1",
     )
     scales: str | None = option(None, "Network", "reductions of the head groups per guided stage, e.g. 8,4,1/4,1/2,1")
-    ema: float = option(0.9998, "Network", "decay of the averaged weights, which are the reported ones; 0: off")
+    ema: float = option(0.9998, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
-    opt: str = option("adamw", "Optimiser", "any optimiser of timm")
-    weight_decay: float = option(0.05, "Optimiser", "not on norms, biases, position table")
-    clip_grad: float | None = option(None, "Optimiser", "largest gradient norm")
+    opt: str = option("adamw", "Optimiser", "any of timm's optimisers")
+    weight_decay: float = option(0.05, "Optimiser", "except on norms, biases and the position table")
+    clip_grad: float | None = option(None, "Optimiser", "clip gradients to this norm")
 
-    bad_images: Literal["stop", "skip"] = option("stop", "Logging", "at an unreadable image: stop, or skip and count")
+    bad_images: Literal["stop", "skip"] = option("stop", "Logging", "on an unreadable image: stop, or skip and count")
     log_every: int = option(50, "Logging", "updates between rows of metrics.csv")
-    checkpoint_every: int = option(1000, "Logging", "updates between checkpoints; also at each epoch")
+    checkpoint_every: int = option(1000, "Logging", "updates between checkpoints; also after each epoch")
     record_significance: int = option(
-        0, "Logging", "keep sheets of 4 validation images every so many epochs (segmentation: validations); 0: never"
+        0, "Logging", "record 4 validation images every this many epochs (segmentation: validations); 0: never"
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, list):  # YAML and JSON know no tuples
+        if isinstance(self.image_size, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "image_size", tuple(self.image_size))
         for name in (
             "epochs",
@@ -132,18 +136,18 @@ class RunConfig:
         for name, known in (("significance", SIGNIFICANCE), ("aggregation", AGGREGATION)):
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise UserError(f"--{name} is one of {', '.join(known)}, got {value}{nearest(value, known)}")
+                raise UserError(f"--{name} must be one of {', '.join(known)}, got {value}{nearest(value, known)}")
         for name in GUIDANCE:
             if getattr(self, name) is not None and not self.model.startswith("sgformer_"):
                 raise UserError(f"--{name} is for sgformer models; {self.model} reallocates no tokens")
         if self.record_significance and (not self.model.startswith("sgformer_") or self.pairs not in (None, "guided")):
             raise UserError("--record-significance is for sgformer models with self-guided blocks")
-        self.guidance  # noqa: B018 - bad values are named here
+        self.guidance  # noqa: B018 - raises on invalid values
         self._check("native", lambda v: v in ("auto", "on", "off"), "must be auto, on or off")
         if self.native == "on" and not self.model.startswith("sgformer_"):
             raise UserError(f"--native on is for sgformer models; there are no kernels for {self.model}")
         if self.native == "on" and (self.precision != "fp32" or self.compile or self.device not in ("auto", "cpu")):
-            raise UserError("--native on goes with --device cpu, --precision fp32 and without --compile")
+            raise UserError("--native on requires --device cpu and --precision fp32, without --compile")
         if self.strategy == "fsdp":
             self._check_fsdp()
         if self.batch_size % self.accumulate:
@@ -152,16 +156,17 @@ class RunConfig:
     def _check_fsdp(self) -> None:
         if self.opt.lower() not in ELEMENTWISE:
             raise UserError(
-                f"--strategy fsdp goes with --opt {', '.join(ELEMENTWISE)}; {self.opt} needs whole tensors "
-                "(--strategy ddp has them)"
+                f"--strategy fsdp supports --opt {', '.join(ELEMENTWISE)}; {self.opt} needs unsharded tensors "
+                "(use --strategy ddp)"
             )
         if self.precision == "fp16":
-            raise UserError("--strategy fsdp goes with --precision fp32 or bf16, not fp16")
+            raise UserError("--strategy fsdp supports --precision fp32 or bf16, not fp16")
         if self.compile:
-            raise UserError("--strategy fsdp does not go with --compile; leave one of them out")
+            raise UserError("--strategy fsdp does not support --compile; drop one of them")
         if self.device == "mps":
-            raise UserError("--strategy fsdp is for several processes on cuda or cpu, not mps")
+            raise UserError("--strategy fsdp runs on cuda or cpu, not mps")
 
+    # Not jsonargparse.typing: its errors take two lines, and it does not check the options of sgformer.train.
     def _check(self, name: str, holds: Any, rule: str) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
@@ -174,10 +179,10 @@ class RunConfig:
 
     @property
     def guidance(self) -> dict[str, Any]:
-        """Fields of `SGFormerConfig` that were asked for by name, on top of `coarse`.
+        """The fields of `SGFormerConfig` set by options, besides `coarse`.
 
         Raises:
-            UserError: values that do not go with the network or with each other.
+            UserError: the values do not fit the network or each other.
         """
         values = {name: getattr(self, name) for name in GUIDANCE if getattr(self, name) is not None}
         regions, scales = values.pop("regions", None), values.pop("scales", None)
@@ -197,7 +202,7 @@ class RunConfig:
         return values
 
     def scaled(self, rate: float) -> float:
-        """A learning rate stated for `base_batch` images per update, at this run's batch size."""
+        """Scale a learning rate from `base_batch` images per update to this run's batch size."""
         return rate * self.batch_size / self.base_batch
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,10 +212,10 @@ class RunConfig:
 
 
 def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> dict[str, Any]:
-    """The keys and values of a recipe or of a run's `config.yaml`, types not yet checked.
+    """Read the keys and values of a recipe or of a run's `config.yaml`; types are not checked.
 
     Raises:
-        UserError: no such file, not a YAML mapping, or a key that is no option (named, with the nearest one).
+        UserError: the file is missing or not a YAML mapping, or has an unknown key (named, with the nearest option).
     """
     import yaml
 
@@ -235,7 +240,7 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text in the order of the fields."""
+    """YAML text in field order."""
     import yaml
 
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
@@ -245,12 +250,16 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def make_config(config_class: type[Config], options: Mapping[str, Any]) -> Config:
-    """Build a config from keyword options, naming an unknown one (and the nearest) instead of raising `TypeError`."""
+    """Build a config from keyword options.
+
+    Raises:
+        UserError: an option is unknown (named, with the nearest one) or has a value of the wrong type.
+    """
     known = [f.name for f in dataclasses.fields(config_class)]
     for name in options:
         if name not in known:
             raise UserError(f"unknown option {name!r}{nearest(name, known)}")
     try:
         return config_class(**options)
-    except (TypeError, AttributeError) as error:  # values that no parser has looked at
-        raise UserError(f"an option has a value of the wrong kind ({error})") from None
+    except (TypeError, AttributeError) as error:  # values that did not pass through a parser
+        raise UserError(f"an option has a value of the wrong type ({error})") from None

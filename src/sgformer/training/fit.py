@@ -1,4 +1,4 @@
-"""One training run of any task, from the settings to the report in its folder."""
+"""A training run of any task, from the settings to the report in the run folder."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ log = logging.getLogger("sgformer")
 
 
 def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] | None = None) -> RunFolder:
-    """Train, validate, and leave a run folder.
+    """Train, validate, and write a run folder.
 
     Args:
         config: all settings.
-        task: builds data, network and so on, with every generator seeded.
-        resume: the folder of a run to go on with, whose settings `config` has.
+        task: builds the data, the network and so on; all generators are seeded before.
+        resume: the folder of a run to resume, whose settings are in `config`.
 
     Raises:
-        UserError: a setting, the data or the machine does not do; before the folder is made, where that can be known.
-        Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
+        UserError: a setting, the data or the machine is unsuitable; raised before the folder is created if possible.
+        Interrupted: a signal stopped the run; the checkpoint is written.
     """
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    is_main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     trainer = build_trainer(**trainer_options(config))
     world, rank = trainer.world_size, trainer.global_rank
     batch = per_process_batch(config, world)
@@ -50,15 +50,15 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     splits = task.splits(config, weights, batch, rank, world)
     module = task.module(config, splits, weights)
     model = module.model
-    begun_with = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
-    kernels, why = use_native_kernels(config, model, trainer.strategy.root_device, begun_with)
+    previous_kernels = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
+    kernels, why = use_native_kernels(config, model, trainer.strategy.root_device, previous_kernels)
 
     steps = len(splits.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
-        raise UserError(f"--accumulate {config.accumulate} is too many parts for {len(splits.train)} training images")  # type: ignore[arg-type]
+        raise UserError(f"--accumulate {config.accumulate} is too large for {len(splits.train)} training images")  # type: ignore[arg-type]
     total_steps = min(splits.total_steps, config.max_steps or splits.total_steps)
 
-    folder = RunFolder(resume, first) if resume else RunFolder.create(config, task.name, first)
+    folder = RunFolder(resume, is_main) if resume else RunFolder.create(config, task.name, is_main)
     state, start = folder.usable_checkpoint() if resume else (None, 0)
     if resume:
         folder.clear_unfinished()
@@ -86,7 +86,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             from sgformer.training.recorder import SignificanceRecorder
 
             recorder = [SignificanceRecorder(folder, config.record_significance, task, splits)]
-        bar = [cb.ProgressBar(batch * world)] if first and sys.stdout.isatty() else []
+        bar = [cb.ProgressBar(batch * world)] if is_main and sys.stdout.isatty() else []
         trainer = build_trainer(
             **trainer_options(config),
             max_epochs=math.ceil(splits.total_steps / steps),
@@ -117,7 +117,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             ],
         )
         parameters = sum(p.numel() for p in model.parameters())
-        if first:
+        if is_main:
             folder.write_environment(
                 seed=config.seed,
                 device=str(trainer.strategy.root_device),
@@ -130,10 +130,10 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             for line in (
                 f"{'resuming' if resume else 'training'} {config.model}, {parameters / 1e6:.1f} M parameters, "
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
-                *([f"native kernels are not used: {why}"] if why else []),
+                *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
-                f"{total_steps - start} updates to go, {steps} from one validation to the next, of {config.batch_size} "
-                f"images ({world} x {batch} x {config.accumulate}) at {splits.size}",
+                f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
+                f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
                 f"/ {config.base_batch}",
             ):
@@ -144,8 +144,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             with worker_errors():
                 trainer.fit(module, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
         else:
-            log.info("nothing left to train; pass more --epochs or --max-steps to go on")
-        if first:
+            log.info("nothing left to train; increase --epochs or --max-steps to continue")
+        if is_main:
             result = task.read_evaluation(folder.path / "validation")
             result.write(folder.path / "validation")
             task.finish(folder.path / "validation", splits, module)
@@ -155,16 +155,16 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 "Data": splits.about,
                 "Updates": total_steps,
                 "Time": cb.clock(run_log.seconds),
-                "Throughput": f"{run_log.images_per_second:.0f} images/s in training",
+                "Throughput": f"{run_log.images_per_second:.0f} training images/s",
                 "Skipped images": len(skipped.lines),
                 "Best weights": "best.safetensors",
             }
             pictures = [
                 ("Curves", "curves.png"),
                 *task.pictures,
-                ("How significance grew", "significance/evolution.png"),
+                ("Evolution of significance", "significance/evolution.png"),
                 ("Significance of a validation image", "significance/00.png"),
-                ("A training batch as the network sees it", "train_batch.png"),
+                ("An augmented training batch", "train_batch.png"),
             ]
             pictures = [(title, file) for title, file in pictures if (folder.path / file).exists()]
             folder.write("report.md", task.report(config.model, result, facts, pictures))
@@ -176,8 +176,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     except (UserError, OSError) as error:
         problem = error if isinstance(error, UserError) else _disk_error(error, folder)
         folder.note(f"stopped: {problem}")
-        if first:
-            log.info(folder.standing(task.name))
+        if is_main:
+            log.info(folder.resume_hint(task.name))
         raise problem from error
     finally:
         log.removeHandler(handler)
@@ -185,26 +185,26 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
 
 
 def use_native_kernels(
-    config: RunConfig, model: torch.nn.Module, device: torch.device, begun_with: str | None = None
+    config: RunConfig, model: torch.nn.Module, device: torch.device, previous: str | None = None
 ) -> tuple[str, str]:
-    """Let the network train with native kernels where ``--native`` says so, or says auto and they are to be had.
+    """Switch the network to native kernels if ``--native`` is on, or if it is auto and they are available.
 
     Args:
-        begun_with: the kernels of the run that is resumed: with auto it goes on with those, for the same bits.
+        previous: the kernels of the run being resumed; auto keeps torch's, so that the run stays reproducible.
 
     Returns:
-        "native" or "torch", and for the log why not the former where it was to be expected.
+        "native" or "torch", and for the log the reason if native kernels were expected but are not used.
 
     Raises:
-        UserError: ``--native on``, and it cannot be.
+        UserError: ``--native on`` is not possible.
     """
     if config.native == "on" and device.type != "cpu":
-        raise UserError(f"--native on is for --device cpu (this run is on {device.type})")
-    served = config.model.startswith("sgformer_") and config.precision == "fp32" and not config.compile
-    if config.native == "off" or not served or device.type != "cpu":
+        raise UserError(f"--native on requires --device cpu (this run uses {device.type})")
+    eligible = config.model.startswith("sgformer_") and config.precision == "fp32" and not config.compile
+    if config.native == "off" or not eligible or device.type != "cpu":
         return "torch", ""
-    if config.native == "auto" and begun_with == "torch":
-        return "torch", "the run was begun without them"
+    if config.native == "auto" and previous == "torch":
+        return "torch", "the run was started without them"
     from sgformer.backends.native import UnavailableError
     from sgformer.backends.native_autograd import accelerate
 
@@ -213,12 +213,12 @@ def use_native_kernels(
     except UnavailableError as reason:
         if config.native == "on":
             raise UserError(f"--native on: {reason}") from reason
-        return "torch", f"{reason}{'; the last bits will differ from before' if begun_with else ''}"
+        return "torch", f"{reason}{'; results will differ in the last bits' if previous else ''}"
     return "native", ""
 
 
 def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable[..., Any]) -> DataLoader:
-    """Batches of a data set by a sampler of (epoch, index) lists."""
+    """A DataLoader with a batch sampler that yields lists of (epoch, index)."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -231,5 +231,5 @@ def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable
 
 
 def _disk_error(error: OSError, folder: RunFolder) -> UserError:
-    """What the system says of a file or disk, in a line."""
+    """A one-line error for a failed write."""
     return UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror or error})")

@@ -1,4 +1,4 @@
-"""Stops a run at the first loss or gradient that is no number, before the update that would spread it."""
+"""Stops a run at the first loss or gradient that is NaN or infinite, before the update that would apply it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from sgformer.core.errors import UserError
 from sgformer.data.imagefolder import some
 from sgformer.models.load import save_weights
 from sgformer.training.run_folder import RunFolder
-from sgformer.training.sharded import own
+from sgformer.training.sharded import local_shard
 
 log = logging.getLogger("sgformer")
 
 
+# By hand: torch's anomaly detection slows every step and names an operator; Lightning's EarlyStopping(check_finite)
+# checks logged metrics after the update. Neither names layer and images, or saves the last finite weights.
 class NanGuard(Callback):
-    """Looks at the loss and at the gradients once an update, before the optimiser moves.
+    """Checks the loss and the gradients once per update, before the optimiser step.
 
-    On a loss or gradient that is nan or infinite, `last.safetensors` gets the weights as they were after the update
-    before, and the run ends with an error that says at which step, in which layer and from which images it began. The
-    look costs one wait for the device per update. With fp16 only the loss counts: gradients too large for it are its
-    daily business, and its scaler leaves such updates out.
+    If either is NaN or infinite, the weights from before the update are saved as `last.safetensors`, and the run ends
+    with an error that names the step, the layer and the images. The check costs one device synchronisation per update.
+    With fp16 only the loss is checked: overflowing gradients are normal there, and the scaler skips such updates.
 
     Args:
-        folder: of the run.
-        metadata: saved with the weights.
-        reseed: (trainer, task, batch, batch_idx) puts the generators to where this batch's forward pass began.
-        name_of: a sample's place in the training data -> what to call it.
+        folder: the run folder.
+        metadata: stored with the weights.
+        reseed: (trainer, task, batch, batch_idx) resets the generators to their state before the batch's forward pass.
+        name_of: index in the training data -> the image's name.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class NanGuard(Callback):
         name_of: Callable[[int], Any],
     ):
         self.folder, self.metadata, self.reseed, self.name_of = folder, metadata, reseed, name_of
-        self._batches: list[tuple[Any, int]] = []  # of this update
+        self._batches: list[tuple[Any, int]] = []  # those accumulated for this update
         self._losses: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
@@ -57,72 +58,72 @@ class NanGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, task: Any, optimizer: torch.optim.Optimizer) -> None:
         losses = torch.stack(self._losses).float()
-        seen = losses.abs().max()
+        largest = losses.abs().max()
         if trainer.precision != "16-mixed":
-            gradients = [own(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            there = [gradient for gradient in gradients if gradient.numel()]  # a share may have nothing of a short one
-            seen = torch.maximum(seen, get_total_norm(there, norm_type=math.inf))
-        wrong = not seen.isfinite()
-        if task.unsharded is not None and trainer.world_size > 1:  # all have to stop together: they gather the weights
-            flag = torch.tensor(float(wrong), device=seen.device)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            shards = [shard for shard in (local_shard(p.grad) for p in parameters) if shard.numel()]  # may be empty
+            largest = torch.maximum(largest, get_total_norm(shards, norm_type=math.inf))
+        diverged = not largest.isfinite()
+        if task.unsharded is not None and trainer.world_size > 1:  # all processes must stop, to gather the weights
+            flag = torch.tensor(float(diverged), device=largest.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            wrong = bool(flag)
-        if wrong:
+            diverged = bool(flag)
+        if diverged:
             self._stop(trainer, task, losses.tolist())
         self._batches, self._losses = [], []
 
     def _stop(self, trainer: L.Trainer, task: Any, losses: Sequence[float]) -> None:
-        """Save what is good and raise the error."""
-        wrong = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        batch, batch_idx = self._batches[wrong[0] if wrong else -1]
+        """Save the last finite weights and raise the error."""
+        bad_losses = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        batch, batch_idx = self._batches[bad_losses[0] if bad_losses else -1]
         if task.unsharded is not None:
             task.unsharded.to(trainer.strategy.root_device)
             task.gather(averaged=False)
-        if wrong:
+        if bad_losses:
             self.reseed(trainer, task, batch, batch_idx)
             with trainer.precision_plugin.train_step_context(), task.run_unsharded():
                 layer = first_not_finite(task, batch, batch_idx)
-            what = f"the loss is {losses[wrong[0]]}"
+            what = f"the loss is {losses[bad_losses[0]]}"
             where = f", first in {layer}" if layer else ""
         else:
-            gradients = {n: own(p.grad) for n, p in task.model.named_parameters() if p.grad is not None}
+            gradients = {n: local_shard(p.grad) for n, p in task.model.named_parameters() if p.grad is not None}
             names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-            what, where = "a gradient is nan or infinite", f", first in {names[-1]}" if names else ""
+            what, where = "a gradient is NaN or infinite", f", first in {names[-1]}" if names else ""
         step = trainer.global_step + 1
         images = some([str(self.name_of(index)) for index in batch.index.tolist()]) if hasattr(batch, "index") else ""
-        kept = self._keep(task, step - 1)
+        saved = self._save_weights(task, step - 1)
         raise UserError(
             f"{what} at step {step}{where}{', from the images ' if images else ''}{images}: "
-            f"lower --lr, lengthen the warm-up or set --clip-grad 1 in a new run{kept}"
+            f"lower --lr, lengthen the warm-up or set --clip-grad 1 in a new run{saved}"
         )
 
-    def _keep(self, task: Any, step: int) -> str:
-        """Save the weights of the last good update; says where."""
+    def _save_weights(self, task: Any, step: int) -> str:
+        """Save the weights from before the update; returns a hint that names the file, "" if they are not finite."""
         task.gather()
         if not all(value.isfinite().all() for value in task.eval_model.state_dict().values()):
-            return ""  # running statistics of a batch norm took the bad values in
+            return ""  # a batch norm's running statistics have absorbed the bad values
         path: Path = self.folder.path / "last.safetensors"
         if self.folder.writes:
             save_weights(task.eval_model, path, {**self.metadata, "metrics": {}, "step": step})
-        return f", from --weights {path} (step {step}) if you like"
+        return f", optionally from --weights {path} (step {step})"
 
 
 def first_not_finite(task: Any, batch: Any, batch_idx: int) -> str:
-    """The parameter, or else the layer in the order of computing, that is the first to have nan or infinite values.
+    """Name the first parameter, or else the first layer in execution order, with NaN or infinite values.
 
-    Runs the training step once more, without gradients. "" if nothing shows.
+    Repeats the training step without gradients. Returns "the loss function" if all layers are finite.
     """
     for name, parameter in task.model.named_parameters():
         if not parameter.isfinite().all():
             return f"the weights {name}"
     if not all(tensor.isfinite().all() for tensor in _tensors(batch[0])):
         return "the images themselves"
-    found: list[str] = []
+    layers: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if not found and not all(tensor.isfinite().all() for tensor in _tensors(output)):
-                found.append(f"{name} ({type(module).__name__})" if name else "the network's output")
+            if not layers and not all(tensor.isfinite().all() for tensor in _tensors(output)):
+                layers.append(f"{name} ({type(module).__name__})" if name else "the network's output")
 
         return hook
 
@@ -133,11 +134,11 @@ def first_not_finite(task: Any, batch: Any, batch_idx: int) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "the loss function"
+    return layers[0] if layers else "the loss function"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in a module's output, however nested."""
+    """The floating-point tensors in a module's nested output."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

@@ -1,13 +1,13 @@
-"""`--record-significance K`: what the network looked at while it learned.
+"""`--record-significance K`: the evolution of significance during training.
 
-In the run's folder, `significance/`:
+Files in the run folder's `significance/`:
 
-    0001/00.png, 00.npz ...   a sheet and its arrays for each of a fixed handful of validation images, every K epochs
-    evolution.csv             a row per record: two numbers over all blocks and images, and by stage
-    00.png, 00.gif ...        at the end: each image's strip, and the same animated
-    evolution.png             at the end: the numbers as curves
+    0001/00.png, 00.npz ...   a sheet and its arrays for each of a few fixed validation images, every K epochs
+    evolution.csv             a row per record: two metrics over all blocks and images, and by stage
+    00.png, 00.gif ...        at the end: each image's strip, and its animation
+    evolution.png             at the end: the metrics as curves
 
-An epoch is what lies between two validations; for segmentation that is `--val-every` updates.
+An epoch is the interval between two validations; for segmentation that is `--val-every` updates.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ IMAGES = 4
 
 
 class SignificanceRecorder(Callback):
-    """Keeps sheets of a few validation images, and at the end strips, animations and curves.
+    """Records sheets of a few validation images, and at the end draws strips, animations and curves.
 
     Args:
-        folder: of the run; only the process that writes there records.
-        every: epochs from one record to the next; the first and the last are always recorded.
-        task: of the run.
-        splits: of the run.
-        images: how many validation images, spread evenly.
+        folder: the run folder; only the process that writes to it records.
+        every: epochs between records; the first and the last epoch are always recorded.
+        task: the run's task.
+        splits: the run's data.
+        images: number of validation images, evenly spaced.
     """
 
     def __init__(self, folder: RunFolder, every: int, task: Task, splits: Splits, images: int = IMAGES):
@@ -54,12 +54,12 @@ class SignificanceRecorder(Callback):
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         if not self.writes:
             return
-        for record in self._records():  # of epochs that will be made again
+        for record in self._records():  # of epochs that will be repeated
             if int(record.name) > trainer.current_epoch:
                 shutil.rmtree(record)
         for index in self.indices:
             image = self.val[index].image
-            if image is not None:  # an unreadable file, which --bad-images skip leaves out
+            if image is not None:  # None: an unreadable file, with --bad-images skip
                 self._samples.append((index, image, self.task.objects(self.splits, index)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
@@ -81,38 +81,39 @@ class SignificanceRecorder(Callback):
         folder.mkdir(parents=True)
         explainer = self.task.explainer(model, self.splits.metadata)
         for number, (_, image, mask) in enumerate(self._samples):
-            seen = explainer.explain(image)
-            draw_explanation(seen, folder / f"{number:02d}.png")
-            arrays: dict[str, Any] = {"epoch": epoch, "step": step, "image": seen.image}
+            explanation = explainer.explain(image)
+            draw_explanation(explanation, folder / f"{number:02d}.png")
+            arrays: dict[str, Any] = {"epoch": epoch, "step": step, "image": explanation.image}
             if mask is not None:
                 arrays["objects"] = explainer.mask(torch.as_tensor(mask))
-            for block in seen.tokens:
-                arrays[f"significance/{block}"] = seen.significance[hybrid_of(block)]
-                arrays[f"salient/{block}"] = salient(seen, block)
+            for block in explanation.tokens:
+                arrays[f"significance/{block}"] = explanation.significance[hybrid_of(block)]
+                arrays[f"salient/{block}"] = salient(explanation, block)
             np.savez_compressed(folder / f"{number:02d}.npz", **arrays)
-        write_numbers(self.path)
+        write_evolution(self.path)
 
 
 def records(path: Path) -> list[Path]:
-    """Folders of the records, in the order of time."""
+    """The folders of the records, in chronological order."""
     return sorted(p for p in path.glob("[0-9]*") if p.is_dir())
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Arrays of a record by image."""
-    found = {}
+    """A record's arrays by image."""
+    images = {}
     for file in sorted(path.glob("*.npz")):
         with np.load(file) as arrays:
-            found[file.stem] = dict(arrays)
-    return found
+            images[file.stem] = dict(arrays)
+    return images
 
 
+# scipy.stats.spearmanr is equal but no dependency here; torchmetrics' is slow with ties and gives 0 for constant maps.
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing their mean rank; nan where one map is constant."""
+    """Spearman's rank correlation; ties share their mean rank, NaN if either map is constant."""
 
     def ranks(values: np.ndarray) -> np.ndarray:
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[place.ravel()]
+        _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[inverse.ravel()]
 
     first, second = ranks(a), ranks(b)
     if first.std() == 0 or second.std() == 0:
@@ -120,36 +121,36 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def write_numbers(path: Path) -> list[dict[str, Any]]:
-    """`evolution.csv` from the records; returns its rows.
+def write_evolution(path: Path) -> list[dict[str, Any]]:
+    """Write `evolution.csv` from the records; returns its rows.
 
-    `rank_correlation`: of significance with the record before, mean over blocks and images. `salient_energy`: share of
-    salient tokens' area that lies in objects; `object_area`: the objects' share of the image, which is chance. Empty
-    where they cannot be known. Each also by stage.
+    `rank_correlation`: of significance with the previous record, mean over blocks and images. `salient_energy`: the
+    fraction of the salient tokens' area that lies on objects; `object_area`: the objects' fraction of the image, the
+    expected value for random tokens. Empty where undefined. The first two also by stage.
     """
     rows: list[dict[str, Any]] = []
-    before: dict[str, dict[str, Any]] = {}
+    previous: dict[str, dict[str, Any]] = {}
     for record in records(path):
-        now = _read(record)
-        first = next(iter(now.values()))
-        numbers: dict[str, dict[str, list[float]]] = {"rank_correlation": {}, "salient_energy": {}, "object_area": {}}
-        for name, arrays in now.items():
+        current = _read(record)
+        first = next(iter(current.values()))
+        metrics: dict[str, dict[str, list[float]]] = {"rank_correlation": {}, "salient_energy": {}, "object_area": {}}
+        for name, arrays in current.items():
             for block in (key.split("/")[1] for key in arrays if key.startswith("salient/")):
                 stage, chosen = block.split(".")[0], arrays[f"salient/{block}"]
-                if name in before:
-                    pair = (one[f"significance/{block}"] for one in (before[name], arrays))
-                    numbers["rank_correlation"].setdefault(stage, []).append(rank_correlation(*pair))
+                if name in previous:
+                    pair = (one[f"significance/{block}"] for one in (previous[name], arrays))
+                    metrics["rank_correlation"].setdefault(stage, []).append(rank_correlation(*pair))
                 if "objects" in arrays:
                     covered = coverage(arrays["objects"], chosen.shape, stride_of(block))
-                    numbers["salient_energy"].setdefault(stage, []).append(float(covered[chosen].mean()))
-                    numbers["object_area"].setdefault(stage, []).append(float(covered.mean()))
+                    metrics["salient_energy"].setdefault(stage, []).append(float(covered[chosen].mean()))
+                    metrics["object_area"].setdefault(stage, []).append(float(covered.mean()))
         stages = sorted({key.split("/")[1].split(".")[0] for key in first if key.startswith("salient/")})
         row: dict[str, Any] = {"epoch": int(first["epoch"]), "step": int(first["step"])}
-        row |= {kind: _mean([v for values in by.values() for v in values]) for kind, by in numbers.items()}
+        row |= {kind: _mean([v for values in by.values() for v in values]) for kind, by in metrics.items()}
         for kind in ("rank_correlation", "salient_energy"):
-            row |= {f"{kind}_stage{stage}": _mean(numbers[kind].get(stage, [])) for stage in stages}
+            row |= {f"{kind}_stage{stage}": _mean(metrics[kind].get(stage, [])) for stage in stages}
         rows.append(row)
-        before = now
+        previous = current
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -164,18 +165,18 @@ def _mean(values: list[float]) -> float | str:
 
 
 def finish(path: Path, unit: str) -> None:
-    """Strips, animations and curves of all records in a folder; nothing where there is none."""
-    found = [_read(record) for record in records(path)]
-    if not found:
+    """Draw strips, animations and curves of all records in a folder, if there are any."""
+    history = [_read(record) for record in records(path)]
+    if not history:
         return
-    for name in found[-1]:
-        last = found[-1][name]
+    for name in history[-1]:
+        last = history[-1][name]
         blocks = {key.split("/")[1].split(".")[0]: key for key in last if key.startswith("significance/")}
         steps = [
             (f"{unit} {int(one[name][unit])}", {stage: one[name][key] for stage, key in blocks.items()})
-            for one in found
+            for one in history
             if name in one
         ]
         for draw, kind in ((draw_strip, "png"), (draw_animation, "gif")):
             draw(last["image"], steps, path / f"{name}.{kind}", last.get("objects"))
-    draw_growth(write_numbers(path), path / "evolution.png", unit)
+    draw_growth(write_evolution(path), path / "evolution.png", unit)

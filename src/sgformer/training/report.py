@@ -1,4 +1,4 @@
-"""What the tasks' evaluations and reports share: confusion matrices and tables in files, Markdown."""
+"""Shared parts of the tasks' evaluations and reports: confusion matrices, tables, Markdown."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sgformer.viz.confusion import draw_confusion
 
 
 def facts_table(facts: Mapping[str, Any]) -> list[str]:
-    """Markdown of a table without a heading, a fact a row."""
+    """A Markdown table without a heading, one fact per row."""
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
 
 
 def taken_for(confusion: np.ndarray, names: Sequence[str], i: int) -> str:
-    """What class `i` was mostly taken for instead; "" if it never was."""
+    """The class that class `i` is most often confused with; "" if there is none."""
     others = np.where(np.arange(len(confusion)) == i, 0, confusion[i])
     return names[int(others.argmax())] if others.any() else ""
 
 
 def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
-    """The files of a result that has `summary()`, `per_class()`, `confusion` and `class_names`; a picture if `unit`
-    says what was counted."""
+    """Write the files of a result that has `summary()`, `per_class()`, `confusion` and `class_names`; also a picture
+    if `unit`, the unit of the counts, is given."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", result.summary())
     rows = result.per_class()
@@ -41,7 +41,7 @@ def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
 
 
 def read_confusion(folder: Path) -> tuple[dict[str, Any], np.ndarray, tuple[str, ...]]:
-    """The summary, the counts and the class names that `write_confusion` left in `folder`."""
+    """Read the summary, the counts and the class names written by `write_confusion`."""
     stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     numbers = {name: math.nan if value is None else value for name, value in stored.items()}
     with (folder / "confusion.csv").open(newline="", encoding="utf-8") as file:
@@ -50,7 +50,7 @@ def read_confusion(folder: Path) -> tuple[dict[str, Any], np.ndarray, tuple[str,
 
 
 def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list[str]:
-    """Markdown of classes from the hardest to the easiest; the ten at both ends if there are more than twenty."""
+    """Markdown tables of classes from the hardest to the easiest; ten from each end if there are more than twenty."""
     tables = [("Classes, hardest first", ranked)]
     if len(ranked) > 20:
         tables = [("Hardest classes", ranked[:10]), ("Easiest classes", ranked[:-11:-1])]
@@ -63,7 +63,7 @@ def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list
 
 
 def show(pictures: Sequence[tuple[str, str]]) -> list[str]:
-    """Markdown of pictures, (title, file) each."""
+    """Markdown for pictures given as (title, file)."""
     return [line for title, file in pictures for line in (f"## {title}", "", f"![{title}]({file})", "")]
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked, where it ran, what it said and what it leaves behind."""
+"""The folder of a run: settings, environment, log and outputs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ log = logging.getLogger("sgformer")
 TIME = "%Y-%m-%d %H:%M:%S"
 CONFIG = "config.yaml"
 
-# Settings of a run that may change when it is resumed.
+# Settings that may change when a run is resumed.
 RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "native", "run")
 
 
 class RunFolder:
-    """Paths and small files of one run. Only the first process writes (`writes`).
+    """Paths and small files of a run. Only the main process writes.
 
     Args:
         path: the folder.
-        writes: whether this process is the one that writes.
+        writes: whether this process writes.
     """
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True):
@@ -50,34 +50,34 @@ class RunFolder:
 
     @property
     def previous(self) -> Path:
-        """The state before that one, should the last be damaged."""
+        """The preceding training state, a fallback if the last is damaged."""
         return self.path / "checkpoints" / "previous.ckpt"
 
     @classmethod
     def create(cls, config: RunConfig, task: str, writes: bool = True) -> RunFolder:
-        """Make the folder `config.run`, by default `runs/TASK-MODEL-TIME`, and write `config.yaml`.
+        """Create the folder `config.run`, by default `runs/TASK-MODEL-TIME`, and write `config.yaml`.
 
         Raises:
-            UserError: it exists and is not empty.
+            UserError: the folder is not empty, or is a file.
         """
         name = f"{task}-{config.model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = cls(config.run or Path("runs") / name, writes)
         if writes:
-            begun = f"{CONFIG}.tmp"  # all that is left of a run that was killed before its first file was whole
+            leftover = f"{CONFIG}.tmp"  # of a run that was killed while writing its first file
             if folder.path.exists() and not folder.path.is_dir():
                 raise UserError(f"{folder.path}: not a folder; pass another --run")
-            if folder.path.exists() and any(file.name != begun for file in folder.path.iterdir()):
-                raise UserError(f"{folder.path}: not empty; pass another --run, or --resume {folder.path} to go on")
+            if folder.path.exists() and any(file.name != leftover for file in folder.path.iterdir()):
+                raise UserError(f"{folder.path}: not empty; pass another --run, or --resume {folder.path} to continue")
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write(CONFIG, to_yaml(config.to_dict()))
         return folder
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], writes: bool = True) -> RunFolder:
-        """A run to go on with.
+        """Open an existing run.
 
         Raises:
-            UserError: not the folder of a run.
+            UserError: the folder is not a run folder.
         """
         folder = cls(path, writes)
         if not (folder.path / CONFIG).is_file():
@@ -85,48 +85,48 @@ class RunFolder:
         return folder
 
     def usable_checkpoint(self) -> tuple[Path | None, int]:
-        """The newest training state that is whole, and the number of updates in it; (None, 0) if there is none yet.
+        """The newest intact training state and its number of updates; (None, 0) if there is none yet.
 
-        A damaged one is named in the log.
+        Damaged states are logged.
 
         Raises:
-            UserError: there are states, but all are damaged.
+            UserError: all existing states are damaged.
         """
         from sgformer.training.state_file import read_step
 
-        found = [path for path in (self.checkpoint, self.previous) if path.exists()]
+        states = [path for path in (self.checkpoint, self.previous) if path.exists()]
         damage = []
-        for path in found:
+        for path in states:
             try:
                 step = read_step(path)
             except UserError as error:
                 damage.append(str(error))
                 continue
             for line in damage if self.writes else ():
-                log.warning(f"{line}; going on from {path.name}, step {step}")
+                log.warning(f"{line}; resuming from {path.name}, step {step}")
             return path, step
         if damage:
-            raise UserError("; ".join(damage) + "; remove what is damaged to start this run again from its beginning")
+            raise UserError("; ".join(damage) + "; remove the damaged files to restart this run from the beginning")
         return None, 0
 
     def clear_unfinished(self) -> None:
-        """Remove what a killed process was writing: files called `*.tmp`."""
+        """Remove the partial files of a killed process, `*.tmp`."""
         if self.writes:
             for file in self.path.rglob("*.tmp"):
                 file.unlink()
 
-    def standing(self, command: str) -> str:
-        """What a stopped run can go on from, and how."""
+    def resume_hint(self, command: str) -> str:
+        """How to resume a stopped run, and from which step."""
         try:
             path, step = self.usable_checkpoint()
         except UserError as error:
             return str(error)
         if path is None:
-            return f"no checkpoint was written yet in {self.path}"
-        return f"step {step} is safe in {path}; go on with: sgformer train {command} --resume {self.path}"
+            return f"no checkpoint has been written to {self.path} yet"
+        return f"step {step} is saved in {path}; resume with: sgformer train {command} --resume {self.path}"
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file whole or not at all."""
+        """Write a text file atomically."""
         if self.writes:
             write_text(self.path / name, text)
 
@@ -135,21 +135,21 @@ class RunFolder:
         self.write("environment.json", to_json({**environment(), **facts}) + "\n")
 
     def environment(self) -> dict[str, Any]:
-        """What :meth:`write_environment` wrote last; empty where it cannot be read."""
+        """Read `environment.json`; empty if it is missing or unreadable."""
         try:
-            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+            facts = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return facts if isinstance(facts, dict) else {}
 
     def note(self, text: str) -> None:
-        """One more line in `log.txt`, and there only; lost where it cannot be written."""
+        """Append a line to `log.txt` only; write errors are ignored."""
         if self.writes:
             with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime(TIME)} {text}\n")
 
     def start_log(self) -> logging.Handler:
-        """Let the `sgformer` logger also write to `log.txt`; remove the returned handler at the end."""
+        """Add a `log.txt` handler to the `sgformer` logger; the caller must remove the returned handler."""
         handler: logging.Handler = logging.NullHandler()
         if self.writes:
             handler = _LogFile(self.path / "log.txt", encoding="utf-8")
@@ -159,19 +159,19 @@ class RunFolder:
 
 
 def resumed_config(config_class: type[Config], run: str | os.PathLike[str], options: dict[str, Any]) -> Config:
-    """A run's own settings with the options that may change.
+    """A run's stored settings, updated with the options that may change.
 
     Raises:
-        UserError: another option differs from the run's.
+        UserError: an option that must not change differs from the run's.
     """
     folder = RunFolder.open(run)
     stored = make_config(config_class, read_yaml(folder.path / "config.yaml", config_class))
     config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **options}), run=str(folder.path))
     for name in (field.name for field in dataclasses.fields(config)):
         if name not in RESUME_MAY_CHANGE and getattr(config, name) != getattr(stored, name):
-            may = ", ".join(f"--{dashed(n)}" for n in RESUME_MAY_CHANGE if n != "run")
-            was = f"--{dashed(name)} is {getattr(stored, name)} in {folder.path}"
-            raise UserError(f"{was} and cannot change on resuming (only {may} can)")
+            allowed = ", ".join(f"--{dashed(n)}" for n in RESUME_MAY_CHANGE if n != "run")
+            current = f"--{dashed(name)} is {getattr(stored, name)} in {folder.path}"
+            raise UserError(f"{current} and cannot change on resuming (only {allowed} can)")
     return config
 
 
@@ -198,7 +198,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit this package runs from, with `+changes` if files differ from it; None outside of a git checkout."""
+    """The commit of this checkout, with `+changes` if tracked files differ; None outside a git checkout."""
 
     def git(*command: str) -> str:
         here = Path(__file__)
@@ -207,21 +207,21 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment inside another project is not ours
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not if installed inside another project's checkout
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 class _LogFile(logging.FileHandler):
-    """Loses lines on a full disk without a word: whatever stops the run says what is wrong."""
+    """Drops lines silently on a full disk; the error that stops the run reports the cause."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class _Terminal(logging.Handler):
-    """Prints lines as they are, on what is standard output at the time: a progress bar may have replaced it."""
+    """Prints messages to the current standard output, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), flush=True)
@@ -229,7 +229,7 @@ class _Terminal(logging.Handler):
 
 @contextmanager
 def shown_log() -> Iterator[None]:
-    """Show this package's log lines on the terminal, unless the program has its own ideas about logging."""
+    """Show this package's log on the terminal, unless the program has configured logging itself."""
     level, handler = log.level, _Terminal()
     if not log.hasHandlers():
         log.addHandler(handler)

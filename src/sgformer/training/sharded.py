@@ -1,4 +1,4 @@
-"""Tensors that are shared out over processes (FSDP2): who holds what, and how to get at it."""
+"""Sharding over processes with FSDP2, and access to full tensors and local shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Share a network's parameters out over the processes of a mesh: one group for each block, one for the rest."""
+    """Shard a network's parameters over the processes of a mesh: one group per block, and one for the rest."""
     from torch.distributed.fsdp import fully_shard
 
     for name, module in list(model.named_modules()):
@@ -20,10 +20,10 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
 
 
 def full(value: Tensor) -> Tensor:
-    """All of a tensor that may be shared out; then all processes have to call this."""
+    """The full tensor of a possibly sharded one; for a sharded tensor all processes must call this."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
 
 
-def own(value: Tensor) -> Tensor:
-    """This process's part of a tensor that may be shared out."""
+def local_shard(value: Tensor) -> Tensor:
+    """This process's shard of a possibly sharded tensor."""
     return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]

@@ -1,7 +1,9 @@
-"""The training state on disk: written under another name, sealed with a checksum, and only then put in its place.
+"""Training state on disk: written to a temporary file, sealed with a checksum, then renamed.
 
-`torch.save` writes a ZIP archive; the seal is the archive's comment, so that a checkpoint is one file, which
-`torch.load` reads as any other. The state before the last one is kept until the next.
+`torch.save` writes a ZIP archive; the seal is the archive's comment, so a checkpoint is a single file that `torch.load`
+reads as usual. The preceding state is kept.
+
+By hand: neither torch nor Lightning detects a checkpoint that a crash or a disk has damaged; they load or fail midway.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sgformer.core.errors import UserError, first_line
 
-SEAL = b"sgformer blake2b "  # and 64 hexadecimal digits: of everything before
+SEAL = b"sgformer blake2b "  # followed by 64 hexadecimal digits, the checksum of everything before
 LENGTH = len(SEAL) + 64
 END_OF_ARCHIVE = struct.Struct("<4s4H2LH")  # the last field is the length of the comment
 
 
 class StateIO(TorchCheckpointIO):
-    """How Lightning writes training states: sealed, and flushed to the disk."""
+    """Writes Lightning's checkpoints sealed and fsynced."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a sealed file, or none.
+        """Write a sealed file; removes it if writing fails.
 
         Raises:
-            OSError: the disk is full, or does not let us write; names the file.
+            OSError: the disk is full or not writable; names the file.
         """
         path = Path(path)
         try:
@@ -48,7 +50,7 @@ class StateIO(TorchCheckpointIO):
 
 
 def seal(file: IO[bytes]) -> None:
-    """Add the checksum to a ZIP archive that is open for reading and writing."""
+    """Append the checksum to a ZIP archive opened for reading and writing."""
     end = file.seek(-END_OF_ARCHIVE.size, os.SEEK_END)
     *fields, comment = END_OF_ARCHIVE.unpack(file.read())
     if fields[0] != b"PK\5\6" or comment:
@@ -60,43 +62,43 @@ def seal(file: IO[bytes]) -> None:
 
 
 def check_seal(path: Path) -> None:
-    """Read a state file through.
+    """Verify the checksum of a state file.
 
     Raises:
-        UserError: it is not to the bit what was written; names it.
+        UserError: the file is truncated, damaged or unreadable; names it.
     """
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END) - LENGTH
             file.seek(max(0, size))
-            found = file.read()
-            if not found.startswith(SEAL):
-                raise UserError(f"{path}: not a whole checkpoint: cut short, or not written by `sgformer train`")
-            if found[len(SEAL) :] != _digest(file, size):
-                raise UserError(f"{path}: damaged: its checksum does not match what is in it")
+            stored = file.read()
+            if not stored.startswith(SEAL):
+                raise UserError(f"{path}: not a complete checkpoint: truncated, or not written by `sgformer train`")
+            if stored[len(SEAL) :] != _digest(file, size):
+                raise UserError(f"{path}: damaged: its checksum does not match its content")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_step(path: Path) -> int:
-    """The number of updates in a state file, read without its tensors, after looking at its seal.
+    """Verify a state file and read its number of updates, without its tensors.
 
     Raises:
-        UserError: it is damaged, or holds something else.
+        UserError: the file is damaged, or not a training state.
     """
     check_seal(path)
     try:
         return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
-    except Exception as error:  # a ZIP archive that holds anything else fails in many ways
+    except Exception as error:  # other ZIP archives fail in many ways
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
 
 
 def publish(unfinished: Path, path: Path, previous: Path) -> None:
-    """Put a written state in its place; the one that was there becomes the previous one."""
+    """Rename a written state to `path`; the existing one becomes `previous`."""
     if path.exists():
         os.replace(path, previous)
     os.replace(unfinished, path)
-    if hasattr(os, "O_DIRECTORY"):  # the names have to reach the disk, too
+    if hasattr(os, "O_DIRECTORY"):  # fsync the renames, too
         folder = os.open(path.parent, os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -116,7 +118,7 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the system said, where torch's writer hides it behind an error of its own."""
+    """The OSError behind an error of torch's writer, or None."""
     while error is not None:
         if isinstance(error, OSError):
             return error

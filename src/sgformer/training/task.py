@@ -1,8 +1,8 @@
-"""What a task of computer vision brings along, for training and for everything done with its weights afterwards.
+"""The interface of a vision task, for training and for all later uses of its weights.
 
 A task is a subclass of :class:`Task` in a folder of its own under `tasks/`. Training, command line, exports, the page
-and ablations know this class alone. Its methods import what they need when they are called: the command line's help
-needs words and options only, and exported files are used where torch is not installed.
+and ablations depend on this class alone. Its methods import lazily: the command line's help needs names and options
+only, and exported networks run without torch.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from sgformer.training.config import RunConfig
 
 
 class Evaluation(Protocol):
-    """The numbers of an evaluation."""
+    """The metrics of an evaluation."""
 
     skipped: tuple[str, ...]
 
     def write(self, folder: Any, picture: bool = True) -> None:
-        """Files of the numbers in a folder, with pictures if asked for."""
+        """Write the metrics to a folder, with pictures if `picture`."""
 
     def headline(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         ...
 
     def table(self) -> str:
-        """All numbers, for a terminal."""
+        """All metrics, for a terminal."""
         ...
 
     def counted(self) -> str:
-        """What was measured on: `341 images of 10 classes`."""
+        """The size of the split: `341 images of 10 classes`."""
         ...
 
 
 @dataclass
 class Splits:
-    """The images of a run.
+    """The data of a run.
 
     Attributes:
         train, val: data sets of samples, indexed by (epoch, index).
-        train_sampler: an `EpochSampler`; one pass of it is what lies between two validations.
-        val_sampler: another one, that yields everything once.
-        total_steps: updates of the whole schedule.
-        steps_per_pass: updates that make a pass over the training images.
+        train_sampler: an `EpochSampler`; a validation follows each of its passes.
+        val_sampler: an `EpochSampler` that yields every sample once.
+        total_steps: updates of the full schedule.
+        steps_per_pass: updates per pass over the training images.
         collate: a list of samples -> a batch (images, targets, indices, skipped).
         val_collate: the same for validation.
-        metadata: saved in the weights; `task`, `model`, `classes`, and what evaluation needs to know.
-        about: a line on the data for the log and the report.
-        size: of images, for the log.
+        metadata: stored with the weights: `task`, `model`, `classes`, and the settings that evaluation needs.
+        about: a one-line description for the log and the report.
+        size: the image size, for the log.
     """
 
     train: Any
@@ -69,16 +69,16 @@ class Splits:
 
 
 class Task:
-    """A task: its words, its options, and what it does at each step of a network's life.
+    """A task: its texts, its options, and its part in training, evaluation, prediction, explanation and export.
 
-    A subclass in `tasks/NAME/__init__.py` has the words. What it does stands in the files beside it, as functions of
-    agreed names that the methods here call:
+    A subclass in `tasks/NAME/__init__.py` defines the texts. The files beside it define functions with fixed names,
+    which the methods here call:
 
         config.py        Config
-        data.py          open_data, draw_batch, and objects where a sample's objects are known
+        data.py          open_data, draw_batch, and optionally objects (the objects of a sample)
         module.py        build
         metrics.py       read, report
-        predict.py       network, predict, evaluate, and finish where a run ends with pictures
+        predict.py       network, predict, evaluate, and optionally finish (pictures at the end of a run)
         predict_onnx.py  predict, prepare
         show.py          line, to_json, draw
         explain.py       explainer, summary
@@ -86,18 +86,18 @@ class Task:
 
     Attributes:
         name: on the command line and in weights, e.g. "classify".
-        title: in text, e.g. "classification".
-        about: what `sgformer train NAME` does, a few words.
-        description: the same in a sentence, which names the layout of the data.
+        title: the name in running text, e.g. "classification".
+        about: a short description of `sgformer train NAME`.
+        description: the same in a sentence that names the data layout.
         example: options of a typical training.
-        data_help: what `--data` is to `sgformer eval`.
-        eval_options, predict_options: options of `eval` and `predict` that not every task has, with underscores.
+        data_help: the help of `sgformer eval --data`.
+        eval_options, predict_options: task-specific options of `eval` and `predict`, with underscores.
         score: the column of `metrics.csv` that ablations compare.
-        unit: what a run's log counts in, "epoch" or "step".
+        unit: the unit of progress in a run's log, "epoch" or "step".
         pictures: (title, file in the run's folder) for the report.
-        written: what `eval` leaves in its folder, for the last line on the terminal.
-        quantity: what the shares of `summary` are.
-        extras: (package, extra of this package that installs it) that the task needs besides those of training.
+        written: the contents of `eval`'s output folder, for the last line on the terminal.
+        quantity: the meaning of the shares in `summary`.
+        extras: (package, extra of this package that installs it) needed in addition to those of training.
     """
 
     name: ClassVar[str]
@@ -116,11 +116,11 @@ class Task:
     extras: ClassVar[Sequence[tuple[str, str]]] = ()
 
     def part(self, name: str) -> Any:
-        """A file of the task's folder, imported now."""
+        """Import a module of the task's folder."""
         return importlib.import_module(f"{type(self).__module__}.{name}")
 
     def require(self) -> None:
-        """Raise UserError if a package is missing that this task needs besides those of training."""
+        """Raise UserError if a package in `extras` is missing."""
         for package, extra in self.extras:
             require(package, extra=extra)
 
@@ -136,34 +136,34 @@ class Task:
 
         Args:
             config: all settings.
-            weights: a `models.load.Weights` that the run starts from, or None.
+            weights: the initial `models.load.Weights`, or None.
             batch: images per forward pass on one process.
-            rank, world: which of how many processes this is.
+            rank, world: this process's index, and the number of processes.
 
         Raises:
-            UserError: the data is missing, or not as it should be; names the file or folder.
+            UserError: the data is missing or invalid; names the file or folder.
         """
         return self.part("data").open_data(config, weights, batch, rank, world)
 
     def module(self, config: Any, splits: Splits, weights: Any) -> Any:
-        """The network to train, as a `TaskModule`; fresh, or from `weights`.
+        """The network to train, as a `TaskModule`; freshly initialised, or from `weights`.
 
         Raises:
-            UserError: no such network, or weights that do not fit it.
+            UserError: the network does not exist, or the weights do not fit it.
         """
         return self.part("module").build(config, splits, weights)
 
     def draw_batch(self, config: Any, splits: Splits, images: list[Any], targets: list[Any], out: Path) -> None:
-        """A PNG of the first training samples as the network sees them."""
+        """Draw the first augmented training samples as a PNG."""
         self.part("data").draw_batch(config, splits, images, targets, out)
 
     def objects(self, splits: Splits, index: int) -> Any:
-        """The objects' pixels (H, W) bool of a validation sample, or None where they are not known."""
+        """The objects' pixels (H, W) bool of a validation sample, or None if unknown."""
         known = getattr(self.part("data"), "objects", None)
         return known(splits, index) if known else None
 
     def read_evaluation(self, folder: Path) -> Any:
-        """What `Evaluation.write` left in a folder."""
+        """Read an evaluation back from the folder that `Evaluation.write` filled."""
         return self.part("metrics").read(folder)
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
@@ -171,11 +171,11 @@ class Task:
         return self.part("metrics").report(model, result, facts, pictures)
 
     def scores(self, module: Any) -> tuple[str, ...]:
-        """Columns of `metrics.csv` in the curves; the first one is what counts."""
+        """The columns of `metrics.csv` in the curves; the first one is the main score."""
         return (self.score,)
 
     def finish(self, folder: Path, splits: Splits, module: Any) -> None:
-        """Add to the folder of the best validation when the run ends, on its first process."""
+        """Add files to the best validation's folder at the end of a run, on the main process."""
         if add := getattr(self.part("predict"), "finish", None):
             add(folder, splits, module)
 
@@ -190,25 +190,25 @@ class Task:
         return self.part("predict").network(weights)
 
     def evaluate(self, weights: Any, data: Any, *, out: Any = None, **options: Any) -> Any:
-        """Measure weights on a part of a data set, every image counted once.
+        """Evaluate weights on a split, using every image exactly once.
 
         Args:
             weights: a `models.load.Weights`.
             data: the data set.
-            out: folder for pictures that need the images; numbers are the caller's to write.
+            out: folder for pictures that need the images; the caller writes the metrics.
             options: of the task's `evaluate`.
 
         Raises:
-            UserError: weights or data are invalid, or do not go together.
+            UserError: the weights or the data are invalid, or do not match.
         """
         return self.part("predict").evaluate(weights, data, out=out, **options)
 
     def predict(self, weights: Any, sources: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
-        """Each image's result and the image itself, (result, PIL RGB), as they come.
+        """Yield (result, PIL RGB image) for each image, lazily.
 
         Args:
             weights: a `models.load.Weights`.
-            sources: files or PIL images, as `data.image.find_images` gives them.
+            sources: files or PIL images, as yielded by `data.image.find_images`.
             options: of the task's `predict`.
 
         Raises:
@@ -217,65 +217,65 @@ class Task:
         return self.part("predict").predict(weights, sources, **options)
 
     def predict_exported(self, network: Any, sources: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
-        """The same with an `exporting.onnx_predict.ExportedNetwork`. Nothing here imports torch."""
+        """As `predict`, with an `exporting.onnx_predict.ExportedNetwork`; does not import torch."""
         return self.part("predict_onnx").predict(network, sources, **options)
 
     def line(self, result: Any) -> str:
-        """A result as `sgformer predict` prints it, without the image's name."""
+        """A result as printed by `sgformer predict`, without the image's name."""
         return self.part("show").line(result)
 
     def to_json(self, results: Iterable[Any], metadata: Mapping[str, Any]) -> Any:
-        """Results as `sgformer predict --json` writes them."""
+        """Results as written by `sgformer predict --json`."""
         return self.part("show").to_json(results, metadata)
 
     def draw(self, result: Any, image: Any, out: Path, number: int, stem: str, metadata: Mapping[str, Any]) -> None:
-        """Write a result as a picture into a folder.
+        """Draw a result into a folder.
 
         Args:
-            result: what was predicted.
-            image: PIL RGB.
+            result: the prediction.
+            image: the PIL RGB image.
             out: the folder.
-            number: of the image, from 0.
-            stem: a name of its own for the picture.
-            metadata: of the weights.
+            number: the image's index, from 0.
+            stem: a unique file name stem.
+            metadata: the metadata of the weights.
         """
         self.part("show").draw(result, image, out, number, stem, metadata)
 
-    # -- looking inside, taking elsewhere -----------------------------------------------------------------------------
+    # -- explanation and export ---------------------------------------------------------------------------------------
 
     def explainer(self, model: Any, metadata: Mapping[str, Any]) -> Any:
-        """An `explaining.base.Explainer` of a network.
+        """An `explaining.base.Explainer` for a network.
 
         Raises:
-            UserError: it is another network than SG-Former.
+            UserError: the backbone is not an SG-Former.
         """
         return self.part("explain").explainer(model, metadata)
 
     def summary(self, explanation: Any, names: Sequence[str]) -> list[dict[str, Any]]:
-        """What an explained network found, for the page: `class`, `share`, and where it is drawn `colour` and `box`."""
+        """The prediction of an explanation, for the page: `class`, `share`, and if drawn `colour` and `box`."""
         return self.part("explain").summary(explanation, names)
 
     def nothing(self, score: float) -> str:
-        """What the page says where `summary` is empty."""
-        return "This network names no classes."
+        """The page's text for an empty `summary`."""
+        return "This network predicts no classes."
 
     def graph(self, weights: Any, whole: bool, features: bool, significance: bool) -> Any:
-        """What is exported, as an `exporting.graphs.Graph`.
+        """The exported graph, as an `exporting.graphs.Graph`.
 
         Args:
             weights: a `models.load.Weights`.
-            whole: everything, where the format can hold it, and not the backbone's part alone.
-            features, significance: also give the feature maps, the significance maps.
+            whole: export the full network, if the format supports it, instead of the backbone alone.
+            features, significance: also output the feature maps, the significance maps.
 
         Raises:
-            UserError: the network does not have what is asked for.
+            UserError: the network lacks a requested output.
         """
         return self.part("export").graph(self.network(weights), weights.metadata, whole, features, significance)
 
     def prepare_exported(self, network: Any, image: Any) -> Any:
-        """A PIL image as an `ExportedNetwork` takes it: (1, 3, H, W) float32 array."""
+        """Preprocess a PIL image for an `ExportedNetwork`: (1, 3, H, W) float32 array."""
         return self.part("predict_onnx").prepare(network, image)
 
     def measured(self, model: Any) -> Any:
-        """The part of a network whose multiply-accumulates are counted on one image."""
+        """The part of a network whose multiply-accumulates are counted, on one image."""
         return model

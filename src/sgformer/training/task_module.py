@@ -1,4 +1,4 @@
-"""What the tasks' modules share: which network validation runs, and a network sharded over processes (FSDP2)."""
+"""The base of the tasks' modules: the network for validation, and sharding over processes (FSDP2)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sgformer.training.sharded import full, shard
 
 
 class TaskModule(L.LightningModule):
-    """Trains `model`; validation runs `eval_model`.
+    """Trains `model` and validates `eval_model`.
 
-    A task's module computes a loss from a batch, (images, targets, indices, skipped), and measures what validation
-    finds: `training_step` returns the loss, or {"loss": ..., "parts": {name: scalar}} to have the parts in
-    `metrics.csv`, too; after a validation `evaluation` gives the result.
+    A task's module computes a loss from a batch (images, targets, indices, skipped) and accumulates validation metrics:
+    `training_step` returns the loss, or {"loss": ..., "parts": {name: scalar}} to log the parts in `metrics.csv`, too;
+    after a validation, `evaluation` returns the result.
 
-    Under a strategy with a device mesh, the parameters of `model` are sharded over the processes before training
-    (`fully_shard`), block by block. Validation, files of weights and pictures then use `unsharded`, a plain network on
-    every process, which `gather` fills: no process has to wait for another inside a forward pass, so that each may have
-    as many images, and of such sizes, as its share has.
+    Under a strategy with a device mesh, `fully_shard` shards the parameters of `model` over the processes before
+    training, block by block. Validation, weight files and pictures then use `unsharded`, a full copy on every process
+    that `gather` fills. Its forward passes need no communication, so processes may differ in the number and the sizes
+    of their images.
 
     Attributes:
-        monitor: the logged value that makes weights the best ones.
-        unsharded: the plain network, or None where `model` is one itself.
+        monitor: the logged metric that selects the best weights; higher is better.
+        unsharded: the full copy, or None if `model` is not sharded.
     """
 
     model: Any
@@ -44,21 +44,21 @@ class TaskModule(L.LightningModule):
 
     @property
     def eval_model(self) -> nn.Module:
-        """What validation runs and what is saved: the averaged weights if there are any."""
+        """The network that is validated and saved: the averaged weights if there are any."""
         if self.unsharded is not None:
             return self.unsharded
         return self._eval_model[0] if self._eval_model else self.model
 
     def evaluate_with(self, model: nn.Module) -> None:
-        """Let validation run `model`, or its weights, in place of the network being trained."""
+        """Validate `model` instead of the network being trained."""
         self._eval_model = [model]
 
     def mix(self, images: Any, targets: Any) -> tuple[Any, Any]:
-        """What the network sees of a batch; by default the batch itself."""
+        """Mix a batch for training; by default unchanged."""
         return images, targets
 
     def evaluation(self, skipped: Sequence[str]) -> Any:
-        """The last validation's `Evaluation`; `skipped` has a line for each image that could not be read."""
+        """The last validation's `Evaluation`; `skipped` has a line for each unreadable image."""
         raise NotImplementedError
 
     def configure_model(self) -> None:
@@ -66,17 +66,17 @@ class TaskModule(L.LightningModule):
         if mesh is None or self.unsharded is not None:
             return
         network = self.model
-        # A copy with plain batch norms: those that are tied together would wait for the other processes.
-        object.__setattr__(self, "unsharded", copy.deepcopy(network).requires_grad_(False))  # no submodule, see above
-        if mesh.device_type == "cuda" and mesh.size() > 1:  # as DDP does, which this strategy leaves to us
+        # Copied before the conversion: synchronised batch norms would wait for the other processes.
+        object.__setattr__(self, "unsharded", copy.deepcopy(network).requires_grad_(False))  # not as a submodule
+        if mesh.device_type == "cuda" and mesh.size() > 1:  # this strategy, unlike DDP, does not convert by itself
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.model = shard(network, mesh["data_parallel"])
 
     def gather(self, averaged: bool = True) -> None:
-        """Fill `unsharded` from all processes, which all have to call this.
+        """Fill `unsharded` from all processes; all of them must call this.
 
         Args:
-            averaged: take the weights that `evaluate_with` named, if any, else those being trained.
+            averaged: use the weights set by `evaluate_with`, if any; otherwise those being trained.
         """
         if self.unsharded is None:
             return
@@ -86,13 +86,13 @@ class TaskModule(L.LightningModule):
             weight.copy_(full(parameters[name].detach()))
         for name, statistic in self.unsharded.named_buffers():
             value = full(buffers[name].detach())
-            torch.distributed.broadcast(value, 0)  # every process has statistics of its own: the first's count
+            torch.distributed.broadcast(value, 0)  # statistics differ by process: use the main process's
             statistic.copy_(value)
         self.unsharded.eval()
 
     @contextmanager
     def run_unsharded(self) -> Iterator[None]:
-        """Let `model` be `unsharded` for a while, so that one process can run it alone."""
+        """Replace `model` by `unsharded` within the block, so that one process can run it alone."""
         network, module = self.model, self.unsharded
         if module is None:
             yield
@@ -105,8 +105,8 @@ class TaskModule(L.LightningModule):
 
 
 class ScheduledModule(TaskModule):
-    """A module whose learning rate is a function of the step and of the run's settings: also when it is resumed with
-    more of them, so no state of a schedule is kept."""
+    """A module whose learning rate is a function of the step and the settings, which may change on resuming; the
+    schedule's state is therefore not stored."""
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
@@ -119,28 +119,32 @@ class ScheduledModule(TaskModule):
 
 
 def check_optimizer(name: str) -> None:
-    """Raise UserError unless timm has an optimiser of this name."""
+    """Raise UserError unless timm has an optimiser with this name."""
     known = [str(one) for one in list_optimizers()]
     if name.lower() not in known:
         raise UserError(f"unknown --opt {name}{nearest(name, known)}")
 
 
 def readable(batch: Any) -> tuple[Any, Any]:
-    """Images and targets of a batch that has any."""
+    """The images and targets of a batch.
+
+    Raises:
+        UserError: no image of the batch could be read.
+    """
     images, targets = batch[:2]
     if not len(targets):
-        raise UserError(f"not one image of this batch could be read; the first: {batch[3][0]}")
+        raise UserError(f"no image of this batch could be read; the first error: {batch[3][0]}")
     return images, targets
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The network's trainable parameters for an optimiser: no decay on norms and on `network.no_weight_decay()`."""
-    keep = set(network.no_weight_decay())  # type: ignore[operator]
+    """Optimiser parameter groups: no weight decay on norms and on `network.no_weight_decay()`."""
+    no_decay = set(network.no_weight_decay())  # type: ignore[operator]
     for name, module in network.named_modules():
         if "Norm" in type(module).__name__:
-            keep |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+            no_decay |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for name, p in named if name not in keep], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name in keep], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name not in no_decay], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name in no_decay], "weight_decay": 0.0},
     ]

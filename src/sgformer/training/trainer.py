@@ -1,4 +1,4 @@
-"""Put a Lightning `Trainer` together from a config, and keep it quiet."""
+"""Build a Lightning `Trainer` from a config, and silence its notices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgformer.training.state_file import StateIO
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
-# What Lightning, torch and torchmetrics say that a user of this package can do nothing about.
+# Warnings of Lightning, torch and torchmetrics that users of this package cannot act on.
 NOISE = (
     r".*does not have many workers which may be a bottleneck.*",
     r".*is smaller than the logging interval.*",
@@ -32,17 +32,17 @@ NOISE = (
     r".*The `srun` command is available on your system but is not used.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
-    r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler goes on where it was
-    r".*Our suggested max number of worker.*",  # the number is the user's to choose
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler resumes mid-epoch
+    r".*Our suggested max number of worker.*",  # the user sets --workers
     r".*Grad strides do not match bucket view strides.*",
     r".*module\(s\) in eval mode at the start of training.*",  # frozen stages
 )
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2: parameters, gradients and moments are shared out over all processes; see `tasks.common.NetworkTask`.
+    """FSDP2: parameters, gradients and optimizer state are sharded over all processes; see `TaskModule`.
 
-    Training states are the whole run's, in one file, so that a run can go on with another number of processes.
+    Training states are unsharded, in one file, so that a run can resume with another number of processes.
     """
 
     def __init__(self) -> None:
@@ -62,27 +62,27 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> L.Trainer:
-    """A `Trainer` without logger, progress bar and checkpoints of its own; those are our callbacks.
+    """Build a `Trainer` without its own logger, progress bar and checkpoints, which our callbacks provide.
 
     Args:
         device: auto, cpu, cuda, cuda:N, mps.
-        devices: processes on this machine (those that torchrun or SLURM started, else one per GPU, if "auto").
+        devices: processes on this machine; "auto": those started by torchrun or SLURM, otherwise one per GPU.
         precision: fp32, bf16 or fp16.
-        strategy: ddp, or fsdp; see `ShardedStrategy`.
-        callbacks, options: as of `lightning.Trainer`.
+        strategy: ddp or fsdp; see `ShardedStrategy`.
+        callbacks, options: passed to `lightning.Trainer`.
 
     Raises:
-        UserError: no such device here.
+        UserError: the device is not available.
     """
-    where = find_device(device)
-    if where.type == "cpu" and devices == "auto":
+    resolved = find_device(device)
+    if resolved.type == "cpu" and devices == "auto":
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if where.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as in every published recipe of this kind
+    if resolved.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in published recipes
     return L.Trainer(
-        accelerator=where.type,
-        devices=devices if where.index is None else [where.index],  # type: ignore[arg-type]
-        # The number of machines: torchrun's, SLURM's, or this one.
+        accelerator=resolved.type,
+        devices=devices if resolved.index is None else [resolved.index],  # type: ignore[arg-type]
+        # The number of machines, from torchrun or SLURM, otherwise 1.
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1),
         precision=PRECISION[precision],  # type: ignore[arg-type]
         strategy=ShardedStrategy() if strategy == "fsdp" else "auto",
@@ -93,13 +93,13 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # ours share out every image exactly once
+        use_distributed_sampler=False,  # our samplers distribute the images themselves, each exactly once
         **options,
     )
 
 
 def trainer_options(config: RunConfig) -> dict[str, Any]:
-    """The part of a config that `build_trainer` takes."""
+    """The arguments of `build_trainer` in a config."""
     return {
         "device": config.device,
         "devices": config.devices,
@@ -115,7 +115,7 @@ def per_process_batch(config: RunConfig, world: int) -> int:
     """Images per forward pass on one process.
 
     Raises:
-        UserError: the batch does not divide.
+        UserError: the batch size is not divisible by processes x accumulation.
     """
     parts = world * config.accumulate
     if config.batch_size % parts:
@@ -128,7 +128,7 @@ def per_process_batch(config: RunConfig, world: int) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's notices, and the known warnings in `NOISE`, off the terminal; everything else gets through."""
+    """Silence Lightning's notices and the warnings in `NOISE` within the block."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Measuring trained weights outside of a run: one pass over a part of a data set, on one or several processes."""
+"""Evaluate trained weights outside a run: one pass over a split, on one or several processes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def validate(
     devices: int | str = "auto",
     precision: str = "fp32",
 ) -> tuple[Any, bool]:
-    """Run a module's validation once over a data set.
+    """Run a module's validation over a data set.
 
     Args:
         module: a `TaskModule`.
-        dataset: its samples are seen once each.
-        collate: makes batches of them.
+        dataset: every sample is used exactly once.
+        collate: the collate function.
         batch_size: images per forward pass on each process.
-        workers: processes that read images; 0: none.
-        device, devices, precision: as of `build_trainer`.
+        workers: data loading processes; 0: load in the main process.
+        device, devices, precision: see `build_trainer`.
 
     Returns:
-        The module's `Evaluation`, and whether this is the process that writes.
+        The module's `Evaluation`, and whether this is the main process, which writes files.
 
     Raises:
         UserError: a value is invalid, or a file cannot be read.

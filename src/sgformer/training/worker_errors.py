@@ -1,4 +1,4 @@
-"""Faults of the machine, put into words a user can act on."""
+"""Translate failures of worker processes into actionable errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sgformer.core.errors import UserError
 
-# What torch says when a process that reads images dies, and what gloo and NCCL say when their other end has gone.
+# torch's message when a data worker dies, and those of gloo and NCCL when a peer is gone.
 WORKER = r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+))?"
 GONE = (
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|Socket Timeout|NCCL .*abort"
@@ -17,7 +17,7 @@ GONE = (
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn the death of a process that reads images, or of another one of a distributed run, into a UserError."""
+    """Turn the death of a data worker or of a distributed peer into a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -25,14 +25,14 @@ def worker_errors() -> Iterator[None]:
         if worker := re.search(WORKER, text):
             how = f"was killed ({worker[2].strip()})" if worker[2] else "ended unexpectedly"
             raise UserError(
-                f"process {worker[1]}, which reads images, {how}: out of memory? try fewer --workers or a smaller "
-                "--batch-size (--workers 0 reads in the main process and shows the reason)"
+                f"data worker {worker[1]} {how}: out of memory? try fewer --workers or a smaller "
+                "--batch-size (--workers 0 loads in the main process and shows the cause)"
             ) from error
-        if lacking := re.match(r"(\w+) does not have a deterministic implementation", text):
-            raise UserError(f"--deterministic: this device has no deterministic {lacking[1]}; train without") from error
+        if missing := re.match(r"(\w+) does not have a deterministic implementation", text):
+            raise UserError(f"--deterministic: this device has no deterministic {missing[1]}; drop it") from error
         if re.search(GONE, text):
             raise UserError(
-                "another process of this run has ended; what it printed, or its machine's log, has the reason "
+                "another process of this run has died; its output or its machine's log shows the cause "
                 "(killed, out of memory, lost network)"
             ) from error
         raise

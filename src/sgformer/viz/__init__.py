@@ -1,1 +1,1 @@
-"""Pictures, drawn from arrays; nothing here knows a model."""
+"""Pictures drawn from arrays; nothing here depends on a model."""

@@ -1,4 +1,4 @@
-"""The runs of an ablation as dots, a line per variant."""
+"""A dot plot of an ablation: one row per variant, one dot per run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sgformer.viz.style import COLOURS, FAINT, INK, figure
 
 
 def draw_ablation(rows: Sequence[tuple[str, Sequence[float]]], out: str | Path, score: str) -> None:
-    """A dot for each run, a bar at each mean, and a dotted line at the first variant's.
+    """Draw a dot for each run, a bar at each mean, and a dotted line at the first variant's mean.
 
     Args:
-        rows: name and scores of each variant, in percent.
+        rows: name and scores of each variant, scores in percent.
         out: the PNG to write.
-        score: its name, for the axis.
+        score: the name of the score, for the axis label.
     """
     with figure(out, 6.4, 0.34 * len(rows) + 0.85) as fig:
         axes = fig.subplots()

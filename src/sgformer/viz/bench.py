@@ -1,4 +1,4 @@
-"""Speed and memory as pictures: throughput against MACs, and how cost grows with the image."""
+"""Plots of speed and memory: throughput against MACs, and cost against image size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKERS = "osD^v"
 
 
 def draw_throughput(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:
-    """Each network one point: multiply-accumulates of an image to the right, images a second upwards.
+    """Scatter plot with one point per network: GMACs per image on x, images per second on y.
 
     Args:
         points: with "label", "gmacs" and "images_per_s".
@@ -27,16 +27,16 @@ def draw_throughput(points: Sequence[Mapping[str, Any]], title: str, out: str | 
         axes.set_ylim(0, 1.12 * max(p["images_per_s"] for p in points))
         axes.set_xlim(0, 1.3 * max(p["gmacs"] for p in points))
         axes.set_title(title)
-        axes.set_xlabel("GMACs an image")
+        axes.set_xlabel("GMACs per image")
         axes.set_ylabel("images/s")
         _name(axes, [(p["label"], p["gmacs"], p["images_per_s"]) for p in points])
 
 
 def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each point's label beside it: where it covers least of points and of other labels, and stays inside."""
-    axes.figure.draw_without_rendering()  # only now is it known where things are
+    """Label each point where the label overlaps points and other labels least and stays inside the axes."""
+    axes.figure.draw_without_rendering()  # computes the layout
     dots = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken: list[Sequence[float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
+    occupied: list[Sequence[float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
     for label, x, y in sorted(points, key=lambda point: point[1:]):
         choices: list[tuple[float, int, Any, Sequence[float]]] = []
         for dx, dy in ((8, 0), (-8, 0), (8, 9), (8, -9), (-8, 9), (-8, -9), (8, 18), (8, -18), (-8, 18), (-8, -18)):
@@ -46,32 +46,32 @@ def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
             )  # fmt: skip
             note.set_in_layout(False)
             box = note.get_window_extent().extents
-            outside = (box[2] - box[0]) * (box[3] - box[1]) - _shared(box, axes.bbox.extents)
-            choices.append((outside + sum(_shared(box, other) for other in taken), len(choices), note, tuple(box)))
+            outside = (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, axes.bbox.extents)
+            choices.append((outside + sum(_overlap(box, other) for other in occupied), len(choices), note, tuple(box)))
             note.set_visible(False)
         _, _, note, box = min(choices, key=lambda choice: choice[:2])
         note.set_visible(True)
-        taken.append(box)
+        occupied.append(box)
 
 
 def _colour(label: str) -> str:
     return COLOURS[0] if label.startswith("sgformer") else COLOURS[1]
 
 
-def _shared(a: Sequence[float], b: Sequence[float]) -> float:
-    """Area that two boxes (left, bottom, right, top) have in common."""
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection area of two boxes (left, bottom, right, top)."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path) -> None:
-    """Time and peak memory against image size, both axes logarithmic, with the exponent that fits each network.
+    """Plot time and peak memory against image size on logarithmic axes, with each network's fitted exponent.
 
     Args:
-        points: with "label", "size" (pixels a side), "seconds", and "memory" in bytes or None.
+        points: with "label", "size" (side in pixels), "seconds", and "memory" in bytes or None.
         out: the PNG to write.
     """
     ticker = require("matplotlib.ticker", extra="bench")
-    panels = {"seconds": ("milliseconds a step", 1e3), "memory": ("peak memory, MiB", 2**-20)}
+    panels = {"seconds": ("milliseconds per step", 1e3), "memory": ("peak memory, MiB", 2**-20)}
     with figure(out, 10, 4.2) as fig:
         for axes, (name, (label, scale)) in zip(fig.subplots(1, 2), panels.items(), strict=True):
             for i, network in enumerate(dict.fromkeys(p["label"] for p in points)):
@@ -97,7 +97,7 @@ def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """The slope of the straight line through the logarithms, least squares; None for fewer than two sizes."""
+    """The least-squares slope in log-log space; None for fewer than two distinct x."""
     if len(set(x)) < 2:
         return None
     a, b = [math.log(v) for v in x], [math.log(v) for v in y]

@@ -9,17 +9,17 @@ import numpy as np
 
 from sgformer.viz.style import INK, SEQUENTIAL, figure
 
-MOST_NAMES = 40  # beyond this many classes names and numbers would overlap
+MAX_NAMES = 40  # beyond this many classes, names would overlap
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], out: str | Path, unit: str = "images") -> None:
-    """Shares of each true class (row) by predicted class (column).
+    """Draw a confusion matrix normalised by row: true classes in rows, predicted classes in columns.
 
     Args:
         counts: (classes, classes) integers, true classes in rows.
         names: one per class.
         out: the PNG to write.
-        unit: what is counted.
+        unit: the unit of the counts.
     """
     counts = np.asarray(counts)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
@@ -33,7 +33,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], out: str | Path, un
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         axes.set_title(f"share of each true class, %  ({int(counts.sum())} {unit})")
-        if n <= MOST_NAMES:
+        if n <= MAX_NAMES:
             short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
             axes.set_xticks(range(n), short, rotation=90 if max(map(len, short)) > 2 else 0)
             axes.set_yticks(range(n), short)

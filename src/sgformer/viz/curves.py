@@ -1,4 +1,4 @@
-"""Loss, accuracy and learning rate over a run, from its `metrics.csv`."""
+"""Curves of loss, scores and learning rate of a run, from its `metrics.csv`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sgformer.viz.style import COLOURS, figure
 
 
 def read_metrics(table: str | Path) -> dict[str, list[tuple[float, float]]]:
-    """Every column of a `metrics.csv` as (epoch, value) points; empty cells are left out."""
+    """Every column of a `metrics.csv` as (epoch, value) points; empty cells are skipped."""
     series: dict[str, list[tuple[float, float]]] = {}
     with Path(table).open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -20,12 +20,12 @@ def read_metrics(table: str | Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw_curves(table: str | Path, out: str | Path, scores: tuple[str, ...] = ("top1", "top5")) -> None:
-    """Three panels side by side: loss of training and validation, scores in percent, learning rate.
+    """Draw three panels: training and validation loss, scores in percent, learning rate.
 
     Args:
         table: a run's `metrics.csv`.
         out: the PNG to write.
-        scores: the columns, fractions, of the middle panel; the first one's best value is marked.
+        scores: columns of the middle panel, fractions in [0, 1]; the best value of the first one is marked.
     """
     series = read_metrics(table)
     panels = {

@@ -1,4 +1,4 @@
-"""Boxes and masks over images, sheets of them, and precision-recall curves."""
+"""Boxes and masks drawn over images, sheets of such images, and precision-recall curves."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sgformer.results import Detections
 from sgformer.viz.segmentation import palette
 from sgformer.viz.style import COLOURS, INK, figure
 
-#: Images are enlarged in whole steps until their short side is about this many pixels, so that labels can be read.
+#: Images are enlarged by an integer factor to a short side of about this many pixels, so that labels are legible.
 LEGIBLE = 400
-#: Up to so many classes get a curve of a colour each.
-MOST_CURVES = 5
+#: Up to this many classes get a coloured and labelled curve each.
+MAX_CURVES = 5
 
 
 @dataclass(frozen=True)
 class Instances:
-    """What is drawn over an image, annotated or detected.
+    """The annotated or detected objects of an image, for drawing.
 
     Attributes:
         boxes: (N, 4) [x1, y1, x2, y2] in pixels.
         labels: (N,) class indices.
-        scores: (N,) in 0..1, or None for annotations.
+        scores: (N,) in [0, 1], or None for annotations.
         masks: (N, H, W) bool, or None.
     """
 
@@ -38,7 +38,7 @@ class Instances:
     masks: np.ndarray | None = None
 
     def above(self, score: float) -> Instances:
-        """Those with at least this score."""
+        """The instances with at least this score; all annotations."""
         if self.scores is None:
             return self
         keep = np.asarray(self.scores) >= score
@@ -47,15 +47,15 @@ class Instances:
 
 
 def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.ndarray:
-    """Masks, boxes, class names and scores over an image, the best object on top.
+    """Draw masks, boxes, class names and scores over an image, the best object on top.
 
     Args:
         image: (H, W, 3) uint8.
         objects: best first.
-        names: of the classes.
+        names: class names.
 
     Returns:
-        (h, w, 3) uint8; small images come out enlarged.
+        (h, w, 3) uint8; small images are enlarged.
     """
     zoom = max(1, round(LEGIBLE / min(image.shape[:2])))
     canvas = Image.fromarray(np.ascontiguousarray(image))
@@ -89,22 +89,22 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
 
 
 def instances_of(detections: Detections, names: Sequence[str]) -> Instances:
-    """A network's detections on one image, for drawing.
+    """Convert a network's detections on one image for drawing.
 
     Args:
-        detections: with results whose `class` is one of `names`.
-        names: of the classes, in the order of their indices.
+        detections: the `class` of every result must be in `names`.
+        names: class names in index order.
     """
     corners = np.array([r["bbox"] for r in detections.results], dtype=float).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
-    outlined = [r["segmentation"] for r in detections.results if "segmentation" in r]
-    masks = [require("pycocotools.mask", extra="detect").decode(outline) for outline in outlined]
+    rles = [r["segmentation"] for r in detections.results if "segmentation" in r]
+    masks = [require("pycocotools.mask", extra="detect").decode(rle) for rle in rles]
     labels = np.array([list(names).index(r["class"]) for r in detections.results], dtype=np.int64)
     return Instances(corners, labels, np.array([r["score"] for r in detections.results]), stack_masks(masks))
 
 
 def stack_masks(masks: Sequence[np.ndarray]) -> np.ndarray | None:
-    """(N, H, W) bool of N masks, None of none."""
+    """Stack N masks to (N, H, W) bool; None if N is 0."""
     return np.stack(masks).astype(bool) if masks else None
 
 
@@ -120,40 +120,40 @@ def draw_detections(image: np.ndarray, objects: Instances, names: Sequence[str],
 
 
 def draw_training_images(
-    images: Sequence[np.ndarray], objects: Sequence[Instances], names: Sequence[str], out: str | Path, most: int = 12
+    images: Sequence[np.ndarray], objects: Sequence[Instances], names: Sequence[str], out: str | Path, limit: int = 12
 ) -> None:
-    """A sheet of augmented training images with their objects.
+    """Draw a sheet of augmented training images with their objects.
 
     Args:
         images: (H_i, W_i, 3) uint8.
-        objects: of each image.
-        names: of the classes.
+        objects: per image.
+        names: class names.
         out: the PNG to write.
-        most: number of images shown at most.
+        limit: maximum number of images.
     """
-    images, objects = list(images[:most]), list(objects[:most])
+    images, objects = list(images[:limit]), list(objects[:limit])
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     with figure(out, 2.6 * columns, 2.2 * rows) as fig:
         grid = fig.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
-        for axes, image, things in zip(grid.flat, images, objects, strict=False):
-            axes.imshow(overlay(image, things, names))
+        for axes, image, instances in zip(grid.flat, images, objects, strict=False):
+            axes.imshow(overlay(image, instances, names))
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image, what is annotated, what was detected, and how well that fits."""
+    """An image with its annotations and detections; the title gives their agreement."""
 
     image: np.ndarray
     truth: Instances
-    found: Instances
+    detected: Instances
     title: str
 
 
 def draw_examples(best: Sequence[Example], worst: Sequence[Example], names: Sequence[str], out: str | Path) -> None:
-    """A sheet of the best and worst images, each twice: as annotated (left) and as detected (right)."""
+    """Draw a sheet of the best and worst images, each as a pair: annotated (left) and detected (right)."""
     groups = [("best", list(best)), ("worst", list(worst))]
     pairs = 3
     rows = [(name, group[i : i + pairs]) for name, group in groups for i in range(0, len(group), pairs)]
@@ -167,17 +167,17 @@ def draw_examples(best: Sequence[Example], worst: Sequence[Example], names: Sequ
             for i, example in enumerate(group):
                 left, right = line[2 * i : 2 * i + 2]
                 left.imshow(overlay(example.image, example.truth, names))
-                right.imshow(overlay(example.image, example.found, names))
+                right.imshow(overlay(example.image, example.detected, names))
                 left.set_title(f"{name}: annotated", fontsize=8, color=INK)
                 right.set_title(example.title, fontsize=8, color=INK)
 
 
 def draw_precision_recall(precision: Mapping[str, np.ndarray], names: Sequence[str], out: str | Path) -> None:
-    """Precision over recall at IoU .5: a panel for boxes, one for masks; the mean in bold, classes beside it.
+    """Plot precision over recall at IoU .5, a panel each for boxes and masks: the mean in bold, and each class.
 
     Args:
-        precision: by kind, (classes, points) over equally spaced recalls from 0 to 1; NaN rows are left out.
-        names: of the classes.
+        precision: by kind, (classes, points) at equally spaced recalls from 0 to 1; NaN rows are skipped.
+        names: class names.
         out: the PNG to write.
     """
     with figure(out, 4.6 * len(precision) + 0.4, 3.8) as fig:
@@ -185,15 +185,15 @@ def draw_precision_recall(precision: Mapping[str, np.ndarray], names: Sequence[s
             fig.subplots(1, len(precision), squeeze=False)[0], precision.items(), strict=True
         ):
             recall = np.linspace(0, 1, curves.shape[1])
-            there = [k for k in range(len(curves)) if not np.isnan(curves[k]).all()]
-            named = len(there) <= MOST_CURVES
-            for place, k in enumerate(there):
+            present = [k for k in range(len(curves)) if not np.isnan(curves[k]).all()]
+            named = len(present) <= MAX_CURVES
+            for place, k in enumerate(present):
                 label = f"{names[k]} {100 * curves[k].mean():.1f}" if named else None
                 colour = COLOURS[place] if named else "#b4bcc6"
                 axes.plot(recall, curves[k], color=colour, linewidth=1.2, label=label, drawstyle="steps-post")
-            if there:
-                mean = curves[there].mean(0)
-                label = f"mean of {len(there)} classes {100 * mean.mean():.1f}"
+            if present:
+                mean = curves[present].mean(0)
+                label = f"mean of {len(present)} classes {100 * mean.mean():.1f}"
                 axes.plot(recall, mean, color=INK, linewidth=2.2, label=label, drawstyle="steps-post")
                 axes.legend(title="AP at IoU .5, %", alignment="left")
             axes.set_title({"box": "boxes", "mask": "masks"}.get(kind, kind))

@@ -1,4 +1,4 @@
-"""How significance grew during a training: strips, animations, curves; and whether it landed on the objects."""
+"""The evolution of significance during training: strips, animations, curves; and its localization on objects."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sgformer.core.files import replacing
 from sgformer.viz.style import COLOURS, FAINT, INK, SETTINGS, figure
 
 MAP = "viridis"
-MOST_IN_STRIP = 9
+MAX_IN_STRIP = 9
 
 
 def draw_strip(
     image: np.ndarray, records: Sequence[tuple[str, Mapping[str, np.ndarray]]], out: str | Path, mask: Any = None
 ) -> None:
-    """One image: a row per stage, a column per record (up to nine, evenly chosen), each map on a scale of its own.
+    """Draw one image's maps: a row per stage, a column per record (up to nine, evenly spaced), each scaled separately.
 
     Args:
         image: (H, W, 3) uint8.
-        records: what to write above, and significance (h, w) by stage, in the order of time.
+        records: caption and significance (h, w) by stage, in chronological order.
         out: the PNG to write.
-        mask: (H, W) bool, the objects, outlined in the image; None where they are not known.
+        mask: (H, W) bool, the objects, outlined in the image; None if unknown.
     """
-    if len(records) > MOST_IN_STRIP:
-        records = [records[round(i * (len(records) - 1) / (MOST_IN_STRIP - 1))] for i in range(MOST_IN_STRIP)]
+    if len(records) > MAX_IN_STRIP:
+        records = [records[round(i * (len(records) - 1) / (MAX_IN_STRIP - 1))] for i in range(MAX_IN_STRIP)]
     stages = list(records[0][1])
     aspect = float(np.clip(image.shape[0] / image.shape[1], 0.3, 2.5))
     with figure(out, 1.15 * (len(records) + 1) + 0.4, len(stages) * (1.15 * aspect + 0.05) + 0.3) as fig:
@@ -55,7 +55,8 @@ def draw_animation(
     mask: Any = None,
     milliseconds: int = 500,
 ) -> None:
-    """The same as an animated GIF: a frame per record, the image beside each stage's map, the last one shown longer."""
+    """Write the maps as an animated GIF: a frame per record, the image beside each stage's map; the last frame stays
+    `4 * milliseconds`, the others `milliseconds`."""
     matplotlib = require("matplotlib", extra="train")
     figures = require("matplotlib.figure", extra="train")
     aspect = float(np.clip(image.shape[0] / image.shape[1], 0.3, 2.5))
@@ -73,7 +74,7 @@ def draw_animation(
             buffer = BytesIO()
             fig.savefig(buffer, dpi=100, format="png")
         frames.append(Image.open(buffer).convert("RGB"))
-    # One palette for all frames, or colours would flicker.
+    # One palette for all frames, otherwise colours flicker.
     joined = Image.fromarray(np.concatenate([np.asarray(f) for f in (frames[0], frames[-1])]))
     palette = joined.quantize(256)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -83,14 +84,14 @@ def draw_animation(
 
 
 def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = "epoch") -> None:
-    """`evolution.csv` over time: rank correlation with the record before, and salient tokens inside objects."""
+    """Plot `evolution.csv`: rank correlation with the previous record, and the salient tokens inside objects."""
     known = any(row.get("salient_energy") not in (None, "") for row in rows)
     with figure(out, 4.2 * (1 + known) + 1.2, 2.9) as fig:
         panels = fig.subplots(1, 1 + known, squeeze=False)[0]
         x = [float(row[unit]) for row in rows]
         columns = [name for name in rows[0] if name.startswith("rank_correlation_stage")]
         _lines(panels[0], x, rows, "rank_correlation", columns)
-        panels[0].set_title("Rank correlation with the record before")
+        panels[0].set_title("Rank correlation with the previous record")
         panels[0].set_ylim(min(0, panels[0].get_ylim()[0]), 1.03)
         if known:
             columns = [name for name in rows[0] if name.startswith("salient_inside_stage")]
@@ -118,7 +119,7 @@ def _lines(
 
 
 def draw_localization(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
-    """By block: salient tokens inside objects, against the objects' area and the objects of other images."""
+    """Plot energy inside by block, beside the objects' area and the shuffled baseline."""
     with figure(out, 6.4, 0.36 * len(rows) + 1.25) as fig:
         axes = fig.subplots()
         for place, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Label maps as files and as pictures: palette PNGs, overlays with a legend, sheets."""
+"""Label maps as palette PNGs, overlays with a legend, and sheets."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sgformer.core.names import GROUND
 from sgformer.results import Segments
 from sgformer.viz.style import INK, figure
 
-MOST_IN_LEGEND = 18
+MAX_IN_LEGEND = 18
 BLACK, GREY = (0, 0, 0), (176, 180, 186)
 
 
 def palette(names: Sequence[str]) -> np.ndarray:
-    """A colour for every class, (classes, 3) uint8: hues that lie far apart from those before, grey for the ground."""
-    golden = (5**0.5 - 1) / 2  # steps of the golden ratio keep hues apart, however many follow
+    """A colour per class, (classes, 3) uint8: well-separated hues, grey for background classes."""
+    golden = (5**0.5 - 1) / 2  # golden-ratio steps keep any number of hues apart
     rows = []
     for i, name in enumerate(names):
         saturation, value = ((0.78, 0.95), (0.95, 0.62), (0.45, 0.98))[(i // 8) % 3]
@@ -32,13 +32,13 @@ def palette(names: Sequence[str]) -> np.ndarray:
 
 
 def write_label_png(labels: np.ndarray, out: str | Path, names: Sequence[str], first: int = 0) -> None:
-    """A label map as a PNG whose values are classes: 8-bit with a palette, or 16-bit grey from 256 labels on.
+    """Write a label map as a PNG of class values: 8-bit with a palette, or 16-bit grey for more than 256 values.
 
     Args:
         labels: (H, W) class indices.
         out: the PNG to write.
         names: one per class.
-        first: the value of class 0 in the file: 1 where the data set's label 0 means "no class".
+        first: the value of class 0 in the file; 1 if the data set's label 0 means "no class".
     """
     values = np.asarray(labels) + first
     if len(names) + first > 256:
@@ -51,15 +51,15 @@ def write_label_png(labels: np.ndarray, out: str | Path, names: Sequence[str], f
 
 
 def blend(image: np.ndarray, labels: np.ndarray, names: Sequence[str], opacity: float = 0.55) -> np.ndarray:
-    """Colours of classes over an image, with a light line where classes meet.
+    """Blend class colours into an image, with a light line where classes meet.
 
     Args:
         image: (H, W, 3) uint8.
-        labels: (H, W) class indices; others (no class) leave the image as it is, as the ground does.
+        labels: (H, W) class indices; out-of-range values (no class) and background classes are not coloured.
         names: one per class.
 
     Returns:
-        (h, w, 3) floats in 0..1; small images come out enlarged, so that lines are thin.
+        (h, w, 3) floats in [0, 1]; small images are enlarged, so that lines are thin.
     """
     zoom = max(1, 480 // max(labels.shape))
     pixels, labels = (np.repeat(np.repeat(x, zoom, 0), zoom, 1) for x in (image / 255, labels))
@@ -74,7 +74,7 @@ def blend(image: np.ndarray, labels: np.ndarray, names: Sequence[str], opacity: 
 
 
 def draw_overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str], out: str | Path, title: str = "") -> None:
-    """The classes of an image's pixels over the image, with a legend of those there, the largest first.
+    """Draw an image's classes over the image, with a legend of the classes present, largest first.
 
     Args:
         image: (H, W, 3) uint8.
@@ -98,10 +98,10 @@ def write_segments(segments: Segments, out: str | Path, pixels: np.ndarray, stem
     """Write `STEM_labels.png` (a label map with a palette) and `STEM_overlay.png` into a folder.
 
     Args:
-        segments: of one image.
+        segments: the result for one image.
         out: the folder.
         pixels: the image, (H, W, 3) uint8.
-        stem: by default the image's name without its ending.
+        stem: by default the image's file name without its extension.
 
     Returns:
         The two files.
@@ -114,19 +114,19 @@ def write_segments(segments: Segments, out: str | Path, pixels: np.ndarray, stem
 
 
 def draw_training_batch(
-    images: np.ndarray, labels: np.ndarray, names: Sequence[str], out: str | Path, most: int = 12
+    images: np.ndarray, labels: np.ndarray, names: Sequence[str], out: str | Path, limit: int = 12
 ) -> None:
-    """Training images as the network sees them, each above itself with its classes; black: no class.
+    """Draw augmented training images, each above its label map; black: no class.
 
     Args:
-        images: (B, H, W, 3) floats in 0..1.
+        images: (B, H, W, 3) floats in [0, 1].
         labels: (B, H, W) class indices.
         names: one per class.
         out: the PNG to write.
-        most: number of images at most.
+        limit: maximum number of images.
     """
-    columns = [[image, _solid(label, names)] for image, label in zip(images[:most], labels[:most], strict=True)]
-    _sheet(columns, ("image", "classes"), labels[:most], names, out, per_row=6)
+    columns = [[image, _solid(label, names)] for image, label in zip(images[:limit], labels[:limit], strict=True)]
+    _sheet(columns, ("image", "classes"), labels[:limit], names, out, per_row=6)
 
 
 def draw_comparison(
@@ -137,19 +137,19 @@ def draw_comparison(
     out: str | Path,
     captions: Sequence[str] = (),
 ) -> None:
-    """Images, their classes, and what was predicted, one image a column; black: no class.
+    """Draw images, their labels and their predictions, one image per column; black: no class.
 
     Args:
-        images: each (H, W, 3) floats in 0..1, of any sizes.
+        images: each (H, W, 3) floats in [0, 1], of any sizes.
         truths, predictions: each (H, W) class indices.
         names: one per class.
         out: the PNG to write.
-        captions: of the images, if any.
+        captions: one per image, or none.
     """
     n = len(names)
     columns = [
-        [image, _solid(truth, names), _solid(np.where(truth < n, guess, n), names)]
-        for image, truth, guess in zip(images, truths, predictions, strict=True)
+        [image, _solid(truth, names), _solid(np.where(truth < n, prediction, n), names)]
+        for image, truth, prediction in zip(images, truths, predictions, strict=True)
     ]
     _sheet(columns, ("image", "labels", "predicted"), truths, names, out, len(columns), captions)
 
@@ -168,7 +168,7 @@ def _sheet(
     per_row: int,
     captions: Sequence[str] = (),
 ) -> None:
-    """Columns of pictures, `per_row` side by side, and one legend of the classes in `labels`."""
+    """Draw columns of pictures, `per_row` side by side, and one legend of the classes in `labels`."""
     bands, high = -(-len(columns) // per_row), len(titles)
     wide = min(per_row, len(columns))
     with figure(out, 1.7 * wide + 1.4, 1.75 * high * bands) as fig:
@@ -189,19 +189,19 @@ def _sheet(
 
 
 def _legend(fig: Any, labels: Sequence[np.ndarray] | np.ndarray, names: Sequence[str], shares: bool = False) -> None:
-    """The classes in label maps right of the figure, those with most pixels first; with their shares on request."""
+    """Add a legend of the label maps' classes right of the figure, largest first, optionally with their shares."""
     patches = require("matplotlib.patches", extra="train")
     n = len(names)
     counts = np.sum([np.bincount(one[(one >= 0) & (one < n)].ravel(), minlength=n) for one in labels], axis=0)
     order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
     colours = palette(names) / 255
     entries = []
-    for i in order[:MOST_IN_LEGEND]:
+    for i in order[:MAX_IN_LEGEND]:
         name = names[i] if len(names[i]) <= 18 else names[i][:17] + "…"
         share = f"  {100 * counts[i] / counts.sum():.0f} %" if shares else ""
         entries.append(patches.Patch(facecolor=colours[i], label=name + share))
-    if len(order) > MOST_IN_LEGEND:
-        entries.append(patches.Patch(facecolor="none", label=f"and {len(order) - MOST_IN_LEGEND} more"))
+    if len(order) > MAX_IN_LEGEND:
+        entries.append(patches.Patch(facecolor="none", label=f"and {len(order) - MAX_IN_LEGEND} more"))
     if entries:
         fig.legend(
             handles=entries, loc="outside right upper", fontsize=8, labelcolor=INK, handlelength=1.0, handleheight=1.0

@@ -1,4 +1,4 @@
-"""Pictures of pictures: a batch as the network sees it, and images with what the network said of them."""
+"""Sheets of images: an augmented training batch, and an image with its predicted classes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def draw_batch(
     names: Sequence[str],
     out: str | Path,
     smoothing: float = 0.0,
-    most: int = 24,
+    limit: int = 24,
 ) -> None:
-    """A sheet of training images with their labels, mixed ones with both shares.
+    """Draw a sheet of training images with their labels; mixed images show both labels with their shares.
 
     Args:
-        images: (B, H, W, 3) floats in 0..1.
+        images: (B, H, W, 3) floats in [0, 1].
         targets: (B, classes) floats that sum to 1.
         names: one per class.
         out: the PNG to write.
-        smoothing: label smoothing in the targets, taken off for the labels.
-        most: number of images shown at most.
+        smoothing: label smoothing in the targets, removed for the captions.
+        limit: maximum number of images.
     """
-    images = images[:most]
-    shares = (targets[:most] - smoothing / len(names)) / max(1 - smoothing, 1e-9)
+    images = images[:limit]
+    shares = (targets[:limit] - smoothing / len(names)) / max(1 - smoothing, 1e-9)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     height, width = images.shape[1:3]
@@ -52,10 +52,10 @@ def _label(share: np.ndarray, names: Sequence[str]) -> str:
 
 
 def draw_prediction(image: np.ndarray, labels: Sequence[tuple[str, float]], out: str | Path, title: str = "") -> None:
-    """An image beside bars of its most probable classes.
+    """Draw an image beside bars of its most probable classes.
 
     Args:
-        image: (H, W, 3), uint8 or floats in 0..1.
+        image: (H, W, 3), uint8 or floats in [0, 1].
         labels: (name, probability), most probable first.
         out: the PNG to write.
         title: e.g. the file's name.

@@ -1,4 +1,4 @@
-"""One look for every picture."""
+"""The shared style of all figures."""
 
 from __future__ import annotations
 
@@ -42,11 +42,16 @@ SETTINGS = {
 
 @contextmanager
 def figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
-    """A matplotlib figure of so many inches that is written to `path` at the end, without touching global state."""
+    """Yield a matplotlib figure, written to `path` as a PNG when the block ends; leaves global state untouched.
+
+    Args:
+        path: the PNG to write.
+        width, height: in inches.
+    """
     matplotlib = require("matplotlib", extra="train")
     figures = require("matplotlib.figure", extra="train")
     with matplotlib.rc_context(SETTINGS):
-        fig = figures.Figure(figsize=(width, height), layout="constrained")  # the canvas is Agg: no display needed
+        fig = figures.Figure(figsize=(width, height), layout="constrained")  # uses the Agg canvas: no display needed
         yield fig
         with replacing(path) as unfinished:
             fig.savefig(unfinished, dpi=130, format="png")
