@@ -10,6 +10,7 @@ the file and the entry. Everything is checked before pycocotools sees it, becaus
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -65,7 +66,7 @@ class CocoListing:
     """One split, read and checked.
 
     Attributes:
-        json: the annotation file.
+        json: the annotation file; of other formats, whatever messages are to name.
         folder: where the images are.
         categories: the classes; class index 0 is the first one's.
         own_ids: for each class its id in this very file; None for a class that the file has not.
@@ -73,6 +74,7 @@ class CocoListing:
         objects: of each image, packed (see `objects_of`).
         has_masks: whether every object has a mask.
         notes: how many of what were left out or mended.
+        content: the annotations as JSON, where they come from no such file.
     """
 
     json: Path
@@ -83,6 +85,7 @@ class CocoListing:
     objects: tuple[bytes, ...]
     has_masks: bool
     notes: Counter[str]
+    content: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -112,6 +115,17 @@ class CocoListing:
 # -- finding and reading ----------------------------------------------------------------------------------------------
 
 
+#: Where annotations are in a folder.
+PATTERNS = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+
+
+def is_coco(data: str | os.PathLike) -> bool:
+    """Whether `data` is a file, or a folder with annotations of a split."""
+    names = [name for names in SPLIT_NAMES.values() for name in names]
+    data = Path(data)
+    return data.is_file() or any((data / pattern.format(name)).is_file() for name in names for pattern in PATTERNS)
+
+
 def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | None = None) -> tuple[Path, list[Path]]:
     """The annotation file of a split, and the folders where its images may be.
 
@@ -127,8 +141,7 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
     data = Path(data)
     names = SPLIT_NAMES.get(split, (split,))
     if data.is_dir():
-        patterns = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
-        files = [data / pattern.format(name) for name in names for pattern in patterns]
+        files = [data / pattern.format(name) for name in names for pattern in PATTERNS]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise UserError(
@@ -163,7 +176,32 @@ def read_coco(
 
     Args:
         file: the JSON.
-        folders: of its images; of several, the first that has the first image.
+        folders, categories, masks, drop_empty, check_files: see `make_listing`.
+
+    Raises:
+        UserError: missing, malformed, contradictory, or with image paths that lead out of the folder.
+    """
+    file = Path(file)
+    options: dict[str, Any] = {"masks": masks, "drop_empty": drop_empty, "check_files": check_files}
+    return _listing_of(_load(file), file, folders, categories, **options)
+
+
+def make_listing(
+    content: dict[str, Any],
+    source: str | os.PathLike,
+    folders: str | os.PathLike | Sequence[Path],
+    *,
+    categories: Sequence[Category] | None = None,
+    masks: bool | None = None,
+    drop_empty: bool = False,
+    check_files: bool = True,
+) -> CocoListing:
+    """A listing of annotations in another format, once they are told in COCO's words; checked as a file would be.
+
+    Args:
+        content: what a COCO file holds: `images`, `categories`, `annotations`.
+        source: what messages name.
+        folders: of the images; of several, the first that has the first image.
         categories: the classes in the order of their indices, e.g. those of the training split or of a trained model;
             by default those of the file, by ascending id. The file's own are matched to them by name.
         masks: whether masks are wanted; by default they are used if every object has one.
@@ -171,11 +209,23 @@ def read_coco(
         check_files: look whether every image file exists.
 
     Raises:
-        UserError: missing, malformed, contradictory, or with image paths that lead out of the folder.
+        UserError: contradictory, or with image paths that lead out of the folder.
     """
-    file = Path(file)
+    options: dict[str, Any] = {"masks": masks, "drop_empty": drop_empty, "check_files": check_files}
+    listing = _listing_of(content, Path(source), folders, categories, **options)
+    return dataclasses.replace(listing, content=json.dumps(content).encode())
+
+
+def _listing_of(
+    content: dict[str, Any],
+    file: Path,
+    folders: str | os.PathLike | Sequence[Path],
+    categories: Sequence[Category] | None,
+    masks: bool | None,
+    drop_empty: bool,
+    check_files: bool,
+) -> CocoListing:
     folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    content = _load(file)
     folder = _pick_folder(folders, content, file)
     own = _categories(content, file)
     index_of = _match(own, categories, file)
@@ -260,7 +310,7 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
     What it cannot do without is filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching takes
     an object with id 0 for none), polygons of less than three points are taken out. Nothing else changes.
     """
-    content = _load(listing.json)
+    content = _load(listing.json) if listing.content is None else json.loads(listing.content)
     sizes = {image.id: image for image in _images(content, listing.json, listing.folder)}
     annotations = []
     for number, entry in enumerate(content["annotations"], 1):

@@ -85,12 +85,17 @@ def open_splits(root: str | os.PathLike) -> tuple[Listing, Listing]:
 
 
 def _refuse_lone_tars(root: str | os.PathLike) -> None:
-    """Tell of shards that have no index. Tars beside class folders are what those were unpacked from."""
+    """Tell of shards that have no index."""
+    if has_tars_only(root):
+        raise UserError(f"{root}: tar shards without {INDEX}; make it with: sgformer data index {root}")
+
+
+def has_tars_only(root: str | os.PathLike) -> bool:
+    """Whether a folder has tars in its splits. Beside class folders they are what those were unpacked from."""
     folders = [folder for name in SPLITS if (folder := Path(root) / name).is_dir()]
     if any(path.is_dir() for folder in folders for path in folder.iterdir()):
-        return
-    if any(tars_in(Store(root), folder.name) for folder in folders):
-        raise UserError(f"{root}: tar shards without {INDEX}; make it with: sgformer data index {root}")
+        return False
+    return any(tars_in(Store(root), folder.name) for folder in folders)
 
 
 def _listing(index: Index, split: str, classes: Sequence[str] | None) -> ShardFolder:
