@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgformer.core.errors import UserError
+from sgformer.heads.registry import DETECTORS
 from sgformer.training.config import RunConfig, option
 
 
@@ -16,6 +17,13 @@ class DetectConfig(RunConfig):
     base_batch = 16
 
     data: str | None = option(None, "Run", "COCO folder (annotations/*.json, images), or its train JSON", main=True)
+    head: str | None = option(
+        None,
+        "Run",
+        f"what stands on the backbone: {', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]",
+        main=True,
+    )
+
     val_data: str | None = option(None, "Data", "JSON to validate on, if --data is a JSON", main=True)
     images: str | None = option(None, "Data", "folder of the images, if it is not beside the JSON", main=True)
     masks: bool | None = option(None, "Data", "false: boxes only; default: masks if every object has one", main=True)
@@ -43,6 +51,8 @@ class DetectConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head is not None:
+            DETECTORS.check(self.head, "--head")
         if isinstance(self.lr_drops, list):  # YAML and JSON know no tuples
             object.__setattr__(self, "lr_drops", tuple(self.lr_drops))
         for name in ("head_width", "rois"):
