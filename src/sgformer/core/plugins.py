@@ -1,4 +1,5 @@
-"""Python files of the user's that a command runs first: models for timm's registry, sources of significance.
+"""Python files of the user's that a command runs first: models for timm's registry, and what `sgformer.register_...`
+takes, i.e. sources of significance, formats of data and exports, heads, sizes.
 
     sgformer --plugin mine.py train classify --significance centre ...
 
