@@ -215,7 +215,7 @@ def test_differences_of_shape_and_nan_never_pass():
         (["--out", "m.onnx", "--image-size", "100"], "multiples of 32"),
         (["--out", "m.xml", "--format", "openvino", "--precision", "int8"], "for --format onnx"),
         (["--out", "m.onnx", "--calibration", "."], "--precision int8"),
-        (["--out", "m.onnx", "--format", "tflite"], "onnx, torch-export or openvino"),
+        (["--out", "m.onnx", "--format", "tflite"], "--format is one of onnx, openvino, torch-export, got tflite"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, weights, tmp_path, monkeypatch, capsys):

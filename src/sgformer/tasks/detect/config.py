@@ -17,13 +17,6 @@ class DetectConfig(RunConfig):
     base_batch = 16
 
     data: str | None = option(None, "Run", "COCO folder (annotations/*.json, images), or its train JSON", main=True)
-    head: str | None = option(
-        None,
-        "Run",
-        f"what stands on the backbone: {', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]",
-        main=True,
-    )
-
     val_data: str | None = option(None, "Data", "JSON to validate on, if --data is a JSON", main=True)
     images: str | None = option(None, "Data", "folder of the images, if it is not beside the JSON", main=True)
     masks: bool | None = option(None, "Data", "false: boxes only; default: masks if every object has one", main=True)
@@ -38,6 +31,9 @@ class DetectConfig(RunConfig):
     lr_drops: tuple[int, ...] = option((8, 11), "Schedule", "epochs after which the rate falls to a tenth")
 
     freeze_stages: int = option(-1, "Network", "keep stem and so many stages as they are; -1: train all", main=True)
+    head: str | None = option(
+        None, "Network", f"{', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]"
+    )
     head_width: int = option(256, "Network", "channels of FPN and mask head; less is quicker, 256 the standard")
     rois: int = option(512, "Network", "proposals per image that the heads train on; 512 is the standard")
     ema: float = option(0.0, "Network", "decay of averaged weights, which are then the reported ones; 0: off")
