@@ -92,5 +92,7 @@ def test_without_torch_a_public_name_says_what_to_install():
         "        print(name)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
-    needing = [name for name, home in sgformer._HOMES.items() if home != "sgformer.tasks.api"]  # which serves ONNX, too
+    # The first of these serves exported files, the others need no network to add to a table.
+    light = {"sgformer.tasks.api", "sgformer.heads.registry", "sgformer.exporting.formats"}
+    needing = [name for name, home in sgformer._HOMES.items() if home not in light]
     assert done.stdout.split() == needing, done.stderr

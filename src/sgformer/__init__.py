@@ -18,9 +18,13 @@ from sgformer.models.config import SGFormerConfig, StageConfig
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from sgformer.backends.native_autograd import accelerate
     from sgformer.backends.optimize import optimize
+    from sgformer.data.formats import register_format
+    from sgformer.exporting.formats import register_export
+    from sgformer.heads.registry import register_detector, register_head
     from sgformer.models.backbone import Inspection, SGFormer
     from sgformer.models.checkpoint import save_model
     from sgformer.models.create import create_model
+    from sgformer.models.registry import register_size
     from sgformer.models.released import load_released
     from sgformer.models.sequence import SelfGuidedAttention1d
     from sgformer.models.significance import register_significance
@@ -43,7 +47,12 @@ __all__ = [
     "load_released",
     "optimize",
     "predict",
+    "register_detector",
+    "register_export",
+    "register_format",
+    "register_head",
     "register_significance",
+    "register_size",
     "save_model",
     "train",
 ]
@@ -63,7 +72,12 @@ _HOMES = {
     "load_released": "sgformer.models.released",
     "optimize": "sgformer.backends.optimize",
     "predict": "sgformer.tasks.api",
+    "register_detector": "sgformer.heads.registry",
+    "register_export": "sgformer.exporting.formats",
+    "register_format": "sgformer.data.formats",
+    "register_head": "sgformer.heads.registry",
     "register_significance": "sgformer.models.significance",
+    "register_size": "sgformer.models.registry",
     "save_model": "sgformer.models.checkpoint",
     "train": "sgformer.tasks.api",
 }
@@ -76,7 +90,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:  # to predict with an exported file, none of these is needed
         missing = str(error.name)
-        if missing not in ("torch", "torchvision", "timm", "safetensors") and not missing.startswith("sgformer."):
+        if missing.split(".")[0] not in ("torch", "torchvision", "timm", "safetensors", "sgformer"):
             raise
         raise ImportError(
             f"sgformer.{name} needs torch and timm, which are not installed: pip install sgformer"

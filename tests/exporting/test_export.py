@@ -131,11 +131,11 @@ def test_a_whole_detector_finds_the_same_objects(tmp_path):
     about = {"image_size": 60, "category_ids": [1, 5], "classes": ["a", "b"]}
     graph, file = DetectorGraph(detector, about).eval(), tmp_path / "d.onnx"
     assert exporting._fixed_size(graph, None) == (64, 64)
-    FORMATS["onnx"].write(graph, torch.randn(1, 3, 64, 64), (64, 64), graph.about, file)
+    FORMATS.get("onnx")().write(graph, torch.randn(1, 3, 64, 64), (64, 64), graph.about, file)
     image = torch.randn(1, 3, 64, 64)
     found = run(file, image)
     assert list(found) == ["boxes", "labels", "scores", "masks"] and found["masks"].shape[1:] == (1, 28, 28)
-    with exporting.ranked(FORMATS["onnx"].open(file)(image)[1]):
+    with exporting.ranked(FORMATS.get("onnx")().open(file)(image)[1]):
         boxes, labels, scores, _ = graph(image)
     distance = torch.cdist(torch.from_numpy(found["boxes"]), boxes) + 100 * (
         torch.from_numpy(found["labels"])[:, None] != labels
@@ -215,7 +215,7 @@ def test_differences_of_shape_and_nan_never_pass():
         (["--out", "m.onnx", "--image-size", "100"], "multiples of 32"),
         (["--out", "m.xml", "--format", "openvino", "--precision", "int8"], "for --format onnx"),
         (["--out", "m.onnx", "--calibration", "."], "--precision int8"),
-        (["--out", "m.onnx", "--format", "tflite"], "onnx, torch-export or openvino"),
+        (["--out", "m.onnx", "--format", "tflite"], "--format is one of onnx, openvino, torch-export, got tflite"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, weights, tmp_path, monkeypatch, capsys):

@@ -83,7 +83,7 @@ def detector(place):
     for name in ("d", "boxes"):
         graph = get_task("detect").graph(read_weights(place / f"{name}.safetensors"), True, False, False)
         about = {**graph.about, "precision": "fp32", "input_size": (64, 96), "multiple": 1}
-        FORMATS["onnx"].write(graph, torch.randn(1, 3, 64, 96), (64, 96), about, place / f"{name}.onnx")
+        FORMATS.get("onnx")().write(graph, torch.randn(1, 3, 64, 96), (64, 96), about, place / f"{name}.onnx")
     (place / "scenes").mkdir()
     coarse = Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 12, 3), dtype=np.uint8))
     for name, size in (("a", (96, 64)), ("b", (192, 128)), ("c", (40, 50))):

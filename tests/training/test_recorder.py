@@ -57,7 +57,7 @@ def test_the_numbers_of_every_record(run):
         assert 0 <= float(row["salient_energy"]) <= 1 and 0 < float(row["object_area"]) < 1
     for row in rows[1:]:
         assert -1 <= float(row["rank_correlation"]) <= 1
-    assert {"rank_correlation_stage1", "salient_inside_stage3"} <= set(rows[0])
+    assert {"rank_correlation_stage1", "salient_energy_stage3"} <= set(rows[0])
 
 
 def test_recording_changes_nothing_and_survives_a_stop(tmp_path):

@@ -195,7 +195,8 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
         raise Unsupported(f"{case.backend} is measured for inference in fp32 on the CPU")
     runtime = require(case.backend, extra="bench")
     require("onnx", extra="bench")
-    from sgformer.exporting.formats import onnx_session, quiet
+    from sgformer.exporting.formats.onnx import onnx_session
+    from sgformer.exporting.quiet import quiet
 
     if is_ours(case.model):
         model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot trace a computed kernel

@@ -122,6 +122,6 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
             *(f"  {name:<16} {COMMANDS[name][2]}" for name in names),
             "",
             "sgformer COMMAND --help shows a command's options; sgformer --version the version. A plugin is a Python",
-            "file of yours that is run first: it registers models with timm or sources of significance.",
+            "file of yours that is run first: it registers models, heads, formats of data and the like.",
         ]
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from sgformer.core.errors import UserError
+from sgformer.exporting.formats import FORMATS
 
 
 def export(
     weights: str,
     out: str | None = None,
-    format: Literal["onnx", "torch-export", "openvino"] = "onnx",
+    format: str = "onnx",
     image_size: int | tuple[int, int] | None = None,
     features: bool = False,
     significance: bool = False,
@@ -23,7 +24,7 @@ def export(
     Args:
         weights: a run folder, a .safetensors file or a released .pth
         out: the file to write: .onnx, .pt2 (torch-export) or .xml (openvino)
-        format: onnx, torch-export or openvino
+        format: one of FORMATS
         image_size: take this size only, in multiples of 32; by default any multiple of 32 (a detector: as trained)
         features: also give the four feature maps
         significance: also give the significance map of every hybrid-scale block
@@ -48,3 +49,6 @@ def export(
     )
     print(result.describe())
     return 0
+
+
+export.__doc__ = str(export.__doc__).replace("FORMATS", ", ".join(FORMATS.names()))

@@ -1,4 +1,5 @@
-"""User-supplied Python files that a command runs first: models for timm's registry, sources of significance.
+"""User-supplied Python files that a command runs first: models for timm's registry, and whatever `sgformer.register_*`
+takes: significance sources, data and export formats, heads, detectors, sizes.
 
     sgformer --plugin mine.py train classify --significance centre ...
 

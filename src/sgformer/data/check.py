@@ -16,9 +16,10 @@ from sgformer.core.errors import UserError
 from sgformer.core.files import to_json
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
+from sgformer.data.formats import find_format, naming_formats, open_data
 from sgformer.data.image import probe_image, read_image
 from sgformer.data.imagefolder import Listing, list_split, some
-from sgformer.data.shards import Index, is_shards
+from sgformer.data.shards import Index
 
 #: The network's stride in pixels: smaller images are enlarged.
 SMALL = 32
@@ -119,7 +120,7 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
     Every shard is also compared with its checksum in the index.
 
     Args:
-        root: folder with `train/CLASS/*` and `val/CLASS/*`, or folder or URL of shards.
+        root: folder with `train/CLASS/*` and `val/CLASS/*`, folder or URL of shards, or another registered format.
         decode: fully decode every image, which detects truncated files; otherwise only headers are read.
         workers: reading processes; 0 reads in this process.
 
@@ -129,7 +130,9 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
     if workers < 0:
         raise UserError(f"workers must be 0 or more, got {workers}")
     report = CheckReport(os.fspath(root), decode)
-    listings = _list_shards(report, root) if is_shards(root) else _list_folders(report, Path(root))
+    found = find_format("classes", root)
+    with naming_formats("classes", unless=found is not None):
+        listings = LISTERS.get(found.name if found else "image-folder", _list_any)(report, root)
 
     digests: dict[str, dict[bytes, int]] = {}
     for split, listing in listings.items():
@@ -163,9 +166,10 @@ def _list_shards(report: CheckReport, root: str | os.PathLike) -> dict[str, List
     return listings
 
 
-def _list_folders(report: CheckReport, root: Path) -> dict[str, Listing]:
+def _list_folders(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
     listings: dict[str, Listing] = {}
     failures = []
+    root = Path(root)
     for split in ("train", "val"):
         known = listings["train"].classes if "train" in listings and split == "val" else None
         try:
@@ -183,6 +187,26 @@ def _list_folders(report: CheckReport, root: Path) -> dict[str, Listing]:
         raise failures[0]
     report.problems += [str(error) for error in failures]
     return listings
+
+
+def _list_any(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
+    """Listings of a format without checks of its own: reports what opening it raises."""
+    listings: dict[str, Listing] = {}
+    failures = []
+    for split in ("train", "val"):
+        known = listings["train"].classes if "train" in listings else None
+        try:
+            listings[split] = open_data("classes", root, split, known)
+        except UserError as error:
+            failures.append(error)
+    if not listings:
+        raise failures[0]
+    report.problems += [str(error) for error in failures]
+    return listings
+
+
+#: Format -> lists its splits, and reports what training would stop at.
+LISTERS = {"image-folder": _list_folders, "shards": _list_shards}
 
 
 def _check_images(

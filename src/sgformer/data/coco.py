@@ -11,6 +11,7 @@ By hand: pycocotools does not validate, and its C code crashes on malformed mask
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -66,7 +67,7 @@ class CocoListing:
     """A checked split.
 
     Attributes:
-        json: the annotation file.
+        json: the annotation file; of other formats, what messages name.
         folder: the image folder.
         categories: the classes in index order.
         own_ids: the id of each class in this file; None for a class that the file lacks.
@@ -74,6 +75,7 @@ class CocoListing:
         objects: the objects of each image, packed (see `objects_of`).
         has_masks: whether every object has a mask.
         notes: counts of dropped and corrected entries, by kind.
+        content: the annotations in COCO's form, where they come from another format.
     """
 
     json: Path
@@ -84,6 +86,7 @@ class CocoListing:
     objects: tuple[bytes, ...]
     has_masks: bool
     notes: Counter[str]
+    content: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -113,6 +116,17 @@ class CocoListing:
 # -- finding and reading ----------------------------------------------------------------------------------------------
 
 
+#: Where annotations are in a folder.
+PATTERNS = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+
+
+def is_coco(data: str | os.PathLike) -> bool:
+    """Whether `data` is a file, or a folder with annotations of a split."""
+    names = [name for names in SPLIT_NAMES.values() for name in names]
+    data = Path(data)
+    return data.is_file() or any((data / pattern.format(name)).is_file() for name in names for pattern in PATTERNS)
+
+
 def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | None = None) -> tuple[Path, list[Path]]:
     """Find the annotation file of a split, and the candidate folders of its images.
 
@@ -128,8 +142,7 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
     data = Path(data)
     names = SPLIT_NAMES.get(split, (split,))
     if data.is_dir():
-        patterns = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
-        files = [data / pattern.format(name) for name in names for pattern in patterns]
+        files = [data / pattern.format(name) for name in names for pattern in PATTERNS]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise UserError(
@@ -164,6 +177,31 @@ def read_coco(
 
     Args:
         file: the JSON file.
+        folders, categories, masks, drop_empty, check_files: see `make_listing`.
+
+    Raises:
+        UserError: the file is missing, malformed or inconsistent, or an image path leaves the folder.
+    """
+    file = Path(file)
+    options: dict[str, Any] = {"masks": masks, "drop_empty": drop_empty, "check_files": check_files}
+    return _listing_of(_load(file), file, folders, categories, **options)
+
+
+def make_listing(
+    content: dict[str, Any],
+    source: str | os.PathLike,
+    folders: str | os.PathLike | Sequence[Path],
+    *,
+    categories: Sequence[Category] | None = None,
+    masks: bool | None = None,
+    drop_empty: bool = False,
+    check_files: bool = True,
+) -> CocoListing:
+    """A listing of annotations in another format, converted to COCO's form; checked as a file would be.
+
+    Args:
+        content: what a COCO file holds: `images`, `categories`, `annotations`.
+        source: what messages name.
         folders: image folders; the first one that contains the first image is used.
         categories: the classes in the order of their indices, e.g. those of the training split or of a trained model;
             by default those of the file, by ascending id. The file's own are matched to them by name.
@@ -172,11 +210,23 @@ def read_coco(
         check_files: check that every image file exists.
 
     Raises:
-        UserError: the file is missing, malformed or inconsistent, or an image path leaves the folder.
+        UserError: the content is inconsistent, or an image path leaves the folder.
     """
-    file = Path(file)
+    options: dict[str, Any] = {"masks": masks, "drop_empty": drop_empty, "check_files": check_files}
+    listing = _listing_of(content, Path(source), folders, categories, **options)
+    return dataclasses.replace(listing, content=json.dumps(content).encode())
+
+
+def _listing_of(
+    content: dict[str, Any],
+    file: Path,
+    folders: str | os.PathLike | Sequence[Path],
+    categories: Sequence[Category] | None,
+    masks: bool | None,
+    drop_empty: bool,
+    check_files: bool,
+) -> CocoListing:
     folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    content = _load(file)
     folder = _pick_folder(folders, content, file)
     own = _categories(content, file)
     index_of = _match(own, categories, file)
@@ -259,7 +309,7 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
     Required fields are filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching treats id 0 as
     no match), and polygons of fewer than three points are removed. Nothing else changes.
     """
-    content = _load(listing.json)
+    content = _load(listing.json) if listing.content is None else json.loads(listing.content)
     sizes = {image.id: image for image in _images(content, listing.json, listing.folder)}
     annotations = []
     for number, entry in enumerate(content["annotations"], 1):

@@ -40,9 +40,10 @@ class ImageFolder:
         root: the data set's folder.
         split: the split's folder below it, e.g. `"train"`.
         classes: class names in index order.
-        paths: image paths relative to `root / split`, with forward slashes, sorted by class index, then by name.
+        paths: image paths relative to `folder`, with forward slashes, sorted by class index, then by name.
         targets: class index of each path.
         ignored: number of other files by extension; hidden files are not counted.
+        folder: what the paths are relative to; None: `root / split`.
     """
 
     root: Path
@@ -51,13 +52,14 @@ class ImageFolder:
     paths: tuple[str, ...]
     targets: tuple[int, ...]
     ignored: Counter[str] = field(default_factory=Counter)
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
         """The path of image `index`."""
-        return self.root / self.split / self.paths[index]
+        return (self.folder or self.root / self.split) / self.paths[index]
 
     def counts(self) -> list[int]:
         """Images per class, in the order of `classes`."""
@@ -100,6 +102,11 @@ class Listing(Protocol):
     def counts(self) -> list[int]: ...
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]: ...
     def read_many(self, indices: Sequence[int]) -> Iterator[Image.Image | UserError]: ...
+
+
+def is_image_folder(root: str | os.PathLike) -> bool:
+    """Whether there is a folder of a split in `root`."""
+    return any((Path(root) / split).is_dir() for split in ("train", "val"))
 
 
 def scan(root: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None) -> ImageFolder:

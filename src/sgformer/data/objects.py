@@ -13,6 +13,7 @@ from sgformer.core.errors import UserError
 from sgformer.core.names import GROUND
 from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import CocoDataset
+from sgformer.data.formats import find_format, open_data
 from sgformer.data.image import read_image
 
 
@@ -38,8 +39,8 @@ class KnownObjects:
 def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjects:
     """Open a split's images with their objects.
 
-    Layouts: COCO (masks, otherwise boxes), ADE20K (pixels of classes other than the background), and the imagenet
-    layout of `sgformer data scenes` (each scene is composed again).
+    Layouts: COCO and other registered formats of objects (masks, otherwise boxes), ADE20K (pixels of classes other than
+    the background), and the imagenet layout of `sgformer data scenes` (each scene is composed again).
 
     Raises:
         UserError: the layout is another one, or files cannot be read.
@@ -50,12 +51,11 @@ def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjec
 
         listing = scan(root, "validation" if split == "val" else split)
         return KnownObjects(len(listing), lambda i: _labelled(listing, i), "label maps")
-    if root.is_file() or (root / "annotations").is_dir():
-        from sgformer.data.coco import find_coco, read_coco
-
-        coco = CocoDataset(read_coco(*find_coco(root, split)))
+    scenes = (root / "scenes.json").is_file()
+    if root.is_file() or (root / "annotations").is_dir() or (find_format("objects", root) and not scenes):
+        coco = CocoDataset(open_data("objects", root, split))
         return KnownObjects(len(coco), lambda i: _annotated(coco, i), "masks" if coco.listing.has_masks else "boxes")
-    if (root / "scenes.json").is_file():
+    if scenes:
         from sgformer.data.imagefolder import scan as scan_images
         from sgformer.data.scenes import scene_objects
 

@@ -85,12 +85,17 @@ def open_splits(root: str | os.PathLike) -> tuple[Listing, Listing]:
 
 
 def _require_index(root: str | os.PathLike) -> None:
-    """Raise UserError for shards without an index. Tars beside class folders are the archives of those folders."""
+    """Raise UserError for shards without an index."""
+    if has_tars_only(root):
+        raise UserError(f"{root}: tar shards without {INDEX}; create it with: sgformer data index {root}")
+
+
+def has_tars_only(root: str | os.PathLike) -> bool:
+    """Whether a folder has tars in its splits. Tars beside class folders are the archives of those folders."""
     folders = [folder for name in SPLITS if (folder := Path(root) / name).is_dir()]
     if any(path.is_dir() for folder in folders for path in folder.iterdir()):
-        return
-    if any(tars_in(Store(root), folder.name) for folder in folders):
-        raise UserError(f"{root}: tar shards without {INDEX}; create it with: sgformer data index {root}")
+        return False
+    return any(tars_in(Store(root), folder.name) for folder in folders)
 
 
 def _listing(index: Index, split: str, classes: Sequence[str] | None) -> ShardFolder:

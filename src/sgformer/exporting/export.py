@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgformer import ops
 from sgformer.core.errors import UserError
-from sgformer.exporting.formats import FORMATS, Runner, check_suffix
+from sgformer.exporting.formats import FORMATS, ExportFormat, Runner
 from sgformer.exporting.graphs import Graph
 
 #: (exported file, PIL image) -> (1, 3, H, W) float32, as the file takes it.
@@ -118,20 +118,19 @@ def export_graph(
         UserError: see `sgformer.export`.
     """
     out = Path(out)
-    if format not in FORMATS:
-        raise UserError(f"--format is one of {', '.join(FORMATS)}, got {format}")
+    kind: ExportFormat = FORMATS.get(format)()
     if precision not in PRECISIONS:
         raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, got {precision}")
     if precision != "fp32" and format != "onnx":
         raise UserError(f"--precision {precision} is for --format onnx; other formats have tools of their own for it")
     if calibration is not None and precision == "fp32":
         raise UserError("--calibration is for --precision int8 and fp16")
-    check_suffix(out, format)
+    if out.suffix != kind.suffix:
+        raise UserError(f"{out}: a file of format {format} ends in {kind.suffix}")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist")
-    kind = FORMATS[format]
     kind.require()
-    graph = graph_of(format != "torch-export")
+    graph = graph_of(kind.whole)
     size = _fixed_size(graph, image_size)
     reason = None
     if size is not None:
@@ -167,7 +166,7 @@ def compare(graph: Graph, run: Runner, shapes: Sequence[tuple[int, int, int]]) -
     Sorting is not continuous. Where two tokens' significance is equal but for rounding, a file may rank them otherwise
     than PyTorch here (as PyTorch on another machine may), which moves outputs by some 1e-4. So PyTorch is asked twice:
     as it ranks tokens itself, and with the file's ranks, once these have been found to be ranks of PyTorch's own
-    significance too.
+    significance too. (Not where the file's ranks cannot be had.)
     """
     checks = []
     for batch, height, width in shapes:
@@ -175,7 +174,8 @@ def compare(graph: Graph, run: Runner, shapes: Sequence[tuple[int, int, int]]) -
         found, orders = run(image)
         with torch.no_grad():
             alone = graph(image)
-            with ranked(orders) as wrong:
+            following: Any = contextlib.nullcontext([]) if orders is None else ranked(orders)
+            with following as wrong:
                 expected = graph(image)
         differences = {name: difference(a, b) for name, a, b in zip(graph.names, found, expected, strict=True)}
         if wrong:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from sgformer.data.image import list_images, open_image
-from sgformer.exporting.formats import onnx_session, quiet, set_onnx_metadata
+from sgformer.exporting.formats.onnx import onnx_session, set_onnx_metadata
 from sgformer.exporting.onnx_predict import ExportedNetwork
+from sgformer.exporting.quiet import quiet
 
 #: Pictures at most: to find ranges from, and to measure on.
 CALIBRATED, MEASURED = 64, 200

@@ -10,9 +10,12 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads as MaskConvs
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from sgformer.heads.registry import register_detector
 
 Detections = list[dict[str, Tensor]]
 
@@ -28,18 +31,20 @@ class RCNNHeads(nn.Module):
         channels: of the four maps.
         strides: of the four maps, in pixels.
         num_classes: without the background.
-        masks: Mask R-CNN, or (False) Faster R-CNN.
+        masks: Mask R-CNN, or (False) Faster R-CNN; None: as the class says.
         width: channels of FPN and mask head; the box head has 4 x width. 256 is the standard.
         rois: proposals per image that the heads train on.
         score_threshold, nms_threshold, detections: of the test.
     """
+
+    masks = True
 
     def __init__(
         self,
         channels: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        masks: bool = True,
+        masks: bool | None = None,
         width: int = 256,
         rois: int = 512,
         score_threshold: float = 0.05,
@@ -47,15 +52,17 @@ class RCNNHeads(nn.Module):
         detections: int = 100,
     ):
         super().__init__()
-        self.num_classes, self.masks = num_classes, masks
+        if masks is not None:
+            self.masks = masks
+        self.num_classes = num_classes
         self.fpn = FeaturePyramidNetwork(list(channels), width, LastLevelMaxPool())
         stub = nn.Identity()
         stub.out_channels = width  # type: ignore[assignment] # all that torchvision asks of the backbone here
         mask_parts = {
-            "mask_head": MaskRCNNHeads(width, (width,) * 4, dilation=1),
+            "mask_head": MaskConvs(width, (width,) * 4, dilation=1),
             "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
         }
-        rcnn = (MaskRCNN if masks else FasterRCNN)(
+        rcnn = (MaskRCNN if self.masks else FasterRCNN)(
             stub,
             rpn_anchor_generator=Anchors([*strides, 2 * strides[-1]]),
             box_head=TwoMLPHead(width * 7 * 7, 4 * width),
@@ -64,7 +71,7 @@ class RCNNHeads(nn.Module):
             box_score_thresh=score_threshold,
             box_nms_thresh=nms_threshold,
             box_detections_per_img=detections,
-            **(mask_parts if masks else {}),
+            **(mask_parts if self.masks else {}),
         )
         self.rpn, self.roi_heads = rcnn.rpn, rcnn.roi_heads
 
@@ -93,11 +100,29 @@ class RCNNHeads(nn.Module):
         return detections, {**losses, **proposal_losses}
 
 
-class Anchors(AnchorGenerator):
-    """Anchors at the levels' true strides; torchvision derives strides from sizes and so misses where those are odd."""
+@register_detector("mask-rcnn")
+class MaskRCNNHeads(RCNNHeads):
+    """Boxes, classes and masks."""
 
-    def __init__(self, strides: Sequence[int]):
-        super().__init__(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
+
+@register_detector("faster-rcnn")
+class FasterRCNNHeads(RCNNHeads):
+    """Boxes and classes."""
+
+    masks = False
+
+
+class Anchors(AnchorGenerator):
+    """Anchors at the levels' true strides; torchvision derives strides from sizes and so misses where those are odd.
+
+    Args:
+        strides: of the levels, in pixels.
+        scale: the anchors' side in strides.
+        ratios: of height and width, an anchor each.
+    """
+
+    def __init__(self, strides: Sequence[int], scale: int = 8, ratios: Sequence[float] = (0.5, 1.0, 2.0)):
+        super().__init__(tuple((scale * stride,) for stride in strides), (tuple(ratios),) * len(strides))
         self.strides = list(strides)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from sgformer.heads.common import ConvNormAct, PixelClassifier, resize
+from sgformer.heads.registry import register_head
 
 
+@register_head("semantic-fpn")
 class SemanticFPN(nn.Module):
     """Four maps to class logits at the first one's resolution.
 

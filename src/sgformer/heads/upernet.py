@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgformer.heads.common import ConvNormAct, PixelClassifier, resize
+from sgformer.heads.registry import register_head
 
 
 class PyramidPooling(nn.Module):
@@ -55,6 +56,7 @@ def averages(cells: int, size: Any, like: Tensor) -> Tensor:
     return ((at >= start) & (at < end)).to(like.dtype) / (end - start).to(like.dtype)
 
 
+@register_head("upernet")
 class UPerNet(nn.Module):
     """Four maps to class logits at the first one's resolution, with an auxiliary FCN head on the third map.
 

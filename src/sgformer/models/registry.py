@@ -18,7 +18,7 @@ from sgformer.models.backbone import (
     SelfGuidedAttention,
     SGFormer,
 )
-from sgformer.models.config import VARIANTS
+from sgformer.models.config import VARIANTS, SGFormerConfig
 from sgformer.models.layers import PositionTable
 
 # Their padding and grouping follow the grid's size, which a symbolic trace cannot know.
@@ -46,7 +46,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+default_cfgs: dict[str, Any] = {}
 
 
 def _register(variant: str) -> Callable[..., SGFormer]:
@@ -62,4 +62,24 @@ def _register(variant: str) -> Callable[..., SGFormer]:
     return register_model(build_variant)
 
 
-globals().update({variant: _register(variant) for variant in VARIANTS})
+def register_size(name: str, config: SGFormerConfig) -> None:
+    """Add a size of SG-Former, by which :func:`sgformer.create_model`, timm and `--model` then know it.
+
+    Args:
+        name: begins with "sgformer_".
+        config: its stages.
+
+    Raises:
+        ValueError: the name is taken by another size, or begins otherwise.
+    """
+    if not name.startswith("sgformer_"):
+        raise ValueError(f"sizes are called sgformer_SOMETHING, got {name!r}")
+    if VARIANTS.setdefault(name, config) != config:
+        raise ValueError(f"there is a size of the name {name!r} already")
+    if name not in globals():
+        default_cfgs.update(generate_default_cfgs({name: _cfg()}))
+        globals()[name] = _register(name)
+
+
+for variant, config in list(VARIANTS.items()):
+    register_size(variant, config)

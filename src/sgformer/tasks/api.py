@@ -292,7 +292,7 @@ def export(
     Args:
         weights: see the module.
         out: the file; its ending is the format's (.onnx, .pt2, .xml).
-        format: "onnx", "torch-export" or "openvino".
+        format: "onnx", "torch-export", "openvino", or one of your own (:func:`register_export`).
         image_size: take this size only: pixels or (height, width), in multiples of 32. A whole detector always has one
             size, by default the square of the side it was trained with.
         features: also give the four feature maps.
@@ -306,6 +306,9 @@ def export(
         UserError: weights cannot be read, or not be exported so; the file differs from PyTorch by more than 1e-4 of
             the largest output; a package is missing.
     """
+    from sgformer.exporting.formats import FORMATS
+
+    FORMATS.check(format, "--format")
     from sgformer.exporting.export import export_graph
     from sgformer.models.load import read_weights
 

@@ -75,14 +75,17 @@ class Task:
     which the methods here call:
 
         config.py        Config
-        data.py          open_data, draw_batch, and optionally objects (the objects of a sample)
+        data.py          open_data, and optionally draw_batch, and objects (the objects of a sample)
         module.py        build
-        metrics.py       read, report
+        metrics.py       read, and optionally report
         predict.py       network, predict, evaluate, and optionally finish (pictures at the end of a run)
         predict_onnx.py  predict, prepare
         show.py          line, to_json, draw
         explain.py       explainer, summary
         export.py        graph
+
+    The first five and show.py make a task that is trained, measured and predicted with; `tests/tasks/toy` is the
+    smallest. The others bring what their names say.
 
     Attributes:
         name: on the command line and in weights, e.g. "classify".
@@ -154,8 +157,9 @@ class Task:
         return self.part("module").build(config, splits, weights)
 
     def draw_batch(self, config: Any, splits: Splits, images: list[Any], targets: list[Any], out: Path) -> None:
-        """Draw the first augmented training samples as a PNG."""
-        self.part("data").draw_batch(config, splits, images, targets, out)
+        """Draw the first augmented training samples as a PNG, where the task has a picture of them."""
+        if draw := getattr(self.part("data"), "draw_batch", None):
+            draw(config, splits, images, targets, out)
 
     def objects(self, splits: Splits, index: int) -> Any:
         """The objects' pixels (H, W) bool of a validation sample, or None if unknown."""
@@ -167,8 +171,13 @@ class Task:
         return self.part("metrics").read(folder)
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
-        """Markdown of a finished run."""
-        return self.part("metrics").report(model, result, facts, pictures)
+        """Markdown of a finished run: the task's own, or the numbers, the facts and the pictures."""
+        if own := getattr(self.part("metrics"), "report", None):
+            return own(model, result, facts, pictures)
+        from sgformer.training.report import facts_table, show
+
+        lines = [f"# {model}: {result.headline()}", "", result.table(), "", result.counted(), "", *facts_table(facts)]
+        return "\n".join([*lines, *show(pictures)])
 
     def scores(self, module: Any) -> tuple[str, ...]:
         """The columns of `metrics.csv` in the curves; the first one is the main score."""

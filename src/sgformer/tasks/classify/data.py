@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from sgformer.core.errors import UserError
+from sgformer.data.formats import open_both
 from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
-from sgformer.data.shards import open_splits
 from sgformer.data.transforms import Transform, train_transform
 from sgformer.models.load import Weights
 from sgformer.tasks.classify.config import ClassifyConfig
@@ -26,7 +26,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
     normalization = Normalization.of(weights.metadata if weights else {})
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
-    train, val = open_splits(config.data)
+    train, val = open_both(config.data)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}

@@ -95,13 +95,13 @@ def evaluate(
     Raises:
         UserError: weights or data are invalid, or do not go together.
     """
+    from sgformer.data.formats import open_data
     from sgformer.data.imagefolder import ImageFolderDataset, collate
-    from sgformer.data.shards import open_split
     from sgformer.tasks.classify.module import ClassificationModule
     from sgformer.training.validate import validate
 
     model: Any = build_network(weights)
-    listing = open_split(data, split, weights.metadata.get("classes"))
+    listing = open_data("classes", data, split, weights.metadata.get("classes"))
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} knows {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))

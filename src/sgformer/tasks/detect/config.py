@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgformer.core.errors import UserError
+from sgformer.heads.registry import DETECTORS
 from sgformer.training.config import RunConfig, option
 
 
@@ -30,6 +31,9 @@ class DetectConfig(RunConfig):
     lr_drops: tuple[int, ...] = option((8, 11), "Schedule", "epochs after which the rate falls to a tenth")
 
     freeze_stages: int = option(-1, "Network", "keep stem and so many stages as they are; -1: train all", main=True)
+    head: str | None = option(
+        None, "Network", f"{', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]"
+    )
     head_width: int = option(256, "Network", "channels of FPN and mask head; less is quicker, 256 the standard")
     rois: int = option(512, "Network", "proposals per image that the heads train on; 512 is the standard")
     ema: float = option(0.0, "Network", "decay of averaged weights, which are then the reported ones; 0: off")
@@ -43,6 +47,8 @@ class DetectConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head is not None:
+            DETECTORS.check(self.head, "--head")
         if isinstance(self.lr_drops, list):  # YAML and JSON know no tuples
             object.__setattr__(self, "lr_drops", tuple(self.lr_drops))
         for name in ("head_width", "rois"):

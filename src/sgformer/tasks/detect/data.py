@@ -9,15 +9,18 @@ import numpy as np
 import torch
 
 from sgformer.core.errors import UserError
-from sgformer.data.coco import CocoDataset, CocoListing, collate, find_coco, ground_truth, read_coco
+from sgformer.data.coco import CocoDataset, CocoListing, collate, ground_truth
 from sgformer.data.detection_transforms import eval_transform, train_transform
+from sgformer.data.formats import open_data as open_format
 from sgformer.data.image import short_and_longest
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.data.objects import annotated_pixels
 from sgformer.data.preparing import Normalization
+from sgformer.heads.registry import DETECTORS
 from sgformer.models.load import Weights
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.detect.metrics import CocoMetric
+from sgformer.tasks.detect.network import named_head
 from sgformer.training.task import Splits
 from sgformer.viz.detection import Instances, draw_training_images
 
@@ -25,7 +28,7 @@ from sgformer.viz.detection import Instances, draw_training_images
 def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
     """As of `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
-    listings = learn, val = read_splits(config)
+    listings = learn, val = read_splits(config, named_head(config, weights))
     sampler = EpochSampler(len(learn), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     transforms = train_transform(config.image_size, config.multi_scale, config.hflip), eval_transform(config.image_size)
@@ -56,8 +59,8 @@ def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: i
     )
 
 
-def read_splits(config: DetectConfig) -> tuple[CocoListing, CocoListing]:
-    """The training and the validation images that a config names.
+def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoListing, CocoListing]:
+    """The training and the validation images that a config names, with masks if the head finds them.
 
     Raises:
         UserError: they are not there, or not as they should be.
@@ -71,21 +74,17 @@ def read_splits(config: DetectConfig) -> tuple[CocoListing, CocoListing]:
         if twin.name == stem or not twin.is_file():
             raise UserError(f"--val-data is missing: the JSON to validate on beside --data {config.data}")
         val_data = str(twin)
-    check = config.bad_images == "stop"
-    learn = read_coco(
-        *find_coco(config.data, "train", config.images),
-        masks=config.masks,
-        drop_empty=config.drop_empty,
-        check_files=check,
-    )
+    options: dict[str, Any] = {"images": config.images, "check_files": config.bad_images == "stop"}
+    masks = config.masks
+    if head is not None:
+        finds = bool(DETECTORS.get(head).masks)
+        if masks not in (None, finds):
+            raise UserError(f"--masks {str(masks).lower()}: --head {head} finds {'' if finds else 'no '}masks")
+        masks = finds
+    learn = open_format("objects", config.data, "train", masks=masks, drop_empty=config.drop_empty, **options)
     if not any(learn.objects_of(i) for i in range(len(learn))):
         raise UserError(f"{learn.json}: no object to learn from in it")
-    val = read_coco(
-        *find_coco(val_data, "val", config.images),
-        categories=learn.categories,
-        masks=learn.has_masks,
-        check_files=check,
-    )
+    val = open_format("objects", val_data, "val", learn.categories, masks=learn.has_masks, drop_empty=False, **options)
     return learn, val
 
 

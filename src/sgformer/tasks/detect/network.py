@@ -1,4 +1,4 @@
-"""The network of object detection and instance segmentation: a backbone and the heads of Mask R-CNN."""
+"""The network of object detection and instance segmentation: a backbone and heads, by default those of Mask R-CNN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from sgformer.data.preparing import MEAN, STD, Normalization
-from sgformer.heads.mask_rcnn import RCNNHeads, paste_masks
+from sgformer.heads.mask_rcnn import paste_masks
+from sgformer.heads.registry import DETECTORS
 from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.results import coco_result
@@ -21,17 +22,22 @@ PAD_TO = 32  # pixels: the batch's sides are multiples of it
 
 
 class Detector(nn.Module):
-    """A backbone with the heads of Mask R-CNN or, without masks, Faster R-CNN.
+    """A backbone with a detector's heads.
 
     Args:
         backbone: four feature maps.
         num_classes: without the background.
-        masks: whether it also finds masks.
+        masks: where no head is named, whether it is Mask R-CNN, which also finds masks, or Faster R-CNN.
         width: of the heads; 256 is the standard.
-        options: of `RCNNHeads`.
+        head: a name of `heads.registry.DETECTORS`.
+        options: of the heads, e.g. of `RCNNHeads`.
 
     Attributes:
         architecture: a plain dict from which `Detector.build` makes the same network.
+        masks: whether it finds masks.
+
+    Raises:
+        UserError: there are no such heads.
     """
 
     mean: Tensor
@@ -39,17 +45,27 @@ class Detector(nn.Module):
     task = "detect"
     metadata: dict[str, Any]  # of the file it was loaded from
 
-    def __init__(self, backbone: Pyramid, num_classes: int, masks: bool = True, width: int = 256, **options: Any):
+    def __init__(
+        self,
+        backbone: Pyramid,
+        num_classes: int,
+        masks: bool = True,
+        width: int = 256,
+        head: str | None = None,
+        **options: Any,
+    ):
         super().__init__()
+        head = head or standard_head(masks)
         self.architecture = {
             "backbone": backbone.architecture,
-            "head": "mask-rcnn" if masks else "faster-rcnn",
+            "head": head,
             "num_classes": num_classes,
             "width": width,
         }
-        self.num_classes, self.masks = num_classes, masks
+        self.num_classes = num_classes
         self.backbone = backbone
-        self.heads = RCNNHeads(backbone.channels, backbone.strides, num_classes, masks, width, **options)
+        self.heads = DETECTORS.get(head)(backbone.channels, backbone.strides, num_classes, width=width, **options)
+        self.masks = bool(self.heads.masks)
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -113,8 +129,8 @@ class Detector(nn.Module):
     def build(cls, architecture: Mapping[str, Any], **options: Any) -> Detector:
         """A network with fresh weights from an `architecture`; options as of the class."""
         backbone = pyramid_backbone(architecture["backbone"])
-        masks = architecture["head"] == "mask-rcnn"
-        return cls(backbone, architecture["num_classes"], masks, architecture["width"], **options)
+        head, width = architecture["head"], architecture["width"]
+        return cls(backbone, architecture["num_classes"], width=width, head=head, **options)
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Detector:
@@ -126,6 +142,20 @@ class Detector(nn.Module):
         model = load_dense(cls.build, weights)
         model.normalize_as(Normalization.of(weights.metadata))
         return model
+
+
+def standard_head(masks: bool) -> str:
+    """The heads of a detector of which nothing is said but whether it finds masks."""
+    return "mask-rcnn" if masks else "faster-rcnn"
+
+
+def named_head(config: DetectConfig, weights: Weights | None) -> str | None:
+    """The heads that the settings name or, if they name none, those of a detector's weights, as far as these are not
+    the standard ones, which the data decide on; else None."""
+    if config.head is not None or weights is None or weights.architecture is None or weights.task != "detect":
+        return config.head
+    held = weights.architecture["head"]
+    return None if held in (standard_head(True), standard_head(False)) else held
 
 
 def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: Weights | None = None) -> Detector:
@@ -146,7 +176,8 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: W
         freeze_stages=config.freeze_stages,
         grad_checkpointing=config.grad_checkpointing,
     )
-    model = Detector(backbone, num_classes, masks, config.head_width, rois=config.rois)
+    head = named_head(config, weights)
+    model = Detector(backbone, num_classes, masks, config.head_width, head, rois=config.rois)
     if weights is not None:
         model.normalize_as(Normalization.of(weights.metadata))
     return take_fitting(model, weights.tensors if whole else {}).train()  # type: ignore[union-attr]

@@ -15,8 +15,9 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask, find_coco, read_coco
+from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask
 from sgformer.data.detection_transforms import eval_transform
+from sgformer.data.formats import open_data
 from sgformer.data.image import open_image, source_name
 from sgformer.models.load import Weights
 from sgformer.results import SHOWN, Detections, named
@@ -98,10 +99,14 @@ def evaluate(
 
     model, metadata = Detector.from_weights(weights), weights.metadata
     categories = [Category(i, name) for i, name in zip(metadata["category_ids"], metadata["classes"], strict=True)]
-    listing = read_coco(
-        *find_coco(data, split, images),
-        categories=categories,
+    listing = open_data(
+        "objects",
+        data,
+        split,
+        categories,
+        images=images,
         masks=None if model.masks else False,
+        drop_empty=False,
         check_files=bad_images == "stop",
     )
     dataset = CocoDataset(listing, eval_transform(reading(metadata, image_size)), bad_images=bad_images, objects=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from sgformer.heads.registry import HEADS
 from sgformer.training.config import RunConfig, option
 
 
@@ -17,7 +18,7 @@ class SegmentConfig(RunConfig):
     former_names: ClassVar[Mapping[str, str]] = {"most_of_one_class": "cat_max_ratio"}
 
     data: str | None = option(None, "Run", "folder with images/training, annotations/training ...", main=True)
-    head: Literal["semantic-fpn", "upernet"] = option("upernet", "Run", "what stands on the backbone", main=True)
+    head: str = option("upernet", "Run", f"what stands on the backbone: {', '.join(HEADS.names())}", main=True)
 
     classes: int | None = option(
         None, "Data", "number; default: of classes.txt, objectInfo150.txt or the labels", main=True
@@ -33,10 +34,8 @@ class SegmentConfig(RunConfig):
     lr: float = option(1e-4, "Schedule", "peak rate per 16 images; x batch-size/16", main=True)
 
     ema: float = option(0.0, "Network", "decay of averaged weights, which are then the reported ones; 0: off")
-    head_width: int | None = option(
-        None, "Network", "channels; default: the standard, 128 (semantic-fpn), 512 (upernet)"
-    )
-    auxiliary: float = option(0.4, "Network", "weight of the loss of upernet's auxiliary head")
+    head_width: int | None = option(None, "Network", "channels; default: the head's own standard")
+    auxiliary: float = option(0.4, "Network", "weight of the head's auxiliary loss, where it has one (upernet)")
 
     weight_decay: float = option(1e-4, "Optimiser", "not on norms and position table")
     warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up")
@@ -50,6 +49,7 @@ class SegmentConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        HEADS.check(self.head, "--head")
         for name in ("steps", "val_every", "power", "scale_min", "scale_max", "cat_max_ratio", "head_width"):
             self._check(name, lambda v: v > 0, "must be above 0")
         for name in ("warmup_steps", "auxiliary"):

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from sgformer.core.errors import UserError
 from sgformer.data.image import fit_size
 from sgformer.heads.common import resize
-from sgformer.heads.semantic_fpn import SemanticFPN
-from sgformer.heads.upernet import UPerNet
+from sgformer.heads.registry import HEADS
 from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.tasks.segment.config import SegmentConfig
 
-HEADS: dict[str, type[nn.Module]] = {"semantic-fpn": SemanticFPN, "upernet": UPerNet}
 #: The factors of multi-scale evaluation.
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -30,12 +28,15 @@ class Segmenter(nn.Module):
 
     Args:
         backbone: four feature maps.
-        head: "semantic-fpn" or "upernet".
+        head: a name of `heads.registry.HEADS`.
         num_classes: of the logits.
-        width: of the head; None: 128 for semantic-fpn, 512 for upernet, the standard.
+        width: of the head; None: its own standard.
 
     Attributes:
         architecture: a plain dict from which `Segmenter.build` makes the same network.
+
+    Raises:
+        UserError: there is no such head.
     """
 
     task = "segment"
@@ -52,7 +53,7 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         self.backbone = backbone
         standard = {} if width is None else {"dim": width}
-        self.head = HEADS[head](backbone.channels, backbone.strides, num_classes, **standard)
+        self.head = HEADS.get(head)(backbone.channels, backbone.strides, num_classes, **standard)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"out": logits (B, num_classes, H, W)}; in training also "aux" if the head has one."""
