@@ -130,7 +130,7 @@ def test_examples_come_from_the_run_s_own_validation_images(tmp_path, weights, m
         (b"GIF89a", "damaged|truncated|not an image"),
         (photo()[:300], "damaged|truncated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # Pillow would call Ghostscript
-        (photo(kind="TIFF"), "not of a format taken here"),
+        (photo(kind="TIFF"), "not of a format accepted here"),
     ],
 )
 def test_what_is_no_picture_is_refused(data, says):

@@ -17,6 +17,7 @@ FAKE = {
     "models.py": (
         "names = []\n"
         "generate_default_cfgs = dict\n"
+        "register_notrace_module = type\n"
         "def register_model(function):\n"
         "    names.append(function.__name__)\n"
         "    return function\n"
@@ -38,31 +39,31 @@ def fake(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import sgformer, timm",
-        "import timm, sgformer",
-        "import timm.layers, sgformer",
-        "import sgformer; from timm.models import names",
-        "import timm.layers; import sgformer.models.registry",
-        "import sgformer.models.registry",
-        "import sgformer.cli; import timm.layers",
-        # Asked for without being imported: nothing happens, and what is found is as it would be otherwise.
-        "import sgformer, importlib.util; spec = importlib.util.find_spec('timm'); "
-        "assert 'timm' not in sys.modules and spec.origin.endswith('__init__.py'); "
-        "assert 'sleep' in spec.loader.get_source('timm'); import timm",
-        "import importlib, sgformer; importlib.reload(sgformer); import timm; importlib.reload(timm)",
-        "import importlib, sgformer, timm; importlib.reload(sgformer); importlib.reload(timm)",
-        "import importlib, sgformer.core.timm_hook as h; importlib.reload(h).install(); import timm",
-        # While another thread is in the middle of it.
-        "import threading; t = threading.Thread(target=__import__, args=['timm']); t.start(); import time; "
-        "time.sleep(0.1); assert not hasattr(sys.modules['timm'], 'ready'); import sgformer; t.join()",
-        "import sgformer, threading; wanted = ['timm', 'timm.layers', 'timm.models', 'sgformer', 'sgformer.core'] * 4; "
-        "threads = [threading.Thread(target=__import__, args=[name]) for name in wanted]; "
-        "[t.start() for t in threads]; [t.join() for t in threads]",
-    ],
-)
+CODES = [
+    "import sgformer, timm",
+    "import timm, sgformer",
+    "import timm.layers, sgformer",
+    "import sgformer; from timm.models import names",
+    "import timm.layers; import sgformer.models.registry",
+    "import sgformer.models.registry",
+    "import sgformer.cli; import timm.layers",
+    # Asked for without being imported: nothing happens, and what is found is as it would be otherwise.
+    "import sgformer, importlib.util; spec = importlib.util.find_spec('timm'); "
+    "assert 'timm' not in sys.modules and spec.origin.endswith('__init__.py'); "
+    "assert 'sleep' in spec.loader.get_source('timm'); import timm",
+    "import importlib, sgformer; importlib.reload(sgformer); import timm; importlib.reload(timm)",
+    "import importlib, sgformer, timm; importlib.reload(sgformer); importlib.reload(timm)",
+    "import importlib, sgformer.core.timm_hook as h; importlib.reload(h).install(); import timm",
+    # While another thread is in the middle of it.
+    "import threading; t = threading.Thread(target=__import__, args=['timm']); t.start(); import time; "
+    "time.sleep(0.1); assert not hasattr(sys.modules['timm'], 'ready'); import sgformer; t.join()",
+    "import sgformer, threading; wanted = ['timm', 'timm.layers', 'timm.models', 'sgformer', 'sgformer.core'] * 4; "
+    "threads = [threading.Thread(target=__import__, args=[name]) for name in wanted]; "
+    "[t.start() for t in threads]; [t.join() for t in threads]",
+]
+
+
+@pytest.mark.parametrize("code", [*CODES[:2], *(pytest.param(c, marks=pytest.mark.slow) for c in CODES[2:])])
 def test_the_sizes_are_registered_once(code, fake):
     look = f"\nimport timm.models\nassert timm.models.names == {SIZES}, timm.models.names\nassert timm.ready"
     # The hook is gone, and timm looks as if it had never been there.
@@ -143,7 +144,7 @@ def test_a_spawned_worker_knows_the_sizes_of_a_network_that_it_unpickles(tmp_pat
         "    assert 'timm' not in sys.modules and 'sgformer' not in sys.modules\n"
         "    model = pickle.loads(blob)\n"
         "    assert model.config.num_classes == 7\n"
-        "    return sys.modules['timm'].list_models('sgformer*')\n"
+        "    import timm; return timm.list_models('sgformer*')\n"
         "if __name__ == '__main__':\n"
         "    import sgformer\n"
         "    blob = pickle.dumps(sgformer.create_model('sgformer_n', num_classes=7))\n"

@@ -62,7 +62,7 @@ def test_a_plain_state_dict_needs_the_name_of_its_network(network, tmp_path):
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     torch.save(network.state_dict(), tmp_path / "w.pt")
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
-        with pytest.raises(UserError, match=r"not the network's name; say it with --model"):
+        with pytest.raises(UserError, match=r"not the network's name; pass --model"):
             sgformer.load_model(path)
         with pytest.raises(UserError, match="did you mean test_efficientnet_gn"):
             sgformer.load_model(path, model="test_eficientnet_gn")
@@ -84,7 +84,7 @@ def test_an_sgformer_state_dict_is_recognised_by_its_shapes(tmp_path):
 def test_a_path_that_exists_comes_before_a_name(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sgformer_n").mkdir()
-    with pytest.raises(UserError, match=r"sgformer_n: no best\.safetensors in it"):
+    with pytest.raises(UserError, match=r"sgformer_n: holds no best\.safetensors"):
         find_weights("sgformer_n")
     model = sgformer.create_model("sgformer_n", num_classes=3)
     sgformer.save_model(model, tmp_path / "sgformer_n" / "last.safetensors", {"model": "sgformer_n"})
@@ -115,7 +115,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     for name, words in (
         ("list.pt", "holds a list, not a checkpoint"),
         ("numbers.pt", "holds no weights"),
-        ("notes.txt", "weights are a run folder"),
+        ("notes.txt", "weights must be a run folder"),
         ("nowhere.pt", "no such file or run folder"),
     ):
         with pytest.raises(UserError, match=words):

@@ -94,7 +94,7 @@ def draw_growth(rows: Sequence[Mapping[str, Any]], out: str | Path, unit: str = 
         panels[0].set_title("Rank correlation with the previous record")
         panels[0].set_ylim(min(0, panels[0].get_ylim()[0]), 1.03)
         if known:
-            columns = [name for name in rows[0] if name.startswith("salient_inside_stage")]
+            columns = [name for name in rows[0] if name.startswith("salient_energy_stage")]
             _lines(panels[1], x, rows, "salient_energy", columns, scale=100)
             area = 100 * float(rows[-1]["object_area"])
             panels[1].axhline(area, color=INK, linewidth=1, linestyle=":", label="objects' area")
