@@ -18,7 +18,7 @@ from sgformer.tasks.registry import TASKS, get_task
 # are their options.
 COMMANDS = {
     **{f"train {name}": ("sgformer.cli.train", "train", get_task(name).about) for name in TASKS},
-    "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
+    "eval": ("sgformer.cli.evaluate", "evaluate", "evaluate trained weights on a validation set"),
     "predict": ("sgformer.cli.predict", "predict", "classify images, or segment or detect what is on them"),
     "explain": ("sgformer.cli.explain", "explain", "show what a trained network attended to"),
     "export": ("sgformer.cli.export", "export", "export a network to another runtime: ONNX, OpenVINO, torch.export"),

@@ -46,7 +46,7 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, mps
         devices: processes on this machine, one per GPU
         precision: arithmetic; bf16, fp16: mixed
-        bad_images: on an unreadable image: stop, or skip and count it
+        bad_images: on an unreadable image: stop, or skip and count
     """
     from sgformer.models.load import read_metadata
     from sgformer.tasks import api

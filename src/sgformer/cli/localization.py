@@ -48,5 +48,5 @@ def localization(
     if out is not None:
         require("matplotlib", extra="train")
         write_localization(found, out, {"weights": weights, "data": data, "split": split, "permutations": PERMUTATIONS})
-        print(f"tables and picture: {out}")
+        print(f"tables and plot: {out}")
     return 0

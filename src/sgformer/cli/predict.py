@@ -26,14 +26,14 @@ def predict(
     model: str | None = None,
     device: str = "auto",
 ) -> int:
-    """Run a network on images: the most probable classes, the class of every pixel, or objects with their boxes.
+    """Run a network on images: the most probable classes, a class for every pixel, or objects.
 
     Args:
         weights: a run folder, .safetensors, released .pth, or .onnx of sgformer export
         images: image files, or folders of them
         top: classification: classes per image [5]
         score: detection: minimum score [0.5]
-        json: write the results to this file (detection: COCO annotations); -: print only them
+        json: write the results to this file (detection: COCO annotations); -: to stdout only
         out: folder for annotated images (segmentation: and label maps)
         batch_size: classification: images per batch [32]
         image_size: pixels; by default as trained

@@ -44,7 +44,7 @@ class ExportedNetwork:
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common base
-            raise UserError(f"{path}: not a runnable ONNX file ({first_line(error)})") from None
+            raise UserError(f"{path}: not an ONNX file that onnxruntime can run ({first_line(error)})") from None
         stored = self.session.get_modelmeta().custom_metadata_map
         if "sgformer" not in stored:
             raise UserError(f"{path}: was not written by sgformer export, so its preprocessing is unknown")

@@ -37,7 +37,7 @@ def task_of(name: Any, source: Any) -> Task:
         UserError: this version lacks it.
     """
     if name not in TASKS:
-        raise UserError(f"{source}: weights for {name!r}, which this version does not know")
+        raise UserError(f"{source}: weights for {name!r}, which this version does not support")
     return get_task(name)
 
 

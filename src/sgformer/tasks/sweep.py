@@ -267,7 +267,7 @@ def _result(place: Path, score: str) -> float | None:
     with (place / "metrics.csv").open(newline="", encoding="utf-8") as file:
         values = [row[score] for row in csv.DictReader(file) if row.get(score)]
     if not values:
-        raise UserError(f"{place}/metrics.csv has no column {score}")
+        raise UserError(f"{place}/metrics.csv lacks the column {score}")
     return float(values[-1])
 
 

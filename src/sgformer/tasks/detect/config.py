@@ -27,7 +27,7 @@ class DetectConfig(RunConfig):
     image_size: int | tuple[int, int] = option(
         800, "Schedule", "short side (bound on the long one in proportion), or [SHORT,LONGEST]", main=True
     )
-    lr: float = option(1e-4, "Schedule", "rate per 16 images; x batch-size/16", main=True)
+    lr: float = option(1e-4, "Schedule", "learning rate for 16 images; x batch-size/16", main=True)
     lr_drops: tuple[int, ...] = option((8, 11), "Schedule", "epochs after which the rate falls to a tenth")
 
     freeze_stages: int = option(-1, "Network", "freeze the stem and this many stages; -1: train all", main=True)
@@ -36,11 +36,11 @@ class DetectConfig(RunConfig):
     )
     head_width: int = option(256, "Network", "channels of FPN and mask head; fewer are faster, 256 is standard")
     rois: int = option(512, "Network", "proposals per image that the heads train on; 512 is the standard")
-    ema: float = option(0.0, "Network", "decay of averaged weights, which are then evaluated and saved; 0: off")
+    ema: float = option(0.0, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
     warmup_steps: int | None = option(None, "Optimiser", "linear warm-up; default: 1000, at most a tenth of the run")
     warmup_factor: float = option(0.001, "Optimiser", "fraction of --lr that the warm-up starts from")
-    weight_decay: float = option(0.05, "Optimiser", "of all but norms and position table")
+    weight_decay: float = option(0.05, "Optimiser", "except on norms and the position table")
 
     multi_scale: bool = option(False, "Augmentation", "resize to 480..800, or crop before (3x recipes)", main=True)
     hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")

@@ -88,7 +88,7 @@ class DetectionModule(TaskModule):
             torch.distributed.all_gather_object(parts, (self.results, self.seen))
         if trainer.is_global_zero:
             results = [result for part, _ in parts for result in part]
-            images = [self.image_ids[i] for _, seen in parts for i in seen]
+            images = [self.image_ids[i] for _, positions in parts for i in positions]
             self.result = self.metric.evaluate(results, images)
         if trainer.world_size > 1:  # the others get the metrics, without the many detections
             light = [dataclasses.replace(self.result, results={}) if self.result and trainer.is_global_zero else None]

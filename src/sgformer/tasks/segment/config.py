@@ -31,13 +31,13 @@ class SegmentConfig(RunConfig):
     val_every: int = option(8000, "Schedule", "updates between validations", main=True)
     batch_size: int = option(16, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
     image_size: int | tuple[int, int] = option(512, "Schedule", "training crop: a number, or [HEIGHT,WIDTH]", main=True)
-    lr: float = option(1e-4, "Schedule", "peak rate per 16 images; x batch-size/16", main=True)
+    lr: float = option(1e-4, "Schedule", "peak learning rate for 16 images; x batch-size/16", main=True)
 
-    ema: float = option(0.0, "Network", "decay of averaged weights, which are then evaluated and saved; 0: off")
+    ema: float = option(0.0, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
     head_width: int | None = option(None, "Network", "channels; default: the head's own standard")
     auxiliary: float = option(0.4, "Network", "weight of the head's auxiliary loss, if it has one (upernet)")
 
-    weight_decay: float = option(1e-4, "Optimiser", "of all but norms and position table")
+    weight_decay: float = option(1e-4, "Optimiser", "except on norms and the position table")
     warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up")
     power: float = option(0.9, "Optimiser", "rate = lr * (1 - step/steps) ^ power")
 
