@@ -98,7 +98,7 @@ def test_overview_and_version(capsys):
         (["train", "classify", "stray"], "unexpected argument: stray"),
         (["train", "classify", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["train", "classify", "--resume", "nowhere"], "nowhere: not a run folder"),
-        (["train", "classify", "--resume", "a", "--config", "b"], "leave --config out"),
+        (["train", "classify", "--resume", "a", "--config", "b"], "leave out --config"),
         (["train", "classify", "--data", "nowhere"], "nowhere: no such folder"),
         (["train", "classify", "--data", "PHOTOS", "--model", "sgformr_s"], "did you mean sgformer_s"),
         (["train", "classify", "--data", "PHOTOS", "--opt", "adamwx"], "did you mean adamw"),

@@ -231,7 +231,7 @@ def test_other_networks_of_timm_have_no_significance(tmp_path):
     from sgformer.models.load import save_weights
 
     save_weights(timm.create_model("resnet10t", num_classes=3), tmp_path / "r.safetensors", {"task": "classify"})
-    with pytest.raises(UserError, match="of SG-Former"):
+    with pytest.raises(UserError, match="for SG-Former, got ResNet"):
         sgformer.export(tmp_path / "r.safetensors", tmp_path / "r.onnx", significance=True)
     with pytest.raises(UserError, match="--image-size is needed"):
         sgformer.export(tmp_path / "r.safetensors", tmp_path / "r.onnx")

@@ -228,7 +228,7 @@ def test_resizing_is_torchs(size):
         ("c.onnx", ["--device", "cuda"], "run on the CPU"),
         ("d.onnx", ["--top", "3"], "--top is for weights of classify"),
         ("d.onnx", ["--score", "3"], "--score must be in [0, 1]"),
-        ("d.onnx", ["--image-size", "96"], "takes 64 x 96 pixels and no other size"),
+        ("d.onnx", ["--image-size", "96"], "takes 64 x 96 pixels only, without --image-size"),
         ("none.onnx", [], "no such file"),
         ("broken.onnx", [], "not an ONNX file"),
     ],
@@ -248,8 +248,8 @@ def test_less_precision_is_measured_and_still_predicts(precision, place, tmp_pat
         patch.setattr(exporting, "CHECKED", ((1, 64, 96),))
         assert main(["export", str(place / "c.safetensors"), *arguments]) == 0
     said = capsys.readouterr().out
-    assert "MB, not" in said and "ms an image, not" in said and "differ by up to" in said
-    assert ("the same answer in 100.0 %" in said) == (precision != "int8") or "the same answer in" in said
+    assert "MB instead of" in said and "ms per image instead of" in said and "differ by up to" in said
+    assert ("the same prediction in 100.0 %" in said) == (precision != "int8") or "the same prediction in" in said
     assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
     network = exported.ExportedNetwork(tmp_path / "q.onnx")
     assert network.metadata["precision"] == precision.split()[0]

@@ -49,7 +49,7 @@ def test_a_signal_writes_a_checkpoint_and_the_exit_code_says_so(reference, tmp_p
     process.signal(number)
     assert process.wait() == 128 + number
     said = (tmp_path / "out.txt").read_text()
-    assert f"stopped by {name} after step 4; go on with: sgformer train classify --resume {run}" in said
+    assert f"stopped by {name} after step 4; resume with: sgformer train classify --resume {run}" in said
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     assert killing.Process(course, course.resume(run), tmp_path / "out.txt").wait() == 0
     assert killing.differences(reference.run, run) == []

@@ -73,7 +73,7 @@ def test_a_grid_is_all_combinations_named_by_their_values(tmp_path):
         ({"variants": {"a": {"epoch": 3}}}, "did you mean epochs"),
         ({"seeds": ["x"]}, "seeds as a list"),
         ({"variants": {}}, "expected variants"),
-        ({"variants": {"a b": {}, "a_b": {}}}, "one folder"),
+        ({"variants": {"a b": {}, "a_b": {}}}, "share a folder"),
         ({"data": None}, "data is missing"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
     ],
@@ -126,7 +126,7 @@ def test_runs_that_are_made_are_not_made_again(tmp_path, pretended):
     ab.run_ablation(more, tmp_path / "out")
     assert pretended == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     other = ab.read_ablation(write(tmp_path, options={"model": "sgformer_n", "epochs": 7}))
-    with pytest.raises(UserError, match="made with epochs 100, not 7"):
+    with pytest.raises(UserError, match="trained with epochs 100, not 7"):
         ab.run_ablation(other, tmp_path / "out")
 
 

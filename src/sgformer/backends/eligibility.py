@@ -1,7 +1,7 @@
-"""Whether parts of a network are as they were built, so that kernels which know the inside of them may stand for them.
+"""Whether parts of a network are unmodified, so that kernels that assume their internals may replace them.
 
-Networks are changed by those who use them: layers are replaced, hooked, adapted, set otherwise, cast. What was changed
-has to be called as it is. :mod:`sgformer.backends.native_autograd` asks at every call, :func:`sgformer.optimize` once.
+Users modify networks: they replace, hook, adapt, reconfigure and cast layers. A modified layer must be called as it is.
+:mod:`sgformer.backends.native_autograd` checks at every call, :func:`sgformer.optimize` once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_h
 
 
 def intact(part: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a part is of this very kind, and it and all within it compute what their kinds do."""
+    """Whether a part is of exactly this type, and neither it nor anything within it was modified."""
     return type(part) is kind and _usual(part)
 
 
 def readable(part: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a part is intact, and kernels can read all its parameters."""
+    """Whether a part is intact, with parameters that kernels can read."""
     return intact(part, kind) and _plainly(part)
 
 
@@ -46,12 +46,12 @@ def _plainly(module: Any) -> bool:
 
 
 def plain(x: Tensor) -> bool:
-    """Whether kernels can read a tensor: float32, on the CPU, strided, and of no type with ideas of its own."""
+    """Whether kernels can read a tensor: float32, on the CPU, strided, and not of a tensor subclass."""
     return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu and x.layout == torch.strided
 
 
 def _usual(module: Any) -> bool:
-    # Out of the module's own dict: a step of N asks about 217 modules, and a loop over HOOKS takes twice as long.
+    # From the module's own dict: a step of N checks 217 modules, and a loop over HOOKS takes twice as long.
     as_built, own = KNOWN.get(type(module)), vars(module)
     return (
         as_built is not None
@@ -66,7 +66,7 @@ def _usual(module: Any) -> bool:
 
 
 def _holds(module: nn.Module, **kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
-    """Whether its children are these, by name and type."""
+    """Whether its children are exactly these, by name and type."""
     found = module._modules
     return found.keys() == kinds.keys() and all(
         type(found[name]) in (kind if isinstance(kind, tuple) else (kind,)) for name, kind in kinds.items()
@@ -92,13 +92,13 @@ def _square(conv: nn.Conv2d) -> bool:
 
 
 def _halves_or_mixes(conv: nn.Conv2d) -> bool:
-    """Of the convolutions between GroupNorms: depthwise ones halve the grid, 1 x 1 ones leave it, others are whole."""
+    """Whether a ConvNorm's convolution halves the grid if depthwise, and keeps it if 1 x 1; others may do either."""
     if conv.groups > 1:
         return _convolves(conv, 3, 2, 1, conv.in_channels) and conv.out_channels == conv.in_channels
     return conv.kernel_size != (1, 1) or _convolves(conv, 1, 1, 0, 1)
 
 
-#: The kinds that are known, each with the question whether one of them is set as the networks here set it.
+#: The supported types, each with a check that a module is configured as in the networks here.
 KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
     **dict.fromkeys((nn.Identity, DropPath), lambda m: True),
     nn.Linear: lambda m: m.bias is not None,
@@ -122,6 +122,6 @@ KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
     SelfGuidedAttention: lambda m: _attends(m, aggregate=LinearAggregation, kv=nn.Linear) and m.attend is ops.attend,
     PlainAttention: _attends,
     HybridBlock: lambda m: _adds(m, HybridScaleAttention),
-    GuidedBlock: lambda m: _adds(m, SelfGuidedAttention) and "source" in vars(m),  # a function, no module
+    GuidedBlock: lambda m: _adds(m, SelfGuidedAttention) and "source" in vars(m),  # a function, not a module
     PlainBlock: lambda m: _adds(m, PlainAttention),
 }

@@ -1,7 +1,7 @@
-"""Training on the CPU with native kernels, forward and backward: the same numbers, sooner and in half the memory.
+"""Training on the CPU with native kernels, forward and backward: the same results, faster and in half the memory.
 
-:func:`accelerate` puts into a network the modules here, which call native functions where these serve and torch's
-elsewhere. The functions, and what they keep for the backward pass, are in
+:func:`accelerate` puts the modules here into a network; they call native functions where eligible, else torch's. The
+functions, and what they save for the backward pass, are in
 :mod:`~sgformer.backends.native_functions` and :mod:`~sgformer.backends.native_convolutions`.
 """
 
@@ -36,23 +36,23 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def accelerate(model: Network) -> Network:
-    """Let a network train on the CPU with native kernels: the same gradients, sooner, in about half the memory.
+    """Train a network on the CPU with native kernels: the same gradients, faster, in about half the memory.
 
-    It is changed in place and stays what it was: the same parameters under the same names, to be saved, copied, moved
-    and wrapped as before (in FSDP: wrap afterwards). Where the kernels do not serve (on another device, in another
-    dtype, within autocast, traced, compiled, or where a part was hooked, replaced or set otherwise) the network
-    computes as it did before. They serve evaluation, too, but :func:`sgformer.optimize` is quicker there. A block with
-    an attention or a significance of another kind keeps torch's attention. Gradients of gradients and batches of
-    gradients (``is_grads_batched``) cannot be had.
+    The network is changed in place and keeps its parameters and their names: it can be saved, copied, moved and wrapped
+    as before (FSDP: wrap afterwards). Where the kernels are not eligible (on another device, in another dtype, within
+    autocast, traced, compiled, or if a part was hooked, replaced or reconfigured) the network runs in torch as before.
+    The kernels also run in evaluation, but :func:`sgformer.optimize` is faster there. A block with another kind of
+    attention or significance keeps torch's attention. Higher-order and batched gradients (``is_grads_batched``) are not
+    supported.
 
     Args:
-        model: an SGFormer, in any mode, or what contains some, for instance a detector.
+        model: an SGFormer, in any mode, or a module that contains some, e.g. a detector.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: there is nothing of an SGFormer in it.
+        ValueError: the model contains no SGFormer.
         sgformer.backends.native.UnavailableError: the kernels cannot be compiled here.
     """
     native.library()
@@ -73,13 +73,13 @@ def restore(model: nn.Module) -> None:
 
 
 def _served(x: Tensor, parts: Mapping[nn.Module, type[nn.Module]]) -> bool:
-    """Whether native kernels can stand for ``parts`` of an input x, here and now, if these are of the kinds given.
+    """Whether native kernels can replace ``parts``, of the given types, for the input x in the current context.
 
-    Not where somebody looks on: hooks within expect to be called, and modes to see torch's operations.
+    Not if something observes them: hooks expect to be called, and dispatch modes to see torch's operations.
     """
-    # Asked at every call, not left to torch's dispatcher by way of torch.library.custom_op: an operator adds at least
-    # 37 us to a call and spares 2 of the 15 us that asking takes; a training step of N with operators takes 1.04 times
-    # the time (benchmarks/native_autograd.py, docs/notes/native_autograd.md).
+    # Checked at every call, not left to torch's dispatcher by torch.library.custom_op: an operator adds at least 37 us
+    # to a call and saves 2 of the 15 us of these checks; a training step of N with operators takes 1.04 times as long
+    # (benchmarks/native_autograd.py, docs/notes/native_autograd.md).
     return (
         plain(x)
         and not torch.is_autocast_enabled("cpu")
@@ -95,7 +95,7 @@ def _served(x: Tensor, parts: Mapping[nn.Module, type[nn.Module]]) -> bool:
 
 @functools.cache
 def _available() -> bool:
-    """Whether there are kernels: a network can be loaded where there are none, having been accelerated elsewhere."""
+    """Whether the kernels compile: a network accelerated elsewhere may be loaded on a machine where they do not."""
     try:
         native.library()
     except native.UnavailableError:
@@ -107,14 +107,14 @@ def _available() -> bool:
 
 
 class _FastBlock(Block):
-    """Both halves natively, each with its norm and what it is added to; either of them in torch where it must be."""
+    """Both halves in native kernels, each with its norm and residual; in torch where a half is not eligible."""
 
     def _serves(self, x: Tensor, norm: nn.Module, part: nn.Module, kind: type[nn.Module]) -> bool:
         drop = DropPath if type(self.drop_path) is DropPath else nn.Identity
         return _served(x, {norm: nn.LayerNorm, part: kind, self.drop_path: drop})
 
     def _scale(self, x: Tensor) -> Tensor | None:
-        """What stochastic depth has for every image, (B, 1, 1, 1), drawn as it draws; None where that is 1."""
+        """The stochastic depth factor of every image, (B, 1, 1, 1), drawn like in torch; None if it is 1."""
         drop = self.drop_path
         dropping = isinstance(drop, DropPath) and drop.training and drop.drop_prob
         return drop(x.new_ones(len(x), 1, 1, 1)) if dropping else None
@@ -141,7 +141,7 @@ class FastHybrid(_FastBlock, HybridBlock):
 
 class FastGuided(_FastBlock, GuidedBlock):
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        gates = isinstance(self.source, nn.Module)  # one with parameters, which also gates the tokens
+        gates = isinstance(self.source, nn.Module)  # a source with parameters also gates the tokens
         if gates or not self._serves(x, self.norm1, self.attn, SelfGuidedAttention):
             return super().forward(x, coarse, fine)
         attn: Any = self.attn
@@ -190,7 +190,7 @@ def _convolved(x: Tensor, *layers: ConvNorm) -> Tensor:
     return ChainFunction.apply(x, options, *(p for m in layers for p in (m.conv.weight, *_pair(m.norm))))
 
 
-#: What :func:`accelerate` puts in the place of what.
+#: Native module -> the module that :func:`accelerate` replaces with it.
 EAGER: dict[type[nn.Module], type[nn.Module]] = {
     FastHybrid: HybridBlock,
     FastGuided: GuidedBlock,

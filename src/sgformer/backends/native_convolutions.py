@@ -1,6 +1,6 @@
-"""Chains of convolutions, each with its GroupNorm and perhaps a GELU, as one autograd function of native kernels.
+"""Chains of convolutions, each with its GroupNorm and optionally a GELU, as one autograd function of native kernels.
 
-What is kept for the backward pass are the results of the convolutions; norms and GELUs are computed twice.
+The results of the convolutions are saved for the backward pass; norms and GELUs are recomputed.
 Legend: B batch, H x W grid, C channels. Images are (B, H, W, C), contiguous, float32, on the CPU.
 """
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class ChainFunction(Function):
-    """Convolutions, each with its GroupNorm and perhaps a GELU: (B, H, W, C_in) to (B, H', W', C)."""
+    """Convolutions, each with its GroupNorm and optionally a GELU: (B, H, W, C_in) to (B, H', W', C)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: list[tuple[Any, ...]], *parameters: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class ChainFunction(Function):
             if i:
                 before = ctx.options[i - 1]
                 source = native.group_norm(made[i - 1], parameters[3 * i - 2], parameters[3 * i - 1], *before[3:])
-            wanted = i > 0 or ctx.needs_input_grad[0]
-            g_x, g_weight = _convolve_backward(g_x, source, weight, stride, padding, groups, wanted)
+            needs_input = i > 0 or ctx.needs_input_grad[0]
+            g_x, g_weight = _convolve_backward(g_x, source, weight, stride, padding, groups, needs_input)
             grads = [g_weight, *norm, *grads]
         return g_x, None, *grads
 
@@ -71,22 +71,22 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int)
 
 
 def _convolve_backward(
-    gradient: Any, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, wanted: bool
+    gradient: Any, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, needs_input: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the input, where it is wanted, and of the weight."""
+    """Gradients of the input, if needed, and of the weight."""
     if weight.shape[2] == 1:
         back, (g_weight, _) = linear_backward(gradient, x, weight.flatten(1), [True])
         return back, g_weight.view_as(weight)  # type: ignore[union-attr]
-    if _by_winograd(weight, stride, padding, groups):  # the same taps the other way round
+    if _by_winograd(weight, stride, padding, groups):  # with the kernel rotated
         turned = native.winograd_panels(weight.flip(2, 3).transpose(0, 1))
-        g_x = native.winograd(gradient, turned, weight.shape[1]) if wanted else None
+        g_x = native.winograd(gradient, turned, weight.shape[1]) if needs_input else None
         return g_x, native.winograd_gradient(gradient, x)
     by_torch = groups > 1 or weight.shape[1] % native.lanes() != 0
     made: Any = (None, None)
-    if wanted or by_torch:
+    if needs_input or by_torch:
         made = aten.convolution_backward(
             gradient.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [padding] * 2, [1, 1],
-            False, [0, 0], groups, [wanted, by_torch, False],
+            False, [0, 0], groups, [needs_input, by_torch, False],
         )  # fmt: skip
-    g_x = made[0].permute(0, 2, 3, 1).contiguous() if wanted else None
+    g_x = made[0].permute(0, 2, 3, 1).contiguous() if needs_input else None
     return g_x, made[1] if by_torch else native.conv_gradient(gradient, x, weight.shape[2], stride, padding)

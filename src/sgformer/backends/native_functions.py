@@ -1,11 +1,11 @@
 """Half a block as one autograd function of native kernels, forward and backward.
 
-Each keeps for the backward pass what it could not cheaply compute again: of attention its input, what the projections
-made of it, and what the attention gave, but no attention matrix; of an MLP its input and what the first linear map made
-of it. Norms, GELUs, softmaxes and depthwise convolutions are computed twice.
+Each saves for the backward pass what is costly to recompute: of attention its input, the projections and the output,
+but no attention matrix; of an MLP its input and the output of the first linear map. Norms, GELUs, softmaxes and
+depthwise convolutions are recomputed.
 
 Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C), contiguous, float32, on the CPU. ``scale`` is
-what stochastic depth has for every image, (B, 1, 1, 1), or None.
+the stochastic depth factor of every image, (B, 1, 1, 1), or None.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Grads = list[Tensor | None]
 
 
 class HybridFunction(Function):
-    """x and what norm and :class:`~sgformer.models.backbone.HybridScaleAttention` add; coarse and fine significance."""
+    """x plus norm and :class:`~sgformer.models.backbone.HybridScaleAttention`; coarse and fine significance."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, options: tuple[Any, ...], *parameters: Tensor) -> Any:
@@ -143,7 +143,7 @@ class GuidedFunction(Function):
 
 
 class PlainFunction(Function):
-    """x and what norm and :class:`~sgformer.models.backbone.PlainAttention` add."""
+    """x plus norm and :class:`~sgformer.models.backbone.PlainAttention`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, options: tuple[Any, ...], *parameters: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class PlainFunction(Function):
 
 
 class MlpFunction(Function):
-    """x and what norm and :class:`~sgformer.models.layers.Mlp` add."""
+    """x plus norm and :class:`~sgformer.models.layers.Mlp`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, eps: float, *parameters: Tensor) -> Tensor:
@@ -228,24 +228,24 @@ class MlpFunction(Function):
 
 
 def _kept_images(scale: Tensor | None) -> Tensor | None:
-    """The images whose branch stochastic depth keeps, (K,) int64; None where it keeps all. Others need no computing."""
+    """The images whose branch stochastic depth keeps, (K,) int64, as others need no computing; None if it keeps all."""
     if scale is None or scale.all():
         return None
     return scale.flatten().nonzero()[:, 0]
 
 
 def _take_images(kept: Tensor | None, *tensors: Any) -> Sequence[Any]:
-    """Those images of every tensor."""
+    """The kept images of every tensor."""
     return tensors if kept is None else [None if t is None else t.index_select(0, kept) for t in tensors]
 
 
 def _scatter_images(every: Tensor, kept: Tensor | None, images: Tensor) -> Tensor:
-    """``images`` in the place of those of ``every``."""
+    """``every`` with the kept images replaced by ``images``."""
     return images if kept is None else every.index_copy(0, kept, images)
 
 
 def _chunk_like(h: Tensor) -> Tensor:
-    """For as many images of h as are taken at a time."""
+    """A buffer for one chunk of h."""
     return torch.empty_like(h[: _chunk(h)])
 
 
@@ -259,14 +259,14 @@ def _chunk(h: Tensor) -> int:
 
 
 def _depthwise_gradients(made: Tensor) -> tuple[Tensor, Tensor]:
-    """(10, C) to those of the weight (C, 1, 3, 3) and of the bias."""
+    """(10, C) -> gradients of the weight (C, 1, 3, 3) and of the bias."""
     return made[:9].t().reshape(-1, 1, 3, 3), made[9]
 
 
 def _norm_project(
     x: Tensor, eps: float, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Norm and linear map: what each gives."""
+    """The outputs of norm and linear map."""
     normed = native.layer_norm(x, scale, shift, eps)
     return normed, linear(normed, weight, bias)
 
@@ -280,7 +280,7 @@ def _reduce_backward(
     parameters: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Tensor, Grads]:
-    """From the gradient of coarse heads' keys and values to that of the patches they are made of."""
+    """Backward from the keys and values of the coarse heads to the patches."""
     reduce, _, scale, bias, weight, _ = parameters
     made = native.layer_norm(reduced, scale, bias, eps)
     gradient, g_linear = linear_backward(gradient, F.gelu(made), weight, needed[4:])
@@ -303,7 +303,7 @@ def _local_project(
     weight: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """Adds the local term to ``attended``, in place, projects the sum, and adds that to x."""
+    """Add the local term to ``attended``, in place, project the sum, and add it to x."""
     native.depthwise_add(local, native.tap_major(taps), shift, attended)
     if scale is None:
         return linear(attended, weight, bias, x)
@@ -327,7 +327,7 @@ def _local_project_backward(
 
 
 def _patches(x: Tensor, r: int) -> Tensor:
-    """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), r * r * C): what a convolution with step r multiplies."""
+    """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), r * r * C): the inputs of a convolution of stride r."""
     _, H, W, _ = x.shape
     if H % r or W % r:
         x = F.pad(x, (0, 0, 0, -W % r, 0, -H % r))
@@ -341,7 +341,7 @@ def _merge_patches(patches: Tensor, r: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _kernel_rows(weight: Tensor) -> Tensor:
-    """Weight of a convolution (out, C, r, r) as the linear map of a patch."""
+    """Weight of a convolution (out, C, r, r) as a linear map of patches."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 

@@ -1,6 +1,6 @@
-"""What :func:`sgformer.optimize` puts in the place of a network's parts: the same functions, for inference only.
+"""The modules that :func:`sgformer.optimize` puts into a network: the same functions, for inference only.
 
-``Native...`` are made of the kernels of :mod:`sgformer.backends.native`, the others of torch's own operations.
+``Native...`` use the kernels of :mod:`sgformer.backends.native`, the others torch's own operations.
 Legend: B batch, H x W token grid, C channels. Tokens are (B, H, W, C).
 """
 
@@ -36,14 +36,14 @@ class FoldedMlp(nn.Module):
 
 
 class InplaceGELU(nn.Module):
-    """GELU that overwrites its input: one large tensor less to ask the system for."""
+    """GELU that overwrites its input, which saves allocating a large tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(x)
 
 
 class PackedLinear(nn.Module):
-    """A linear map with its weight in oneDNN's own layout, which saves the packing at every call."""
+    """A linear map with its weight in oneDNN's own layout, which saves packing it at every call."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()  # within autocast what torch made is half
+        x = x.float()  # within autocast, torch's outputs are half precision
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -76,12 +76,12 @@ class NativeLinear(nn.Module):
         self.weight, self.bias = native.panels(weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = x.float().contiguous().view(1, 1, -1, self.in_features)  # as of PackedLinear
+        grid = x.float().contiguous().view(1, 1, -1, self.in_features)  # see PackedLinear
         return native.linear(grid, self.weight, self.bias, self.out_features).view(*x.shape[:-1], self.out_features)
 
 
 class NativeConv(nn.Module):
-    """A convolution, (B, H, W, C) to the same. Where its last step sticks out, what lies outside is zero."""
+    """A convolution of (B, H, W, C), zero-padded where its last window extends beyond the grid."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -167,7 +167,7 @@ class NativeGuided(GuidedBlock):
 
 
 class NativeGroups(nn.Module):
-    """How a :class:`NativeGuided` grouped its tokens, found out when somebody asks."""
+    """How a :class:`NativeGuided` grouped its tokens, computed on request."""
 
     def __init__(self, aggregate: LinearAggregation):
         super().__init__()
@@ -201,7 +201,7 @@ def _linear(linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _tail(block: Block) -> native.Weights:
-    """The parameters of what every block ends with."""
+    """The parameters of the operations that every block ends with."""
     local, mlp = block.attn.local, block.mlp
     return native.Weights(
         "TailWeights",
@@ -214,7 +214,7 @@ def _tail(block: Block) -> native.Weights:
     )
 
 
-#: What stands for what.
+#: Module -> the native one that replaces it.
 NATIVE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     HybridBlock: NativeHybrid,
     GuidedBlock: NativeGuided,
@@ -224,7 +224,7 @@ NATIVE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 
 def make_native(model: nn.Module) -> None:
-    """Put the native parts into a frozen network on the CPU in float32, wherever there is one for the part."""
+    """Replace all parts of a frozen float32 network on the CPU that have a native version."""
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):
@@ -236,7 +236,7 @@ def make_native(model: nn.Module) -> None:
 
 
 def _widest(module: Stem | Stage) -> float:
-    """Floats in its widest tensor for every position of its input."""
+    """Floats in its widest tensor per position of its input."""
     if isinstance(module, Stem):
         channels: int = module.conv1.conv.out_channels
         return channels / 4
@@ -247,14 +247,14 @@ def _widest(module: Stem | Stage) -> float:
     return max(hidden / 4, expanded)
 
 
-def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, seen: Any = None, name: str = "") -> Tensor:
-    """The forward of a stem or stage, on as many images at a time as have their widest tensors in ``native.CHUNK``.
+def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, inspection: Any = None, name: str = "") -> Tensor:
+    """The forward of a stem or stage, on as many images at a time as keep the widest tensor within ``native.CHUNK``.
 
-    Smaller tensors stay in the cache, and freed ones with the process: larger ones the system takes and gives anew.
+    Smaller tensors stay in the cache, and in the process when freed; larger ones are returned to the system.
     """
-    inspected = () if seen is None else (seen, name)
+    extra = () if inspection is None else (inspection, name)
     positions = x.shape[2] * x.shape[3] if first else x.shape[1] * x.shape[2]
     step = max(1, int(native.CHUNK // (floats * positions)))
-    if step >= len(x) or inspected:
-        return forward(x, *inspected)
+    if step >= len(x) or extra:
+        return forward(x, *extra)
     return torch.cat([forward(few) for few in x.split(step)])

@@ -1,6 +1,6 @@
-"""Preparing a network for inference: the same numbers, sooner.
+"""Optimizing a network for inference: the same results, faster.
 
-:func:`optimize` is what ``sgformer bench --backend optimize`` measures. docs/performance.md says what each step brings.
+:func:`optimize` is what ``sgformer bench --backend optimize`` measures. docs/performance.md lists each step's gain.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ def optimize(
     dynamic: bool = False,
     native: bool | None = None,
 ) -> SGFormer:
-    """A copy of a network that infers faster and computes the same function. The original is left as it is.
+    """A copy of a network that infers faster and computes the same function. The original is not changed.
 
     The copy is frozen and in evaluation mode, and ``x + depthwise(x)`` of every MLP is one convolution. Where weights
     are packed, stem and blocks run in native kernels, a block in one call; without them linear maps go to oneDNN in its
-    own layout, bias within the kernel, and GELUs overwrite their input. What was hooked, replaced or set otherwise
-    since the network was built is called as it is. ``forward_features``, ``forward_intermediates`` and ``inspect`` work
-    as before; training a packed copy, saving it and moving it to another device do not: do that with the original, and
-    prepare again.
+    own layout, bias within the kernel, and GELUs overwrite their input. Modules that were hooked, replaced or
+    reconfigured since the network was built are called as they are. ``forward_features``, ``forward_intermediates`` and
+    ``inspect`` work as before; a packed copy cannot be trained, saved or moved to another device: do that with the
+    original, and optimize it again.
 
     Args:
         model: any SGFormer, in any mode and dtype, on the device where it will run.
-        pack: whether to pack weights. None: where it is possible, that is on the CPU in float32, unless ``compile`` is
-            asked for. False leaves operations that any exporter and compiler knows.
-        compile: also let ``torch.compile`` compile the blocks, each kind of block once and not each block: S has 23
-            blocks of seven kinds. It happens in the first call, and anew for another image or batch size.
-        dynamic: with ``compile``, what was compiled serves other image sizes, too. Slower at the first call and, where
-            windows tile the grid, afterwards. Only a batch of one and larger ones are compiled each for themselves, and
-            stages of less than 20,480 numbers an image on the CPU, where torch takes another convolution.
-        native: whether packed networks use kernels that the machine's C++ compiler makes for its own processor, in
-            a few seconds the first time, kept in ``~/.cache/sgformer``. None: where weights are packed and there is a
+        pack: whether to pack weights. None: if possible, that is on the CPU in float32 without ``compile``. False keeps
+            to operations that any exporter and compiler supports.
+        compile: also run ``torch.compile`` on the blocks, once per kind of block, not per block: S has 23 blocks of
+            seven kinds. The first call compiles, and so does every new image or batch size.
+        dynamic: with ``compile``, the compiled blocks accept other image sizes, too. Slower at the first call and, if
+            windows tile the grid, afterwards. Only batches of one and larger ones are compiled separately, and stages
+            of less than 20,480 values per image on the CPU, where torch uses another convolution.
+        native: whether packed networks use kernels that the machine's C++ compiler builds for its own processor, in a
+            few seconds the first time, and caches in ``~/.cache/sgformer``. None: if weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
 
     Raises:
         TypeError: not an SGFormer.
-        ValueError: ``pack=True`` where it is not possible, or with ``compile``; ``dynamic`` without ``compile``, or for
-            a network that has to know the size; ``native=True`` without packed weights.
+        ValueError: ``pack=True`` if not possible, or with ``compile``; ``dynamic`` without ``compile``, or for a
+            network that must know the size; ``native=True`` without packed weights.
         sgformer.backends.native.UnavailableError: ``native=True``, and the kernels cannot be compiled here.
     """
     if not isinstance(model, SGFormer):
-        raise TypeError(f"optimize prepares an SGFormer (got {type(model).__name__}); of a wrapper, pass what it wraps")
+        raise TypeError(f"optimize takes an SGFormer (got {type(model).__name__}); pass the network inside a wrapper")
     if dynamic and not compile:
-        raise ValueError("dynamic is for compiled networks; others take any size as they are (got compile=False)")
+        raise ValueError("dynamic is for compiled networks; others take any size anyway (got compile=False)")
     fast: Any
     if dynamic:
-        from sgformer.backends import traceable as traceable  # written for those who must not ask about sizes
+        from sgformer.backends import traceable as traceable  # without control flow on sizes
 
         if reason := traceable.why_unsupported(model.config) or traceable.why_fixed_size(model.config):
             raise ValueError(f"cannot be compiled for all sizes at once: {reason}; leave dynamic=False")
@@ -92,12 +92,12 @@ def optimize(
             if isinstance(module, FoldedMlp | ConvNorm) and intact(module.act, nn.GELU):
                 module.act = InplaceGELU()
             for name, child in module.named_children():
-                read = "aggregate" in f"{path}.{name}"  # and not called
+                read = "aggregate" in f"{path}.{name}"  # not called
                 if readable(child, nn.Linear) and not read:
                     setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
         if type(getattr(block, "drop_path", None)) is DropPath:
-            block.drop_path = nn.Identity()  # its rate, which differs from block to block, would be compiled in
+            block.drop_path = nn.Identity()  # its rate differs between blocks and would be compiled in
         if dynamic:
             block.forward = _compiled_for_all_grids(block.forward)
         elif compile:
@@ -116,7 +116,7 @@ def _use_kernels(required: bool) -> bool:
 
 
 def _compiled_for_all_grids(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Of tensors that begin with (B, H, W): compiled once for all H and W, which need not be the same."""
+    """Compile a function of (B, H, W, ...) tensors once for all H and W, which may differ."""
     compiled = torch.compile(forward)
 
     def call(*args: Tensor) -> Any:

@@ -1,9 +1,9 @@
 """The network for exporters: the same function, written so that batch, height and width may stay unknown.
 
-An exporter follows one run and writes down how every size depends on the input's. The backbone asks about sizes on
-its way (do windows tile the grid? is the matrix small enough to keep?), and each answer would be written down as if it
-held for all images. Here nothing is asked: windows, regions and enlarged maps are indices, computed from the sizes by
-integer arithmetic, and padding is always masked. Tests hold each part against the backbone's own.
+An exporter traces one run and records how every size depends on the input's. The backbone branches on sizes (do
+windows tile the grid? is the matrix small enough to keep?), and each branch taken would be recorded for all images.
+There are no such branches here: windows, regions and enlarged maps are indices, computed from the sizes by integer
+arithmetic, and padding is always masked. Tests compare each part with the backbone's own.
 
 Legend: B batch, H x W token grid, N = H * W, C channels, h heads, n windows, M keys of a window.
 """
@@ -33,12 +33,12 @@ SMALLEST = (64, 16, 4)
 
 
 def traceable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn.Module:
-    """A frozen copy in evaluation mode that exporters can follow; any module with SG-Formers and our heads inside.
+    """A frozen copy in evaluation mode that exporters can trace, of any module with SG-Formers and our heads inside.
 
     Args:
-        model: left as it is.
-        ties: how equal significance is put in order: "stable", by a stable sort; "topk", by a top-k operator, for
-            runtimes where that (unlike torch's) puts the lower index first.
+        model: not changed.
+        ties: how tokens of equal significance are ordered: "stable", by a stable sort; "topk", by a top-k operator,
+            for runtimes whose operator (unlike torch's) puts the lower index first.
         fixed: height and width are those of the example, and all indices constants.
     """
     result = copy.deepcopy(model).eval().requires_grad_(False)
@@ -53,28 +53,28 @@ def traceable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn
                 setattr(module, name, HybridScale(child, fixed))
             elif type(child) in (LinearAggregation, MeanAggregation):
                 setattr(module, name, Aggregation(child, ties, fixed))
-            elif hasattr(child, "traceable"):  # of a head
+            elif hasattr(child, "traceable"):  # a head's part
                 setattr(module, name, child.traceable(fixed))
     return result
 
 
 def sides(x: Tensor, first: int, fixed: bool) -> tuple[Any, Any]:
-    """Two sizes of x from dimension ``first`` on; where they are fixed, as numbers that no tracer follows."""
+    """Two sizes of x from dimension ``first`` on; as constants for the tracer if fixed."""
     H, W = x.shape[first], x.shape[first + 1]
     return (int(H), int(W)) if fixed else (H, W)
 
 
 def why_unsupported(config: SGFormerConfig) -> str | None:
-    """Why a network cannot be exported at all; None where it can."""
+    """Why a network cannot be exported at all; None if it can."""
     if config.aggregation not in ("linear", "mean"):
-        return f"aggregation {config.aggregation!r} has no counterpart in the formats"
+        return f"aggregation {config.aggregation!r} has no equivalent in the formats"
     if config.significance == "random":
-        return "random significance is drawn for a size, outside of the network"
+        return "random significance is drawn for a fixed size, outside the network"
     return None
 
 
 def why_fixed_size(config: SGFormerConfig) -> str | None:
-    """Why a network can be exported for one image size only; None where sizes may stay open."""
+    """Why a network can be exported for one image size only; None if sizes may stay open."""
     guided = [stage for stage in config.stages if stage.reduction is not None]
     for stage, tokens in zip(guided, SMALLEST, strict=False) if config.pairs == "guided" else ():
         if any(region.share * tokens < 1 for region in stage.regions):
@@ -86,12 +86,12 @@ def why_fixed_size(config: SGFormerConfig) -> str | None:
 
 
 class Windows(NamedTuple):
-    """How the tokens of a grid fall into windows, as indices.
+    """The partition of a token grid into windows, as indices.
 
     Attributes:
-        token: (n * M,) int64, the token of every place of every window; what sticks out repeats the last row or column.
-        real: (n, M) bool, which places are tokens; None where all are, for certain.
-        place: (N,) int64, where every token went: the inverse.
+        token: (n * M,) int64, the token at every place of every window; padding repeats the last row or column.
+        real: (n, M) bool, which places are tokens; None if all are known to be.
+        place: (N,) int64, the place of every token: the inverse.
         shape: (n, M).
     """
 
@@ -126,7 +126,7 @@ class Windows(NamedTuple):
 def attend_windows(
     q: Tensor, k: Tensor, v: Tensor, queries: Windows, keys: Windows, heads: int
 ) -> tuple[Tensor, Tensor]:
-    """As ``ops.attend_windows``, with tokens in rows: q (B, N, D), k and v (B, N', D) -> (B, N, D) and (B, N')."""
+    """``ops.attend_windows`` with tokens in rows: q (B, N, D), k and v (B, N', D) -> (B, N, D) and (B, N')."""
     B, _, D = q.shape
 
     def windowed(x: Tensor, windows: Windows) -> Tensor:  # (B, n, h, M, d)
@@ -157,17 +157,18 @@ class HybridScale(nn.Module):
         if isinstance(attn, HybridScaleAttention):
             q_coarse, q_fine, kv_fine, local = attn.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
             reduced = self.reduce(x, attn.reduce, attn.reduce_norm)
-            far, coarse = self.attend_scale(q_coarse, attn.kv_coarse(reduced), attn.reduction, attn.coarse == "global")
-            near, fine = self.attend_scale(q_fine, kv_fine, 1, False)
-            return attn.proj(torch.cat([far, near], dim=-1) + attn.local(local)), coarse, fine
+            kv, is_global = attn.kv_coarse(reduced), attn.coarse == "global"
+            out_coarse, coarse = self.attend_scale(q_coarse, kv, attn.reduction, is_global)
+            out_fine, fine = self.attend_scale(q_fine, kv_fine, 1, False)
+            return attn.proj(torch.cat([out_coarse, out_fine], dim=-1) + attn.local(local)), coarse, fine
         queries, local = attn.proj_in(x).split((C, C), dim=-1)
         outs, coarse, fine = [], x.new_zeros(B, H, W), x.new_zeros(B, H, W)
         groups = zip(
             attn.scales, queries.chunk(len(attn.scales), -1), attn.reduce, attn.reduce_norm, attn.kv, strict=True
         )
         for scale, q, conv, norm, kv in groups:
-            seen = x if scale == 1 else self.reduce(x, conv, norm)
-            out, received = self.attend_scale(q, kv(seen), scale, scale > 1 and attn.coarse == "global")
+            pooled = x if scale == 1 else self.reduce(x, conv, norm)
+            out, received = self.attend_scale(q, kv(pooled), scale, scale > 1 and attn.coarse == "global")
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
         return attn.proj(torch.cat(outs, dim=-1) + attn.local(local)), coarse, fine
@@ -178,14 +179,14 @@ class HybridScale(nn.Module):
         return F.gelu(norm(conv(image).permute(0, 2, 3, 1)))
 
     def attend_scale(self, q: Tensor, kv: Tensor, scale: int, is_global: bool) -> tuple[Tensor, Tensor]:
-        """Heads of one scale; as ``backbone.attend_scale``."""
+        """Heads of one scale; see ``backbone.attend_scale``."""
         B, D, (H, W), (h, w) = q.shape[0], q.shape[3], sides(q, 1, self.fixed), sides(kv, 1, self.fixed)
         q, (k, v) = q.reshape(B, H * W, D), kv.reshape(B, h * w, 2 * D).chunk(2, dim=-1)
         heads, side = self.attn.heads, self.attn.window
         if is_global:
             k, v, q = (ops.split_heads(t, heads) for t in (k, v, q))
             weights = (q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)).softmax(-1)
-            # By rows and columns: for sums of more than 4096 numbers a compiler makes other code, and compiles anew.
+            # By rows and columns: for sums of more than 4096 values a compiler generates other code, and recompiles.
             total = weights.unflatten(2, (H, W)).sum(2).sum(2)
             out, significance = ops.join_heads(weights @ v), total.mean(1) / (H * W)
         else:
@@ -226,7 +227,7 @@ class Aggregation(nn.Module):
         return ops.aggregate(x, groups, weights, bias), groups
 
     def groups(self, order: Tensor) -> list[Tensor]:
-        """As ``ops.group_tokens``: region ends are cumulated shares of N, rounded half up; positions sampled evenly."""
+        """See ``ops.group_tokens``: region ends are cumulative shares of N, rounded half up; positions are even."""
         B, N = order.shape[0], int(order.shape[1]) if self.fixed else order.shape[1]
         groups, start = [], 0
         for i, ((above, below), rate) in enumerate(zip(self.ends, self.inner.rates, strict=True)):
@@ -246,7 +247,7 @@ class Aggregation(nn.Module):
 
 
 class Position(nn.Module):
-    """``PositionTable``: always resized, which changes nothing where the grid is the table's own."""
+    """``PositionTable``, always resized: the identity if the grid is the table's own."""
 
     def __init__(self, position: PositionTable, fixed: bool):
         super().__init__()

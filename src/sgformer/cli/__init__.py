@@ -1,4 +1,4 @@
-"""The command line: `sgformer COMMAND ...`. One file per command; errors for the user are one line, status 2."""
+"""The command line: `sgformer COMMAND ...`. One file per command; user errors print one line and exit with status 2."""
 
 from __future__ import annotations
 
@@ -18,23 +18,19 @@ from sgformer.tasks.registry import TASKS, get_task
 # are their options.
 COMMANDS = {
     **{f"train {name}": ("sgformer.cli.train", "train", get_task(name).about) for name in TASKS},
-    "eval": ("sgformer.cli.evaluate", "evaluate", "measure trained weights on a folder of images"),
-    "predict": ("sgformer.cli.predict", "predict", "say what is on images"),
+    "eval": ("sgformer.cli.evaluate", "evaluate", "evaluate trained weights on a validation set"),
+    "predict": ("sgformer.cli.predict", "predict", "classify images, or segment or detect what is on them"),
     "explain": ("sgformer.cli.explain", "explain", "show what a trained network attended to"),
-    "export": ("sgformer.cli.export", "export", "write a network for another runtime: ONNX, OpenVINO, torch.export"),
-    "app": ("sgformer.cli.app", "app", "a page that shows what trained networks attend to"),
+    "export": ("sgformer.cli.export", "export", "export a network to another runtime: ONNX, OpenVINO, torch.export"),
+    "app": ("sgformer.cli.app", "app", "serve a page that shows what trained networks attend to"),
     "ablate": ("sgformer.cli.ablate", "ablate", "train variants with several seeds and compare them"),
     "localization": ("sgformer.cli.localization", "localization", "measure whether salient tokens fall on the objects"),
-    "bench": ("sgformer.cli.bench", "bench", "time and memory of networks, side by side"),
-    "convert": ("sgformer.cli.convert", "convert", "turn released .pth weights into .safetensors"),
-    "data check": ("sgformer.cli.data", "data_check", "look through a data set before training on it"),
-    "data shards": ("sgformer.cli.data", "data_shards", "put an image folder into tar shards"),
-    "data index": ("sgformer.cli.data", "data_index", "make tar shards from elsewhere readable"),
-    "data scenes": (
-        "sgformer.cli.data",
-        "data_scenes",
-        "compose a data set of digits on photographs, without internet",
-    ),
+    "bench": ("sgformer.cli.bench", "bench", "compare the time and memory of networks"),
+    "convert": ("sgformer.cli.convert", "convert", "convert released .pth weights to .safetensors"),
+    "data check": ("sgformer.cli.data", "data_check", "check a data set before training on it"),
+    "data shards": ("sgformer.cli.data", "data_shards", "pack an image folder into tar shards"),
+    "data index": ("sgformer.cli.data", "data_index", "index tar shards made elsewhere"),
+    "data scenes": ("sgformer.cli.data", "data_scenes", "compose a data set of digits on photographs, offline"),
 }
 
 INTERRUPTED = 130
@@ -44,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 if all went well, 2 after an error the user can put right, 130 when interrupted.
+        0 on success, 2 after an error the user can fix, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--"]:  # `torchrun -m sgformer -- train ...`: torchrun would claim --run without it
@@ -59,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"sgformer: error: {line}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+    except BrokenPipeError:  # stdout was closed, e.g. by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except ModuleNotFoundError as error:  # torch is not there, because only exported files are to be predicted with
+    except ModuleNotFoundError as error:  # torch is not installed: exported files run without it
         missing = str(error.name)
         if missing not in ("torch", "torchvision", "timm", "safetensors") and not missing.startswith("sgformer."):
             raise
         needs = f"needs {missing}, which is not installed"
-        if missing.startswith("sgformer."):  # installed as sgformer-runtime, which is a part of the package
+        if missing.startswith("sgformer."):  # installed as sgformer-runtime, a subset of the package
             needs = "is not part of sgformer-runtime: uninstall that, and pip install sgformer"
         print(f"sgformer: error: this command {needs}", file=sys.stderr)
         return 2
@@ -84,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     while arguments[:1] == ["--plugin"]:
         if len(arguments) < 2:
-            raise UserError("--plugin is followed by a Python file that the command runs first")
+            raise UserError("--plugin needs a Python file to run before the command")
         plugins.add(arguments[1])
         arguments = arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -112,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
-    names = [name for name in names if importlib.util.find_spec(COMMANDS[name][0])]  # sgformer-runtime has but one
+    names = [name for name in names if importlib.util.find_spec(COMMANDS[name][0])]  # sgformer-runtime has only one
     return "\n".join(
         [
             "sgformer: the self-guided vision transformer",
@@ -122,6 +118,6 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
             *(f"  {name:<16} {COMMANDS[name][2]}" for name in names),
             "",
             "sgformer COMMAND --help shows a command's options; sgformer --version the version. A plugin is a Python",
-            "file of yours that is run first: it registers models, heads, formats of data and the like.",
+            "file that runs before the command and registers models, heads, data formats and the like.",
         ]
     )

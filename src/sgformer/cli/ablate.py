@@ -8,13 +8,13 @@ from sgformer.core.errors import UserError, require
 def ablate(
     config: str | None = None, data: str | None = None, out: str | None = None, minutes: float | None = None
 ) -> int:
-    """Train variants of a network with several seeds, one process a run, and put the results in a table and a plot.
+    """Train variants of a network with several seeds, one process per run, and tabulate and plot the results.
 
     Args:
         config: YAML file with the variants; recipes/ablations has some
-        data: the data set, in place of the one that the file names
-        out: folder for runs and tables; runs that are in it are not made again [ablations/NAME]
-        minutes: start no run after so many; the same command goes on later
+        data: data set; overrides the one in the file
+        out: folder for runs and tables; finished runs in it are not repeated [ablations/NAME]
+        minutes: start no new run after this long; the same command resumes
     """
     if config is None:
         raise UserError("--config is missing: a YAML file of variants, e.g. recipes/ablations/significance.yaml")

@@ -15,12 +15,12 @@ def app(
     port: int = 7860,
     device: str = "auto",
 ) -> int:
-    """Serve a page on which networks can be looked into: drop an image, see the answer and where they looked.
+    """Serve a page for inspecting networks: drop an image, see the prediction and what they attended to.
 
     Args:
         weights: one or two of: a run folder, a .safetensors file, a released .pth
         examples: folder of images to choose from; by default validation images of the run
-        host: the address to listen on; any but this machine's own lets others in
+        host: address to listen on; any but loopback is open to other machines
         port: port to listen on; 0 takes a free one
         device: auto, cpu, cuda, cuda:1, mps
     """
@@ -34,12 +34,12 @@ def app(
 
     if not is_loopback(host):
         print(
-            f"sgformer: warning: listening on {host}: whoever can reach this machine can use the page and load its "
+            f"sgformer: warning: listening on {host}: anyone who can reach this machine can use the page and its "
             "processor; there is no password and no encryption",
             file=sys.stderr,
         )
     with bind(host, port) as listener:
         session = Session.load(weights, examples, device)
         with contextlib.closing(session):
-            serve(session, listener, host, lambda address: print(f"{address}  (ctrl-C ends it)", flush=True))
+            serve(session, listener, host, lambda address: print(f"{address}  (ctrl-C stops it)", flush=True))
     return 0

@@ -28,22 +28,22 @@ def bench(
     device: str = "auto",
     out: str = "bench",
 ) -> int:
-    """Time and memory of networks, side by side: every combination, in interleaved rounds of one run.
+    """Compare the time and memory of networks: every combination, in interleaved rounds of one run.
 
     Args:
         models: timm names, sgformer_*, plain_s (benchmarks/plain.py), FILE.py:FUNCTION
         image_size: pixels, height and width
-        batch_size: images at a time
+        batch_size: images per batch
         mode: infer; train is forward, loss, backward
         backend: eager; optimize: ours, accelerate in training; compile; onnxruntime; openvino (docs/performance.md)
-        coarse: reach of the coarse heads, sgformer and plain only [as the size has it]
+        coarse: reach of the coarse heads, sgformer and plain only [the model's default]
         grad_checkpointing: less memory, more time
         precision: arithmetic; bf16, fp16: mixed
         baseline: ratios are to this one of the models [the first]
-        rounds: turns of each; the median counts
-        seconds: a turn lasts at least so long
-        memory: peak memory, each in a fresh process
-        threads: on the CPU [as torch chooses]
+        rounds: rounds per case; the median is reported
+        seconds: minimum length of a round
+        memory: measure peak memory, each case in a fresh process
+        threads: CPU threads [torch's default]
         device: auto, cpu, cuda, cuda:1, mps
         out: folder for bench.json and plots
     """
@@ -77,9 +77,9 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     results: list = []
     try:
-        with Progress() as tell:
-            run(cases, rounds, seconds, memory, results, tell)
-    finally:  # also after Ctrl-C: what was measured is worth keeping
+        with Progress() as progress:
+            run(cases, rounds, seconds, memory, results, progress)
+    finally:  # after Ctrl-C too, keep what was measured
         done = [r for r in results if r.seconds or r.error]
         if done:
             write_json(folder / "bench.json", to_json(done, ["sgformer", *sys.argv[1:]], baseline or models[0]))

@@ -6,15 +6,15 @@ from typing import Literal
 
 
 def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
-    """Look through an image folder before training on it: classes, sizes, kinds of image, and every unreadable file.
+    """Check an image folder before training on it: classes, sizes, image formats and every unreadable file.
 
     Args:
-        dir: the data set with train/CLASS/*, val/CLASS/*; or folder or address of shards.
+        dir: data set with train/CLASS/* and val/CLASS/*, or folder or URL of shards.
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
 
     Returns:
-        0 if nothing is wrong, 1 if the report names a problem.
+        0 if the report lists no problem, 1 otherwise.
     """
     from sgformer.data.check import check_imagefolder
 
@@ -24,12 +24,12 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
 
 
 def data_shards(source: str, out: str, shard_size: int = 512) -> int:
-    """Put an image folder into tar shards of the WebDataset convention, which train, eval and data check read.
+    """Pack an image folder into WebDataset tar shards, which train, eval and data check read.
 
     Args:
-        source: the data set, with train/CLASS/* and val/CLASS/*.
-        out: folder to make.
-        shard_size: largest size of a shard in MB.
+        source: data set with train/CLASS/* and val/CLASS/*.
+        out: folder to create.
+        shard_size: maximum size of a shard in MB.
 
     Returns:
         0.
@@ -46,10 +46,10 @@ def data_shards(source: str, out: str, shard_size: int = 512) -> int:
 
 
 def data_index(dir: str) -> int:
-    """Read WebDataset shards made elsewhere through, and write the index that training on them needs.
+    """Scan WebDataset shards made elsewhere and write the index that training on them needs.
 
     Args:
-        dir: folder or address with train/*.tar, val/*.tar, and classes.txt for names.
+        dir: folder or URL with train/*.tar, val/*.tar, and classes.txt for class names.
 
     Returns:
         0.
@@ -75,16 +75,16 @@ def data_scenes(
     sprites: str | None = None,
     workers: int = 0,
 ) -> int:
-    """Compose a data set of handwritten digits on photographs, deterministically and without internet.
+    """Compose a data set of handwritten digits on photographs, deterministically and offline.
 
     Args:
-        out: folder to make.
-        train: training scenes.
-        val: validation scenes.
+        out: folder to create.
+        train: number of training scenes.
+        val: number of validation scenes.
         image_size: side of the images in pixels.
-        seed: of everything; the same seed gives the same files.
+        seed: random seed; the same seed gives the same files.
         layout: imagenet (a digit per image), coco (boxes and masks) or ade20k (label maps).
-        sprites: fashion-mnist:DIR takes the IDX files in DIR instead of digits.
+        sprites: fashion-mnist:DIR uses the IDX files in DIR instead of digits.
         workers: processes; 0 composes in this one.
 
     Returns:

@@ -27,26 +27,26 @@ def evaluate(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     bad_images: Literal["stop", "skip"] = "stop",
 ) -> int:
-    """Measure trained weights on validation data, every image counted once.
+    """Evaluate trained weights on validation data, counting every image once.
 
     Args:
         weights: a run folder, a .safetensors file or a released .pth
-        data: folder of the data set, in the layout it was trained on
-        split: part of the data to measure on [val, or validation]
+        data: data set folder, in the layout of the training
+        split: split to evaluate on [val, or validation]
         out: folder for tables and pictures [RUN/eval, or WEIGHTS-eval]
-        batch_size: images at a time on each process [64; dense tasks 8]
+        batch_size: images per batch in each process [64; dense tasks 8]
         image_size: pixels; by default as trained
         crop_pct: classification: resize to size / crop-pct, crop the centre; by default as trained
         multi_scale: segmentation: average over six sizes, .5 to 1.75
-        flip: segmentation: average over the mirror image
-        sliding: segmentation: move a window over the image instead of taking it whole
-        images: detection: folder of the images, if it is not beside the JSON
-        model: the network's name, where the weights are a plain state dict
+        flip: segmentation: average with the mirrored image
+        sliding: segmentation: slide a window over the image instead of passing it whole
+        images: detection: folder of the images, if not beside the JSON
+        model: network name, if the weights are a plain state dict
         workers: processes that read images; 0: none
         device: auto, cpu, cuda, cuda:1, mps
         devices: processes on this machine, one per GPU
         precision: arithmetic; bf16, fp16: mixed
-        bad_images: at an unreadable image: stop, or skip and count
+        bad_images: on an unreadable image: stop, or skip and count
     """
     from sgformer.models.load import read_metadata
     from sgformer.tasks import api

@@ -17,16 +17,16 @@ def explain(
     model: str | None = None,
     device: str = "auto",
 ) -> int:
-    """Show where a trained network looked: a sheet per image and a page of all sheets.
+    """Show what a trained network attended to: a sheet per image and a page of all sheets.
 
     Args:
         weights: a run folder, a .safetensors file or a released .pth
         images: image files, or folders of them
         out: folder for the sheets and index.html
-        limit: so many images at most, spread evenly over those given
+        limit: maximum number of images, spread evenly over those given
         arrays: also write everything drawn as .npz
         image_size: pixels; by default as trained
-        model: the network's name, where the weights are a plain state dict
+        model: network name, if the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
     """
     if limit is not None and limit < 1:
@@ -37,17 +37,17 @@ def explain(
     from sgformer.viz.significance import draw_explanation, write_index
 
     entries = []
-    for number, seen in enumerate(
+    for number, explanation in enumerate(
         explain(weights, images, image_size=image_size, limit=limit, device=device, model=model)
     ):
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{number:04d}.png"
-        draw_explanation(seen, folder / name)
+        draw_explanation(explanation, folder / name)
         if arrays:
-            seen.save_arrays(folder / f"{number:04d}.npz")
-        entries.append((" ".join(seen.title.split("\n")), name))
+            explanation.save_arrays(folder / f"{number:04d}.npz")
+        entries.append((" ".join(explanation.title.split("\n")), name))
         print(f"{folder / name}  {entries[-1][0]}")
-    page = write_index(out, entries, f"Where {Path(weights).name or weights} looked")
-    print(f"all of them: {page}")
+    page = write_index(out, entries, f"What {Path(weights).name or weights} attended to")
+    print(f"index: {page}")
     return 0

@@ -19,18 +19,18 @@ def export(
     calibration: str | None = None,
     model: str | None = None,
 ) -> int:
-    """Write a network for another runtime, and compare it there with PyTorch at once.
+    """Export a network to another runtime, and compare its outputs there with PyTorch's.
 
     Args:
         weights: a run folder, a .safetensors file or a released .pth
         out: the file to write: .onnx, .pt2 (torch-export) or .xml (openvino)
         format: one of FORMATS
-        image_size: take this size only, in multiples of 32; by default any multiple of 32 (a detector: as trained)
-        features: also give the four feature maps
-        significance: also give the significance map of every hybrid-scale block
+        image_size: fixed input size, a multiple of 32; by default any multiple of 32 (a detector: as trained)
+        features: also output the four feature maps
+        significance: also output the significance map of every hybrid-scale block
         precision: fp32; onnx: also fp16 and int8
-        calibration: folder of pictures to make int8 from (static), and to measure the change in the results on
-        model: the network's name, where the weights are a plain state dict
+        calibration: folder of images for static int8, and for measuring the change in the results
+        model: network name, if the weights are a plain state dict
     """
     if out is None:
         raise UserError("--out is missing: the file to write")

@@ -15,20 +15,20 @@ def localization(
     model: str | None = None,
     device: str = "auto",
 ) -> int:
-    """Measure whether a trained network spends its tokens on the objects more often than chance.
+    """Measure whether a trained network spends its tokens on the objects more often than by chance.
 
     Args:
         weights: of any task: a run folder, a .safetensors file or a released .pth
         data: COCO or ADE20K layout, or scenes of `sgformer data scenes`
-        split: part of the data to measure on
+        split: split to measure on
         out: folder for localization.csv, localization.json and localization.png
-        limit: so many images at most, spread evenly
+        limit: maximum number of images, spread evenly
         image_size: pixels; by default as trained
-        model: the network's name, where the weights are a plain state dict
+        model: network name, if the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
     """
     if data is None:
-        raise UserError("--data is missing: images whose objects are known (COCO, ADE20K, composed scenes)")
+        raise UserError("--data is missing: images with annotated objects (COCO, ADE20K, composed scenes)")
     if limit is not None and limit < 2:
         raise UserError(f"--limit must be above 1, got {limit}")
 
@@ -48,5 +48,5 @@ def localization(
     if out is not None:
         require("matplotlib", extra="train")
         write_localization(found, out, {"weights": weights, "data": data, "split": split, "permutations": PERMUTATIONS})
-        print(f"tables and picture: {out}")
+        print(f"tables and plot: {out}")
     return 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 WIDTH = 100
-TRUTH = ("true", "false", "yes", "no")  # values that a switch takes
+TRUTH = ("true", "false", "yes", "no")  # values that a switch accepts
 
 
 class HelpShown(Exception):
@@ -33,10 +33,10 @@ class Option:
 
     Attributes:
         name: as in Python, with underscores.
-        kind: its type.
-        default: its default; `REQUIRED` makes it positional.
-        help: a few words.
-        group: the heading it stands under.
+        kind: the type.
+        default: `REQUIRED` makes it positional.
+        help: a phrase.
+        group: its heading in the help.
         main: whether `--help` gives it a line of its own.
         many: whether it takes one or more values.
     """
@@ -54,7 +54,7 @@ REQUIRED = object()
 
 
 def config_options(config_class: type[RunConfig]) -> list[Option]:
-    """The options that a config's fields make."""
+    """The options of a config's fields."""
     kinds = get_type_hints(config_class)
     return [
         Option(f.name, kinds[f.name], f.default, f.metadata["help"], f.metadata["group"], f.metadata["main"])
@@ -63,9 +63,9 @@ def config_options(config_class: type[RunConfig]) -> list[Option]:
 
 
 def function_options(function: Callable[..., Any]) -> list[Option]:
-    """The options that a function's parameters make, in its docstring's words; positional without a default."""
+    """The options of a function's parameters, with the help of its docstring; positional without a default."""
     kinds = get_type_hints(function)
-    words = {
+    helps = {
         p.arg_name: " ".join((p.description or "").split()) for p in parse_docstring(function.__doc__ or "").params
     }
     result = []
@@ -73,12 +73,12 @@ def function_options(function: Callable[..., Any]) -> list[Option]:
         positional = p.default is inspect.Parameter.empty
         many = get_origin(kinds[name]) is list
         kind = get_args(kinds[name])[0] if many else kinds[name]
-        result.append(Option(name, kind, REQUIRED if positional else p.default, words.get(name, ""), many=many))
+        result.append(Option(name, kind, REQUIRED if positional else p.default, helps.get(name, ""), many=many))
     return result
 
 
 def run_function(function: Callable[..., int], command: str, arguments: Sequence[str]) -> int:
-    """Call a command's function with what its parameters say the arguments mean.
+    """Call a command's function with the arguments parsed by its signature.
 
     Raises:
         UserError, HelpShown: as `Parser.parse`.
@@ -91,9 +91,9 @@ class Parser:
     """Parses the options of one command.
 
     Args:
-        command: its name, e.g. "train classify".
-        about: a sentence.
-        options: in the order of the help.
+        command: e.g. "train classify".
+        about: one sentence.
+        options: in help order.
         examples: command lines to show.
     """
 
@@ -101,7 +101,7 @@ class Parser:
         self.command, self.about, self.options, self.examples = command, about, list(options), examples
 
     def _argument_parser(self) -> ArgumentParser:
-        """What turns words into values. Help texts and unknown options do without, and are quicker for it."""
+        """The jsonargparse parser; help and unknown options skip it and its slow import."""
         from jsonargparse import ArgumentParser
 
         parser = ArgumentParser(
@@ -122,7 +122,7 @@ class Parser:
 
         Raises:
             UserError: an unknown option (the nearest one is named) or a value of the wrong kind.
-            HelpShown: help was asked for.
+            HelpShown: help was requested.
         """
         if any(a in ("-h", "--help", "--help-all") for a in arguments):
             print(self.help(everything="--help-all" in arguments))
@@ -132,7 +132,7 @@ class Parser:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in flags and name != "--":
                 raise UserError(f"unknown option {name}{nearest(name, flags)} (sgformer {self.command} --help-all)")
-        # A switch takes the next word only where that is a truth value: `convert --raw FILE` must not lose its file.
+        # A switch consumes the next argument only if that is a truth value: `convert --raw FILE` must keep its file.
         switches = {f"--{dashed(o.name)}" for o in self.options if o.kind is bool}
         arguments = [
             f"{a}=true" if a in switches and after.lower() not in TRUTH else a
@@ -149,25 +149,25 @@ class Parser:
         return dict(parsed.as_dict())
 
     def _explain(self, message: str) -> str:
-        """One line for a message of jsonargparse: `--epochs takes an integer, got x`."""
+        """A message of jsonargparse in one line: `--epochs takes an integer, got x`."""
         message = " ".join(message.split())
         for o in self.options:
             flag = o.name.upper() if o.default is REQUIRED else f"--{dashed(o.name)}"
             if message.startswith(f'Parser key "{o.name}"') and (got := re.search(r"(Got|Given) value: (.*)", message)):
                 return f"{flag} takes {_kind_name(o.kind)}, got {got[2]}"
-        if lacking := re.fullmatch(r"the following arguments are required: (.*)", message):
-            return f"{lacking[1].upper()} is missing (sgformer {self.command} --help)"
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+            return f"{missing[1].upper()} is missing (sgformer {self.command} --help)"
         if single := re.fullmatch(r"argument (--\S+): expected one argument", message):
             return f"{single[1]} needs a value"
         return message.replace("unrecognized arguments:", "unexpected argument:")
 
     def help(self, everything: bool = False) -> str:
-        """Text within `WIDTH` columns: main options one a line, the others gathered with their defaults."""
-        places = [o for o in self.options if o.default is REQUIRED]
-        usage = " ".join(o.name.upper() + ("..." if o.many else "") for o in places)
+        """Text within `WIDTH` columns: main options one per line, the others listed with their defaults."""
+        positionals = [o for o in self.options if o.default is REQUIRED]
+        usage = " ".join(o.name.upper() + ("..." if o.many else "") for o in positionals)
         lines = [f"usage: sgformer {self.command} {usage} [options]".replace("  ", " "), ""]
         lines += textwrap.wrap(self.about, WIDTH)
-        lines += ["", *(f"  {o.name.upper():<20} {o.help}" for o in places)] if places else []
+        lines += ["", *(f"  {o.name.upper():<20} {o.help}" for o in positionals)] if positionals else []
         by_group: dict[str, list[Option]] = {}
         for o in self.options:
             if o.default is not REQUIRED:
@@ -193,7 +193,7 @@ class Parser:
         if any(not o.main for o in self.options) and not everything:
             lines += [
                 "",
-                "--help-all explains every option; any may also stand in a --config file as `batch_size: 64`.",
+                "--help-all explains every option; a --config file can set any, as in `batch_size: 64`.",
             ]
         return "\n".join(lines)
 

@@ -26,21 +26,21 @@ def predict(
     model: str | None = None,
     device: str = "auto",
 ) -> int:
-    """Say what is on images: the most probable classes of each, the class of every pixel, or objects and where.
+    """Run a network on images: the most probable classes, a class for every pixel, or objects.
 
     Args:
         weights: a run folder, .safetensors, released .pth, or .onnx of sgformer export
         images: image files, or folders of them
         top: classification: classes per image [5]
-        score: detection: leave out what is less certain [0.5]
-        json: write the results to this file (detection: COCO annotations); -: to standard output, and nothing else
-        out: write annotated pictures (segmentation: and label maps) into this folder
-        batch_size: classification: images at a time [32]
+        score: detection: minimum score [0.5]
+        json: write the results to this file (detection: COCO annotations); -: to stdout only
+        out: folder for annotated images (segmentation: and label maps)
+        batch_size: classification: images per batch [32]
         image_size: pixels; by default as trained
         multi_scale: segmentation: average over six sizes, .5 to 1.75
-        flip: segmentation: average over the mirror image
-        sliding: segmentation: move a window over the image instead of taking it whole
-        model: the network's name, where the weights are a plain state dict
+        flip: segmentation: average with the mirrored image
+        sliding: segmentation: slide a window over the image instead of passing it whole
+        model: network name, if the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
     """
     for name, value in (("--top", top), ("--batch-size", batch_size)):
@@ -52,7 +52,7 @@ def predict(
     options = {name: value for name, value in options.items() if value is not None}
     options |= {n: True for n, v in (("multi_scale", multi_scale), ("flip", flip), ("sliding", sliding)) if v}
     task, results, metadata, sources = predict_images(weights, images, model=model, device=device, **options)
-    wide = min(60, max(len(str(source)) for source in sources))
+    width = min(60, max(len(str(source)) for source in sources))
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
     kept, stems = [], Counter[str]()
@@ -60,7 +60,7 @@ def predict(
         if json:
             kept.append(result)
         if json != "-":
-            print(f"{result.image:<{wide}}  {task.line(result)}", flush=True)
+            print(f"{result.image:<{width}}  {task.line(result)}", flush=True)
         if out:
             task.draw(result, image, Path(out), number, own_stem(result.image, stems), metadata)
     if json == "-":
@@ -70,8 +70,8 @@ def predict(
     return 0
 
 
-def own_stem(path: str, seen: Counter[str]) -> str:
-    """A file's name without its ending, numbered where an image of another folder had it before."""
+def own_stem(path: str, counts: Counter[str]) -> str:
+    """A file's stem, numbered if an earlier image had the same."""
     stem = Path(path).stem
-    seen[stem] += 1
-    return stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+    counts[stem] += 1
+    return stem if counts[stem] == 1 else f"{stem}-{counts[stem]}"

@@ -11,13 +11,13 @@ from sgformer.tasks.registry import get_task
 from sgformer.training.config import RunConfig, read_yaml
 
 FILES = [
-    Option("config", str | None, None, "recipe: a YAML file of options; the command line wins", "Run"),
-    Option("resume", str | None, None, "go on with this run, at the very step it had reached", "Run"),
+    Option("config", str | None, None, "recipe: a YAML file of options; the command line overrides it", "Run"),
+    Option("resume", str | None, None, "resume this run at the exact step it reached", "Run"),
 ]
 
 
 def train(name: str, arguments: Sequence[str]) -> int:
-    """Train a network for a task: parse the options of its config, and run."""
+    """Train a network for a task, with the options of its config."""
     task = get_task(name)
     command = f"train {name}"
     options = config_options(task.Config)
@@ -31,7 +31,7 @@ def train(name: str, arguments: Sequence[str]) -> int:
     try:
         api.train(name, config, resume=resume)
     except Interrupted as stop:
-        print(f"{stop}; go on with: sgformer {command} --resume {stop.run}")
+        print(f"{stop}; resume with: sgformer {command} --resume {stop.run}")
         return 128 + stop.signum
     return 0
 
@@ -39,7 +39,7 @@ def train(name: str, arguments: Sequence[str]) -> int:
 def read_options(
     parser: Parser, arguments: Sequence[str], config_class: type[RunConfig]
 ) -> tuple[RunConfig, str | None]:
-    """Recipe and command line together: the config, and the run to resume if any.
+    """Merge recipe and command line into the config, and the run to resume if any.
 
     Raises:
         UserError: both --config and --resume, an unknown key or option, or an invalid value.
@@ -47,7 +47,7 @@ def read_options(
     given: dict[str, Any] = parser.parse(arguments)
     recipe, resume = given["config"], given["resume"]
     if recipe and resume:
-        raise UserError("--resume takes the run's own settings: leave --config out")
+        raise UserError("--resume uses the run's own settings: leave out --config")
     source = recipe
     if resume:
         from sgformer.training.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Networks in files that other runtimes read: written, then run there at once and held against PyTorch."""
+"""Exporting networks to other runtimes: each file is run in its runtime and compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sgformer.core.errors import UserError
 from sgformer.exporting.formats import FORMATS, ExportFormat, Runner
 from sgformer.exporting.graphs import Graph
 
-#: (exported file, PIL image) -> (1, 3, H, W) float32, as the file takes it.
+#: (exported file, PIL image) -> (1, 3, H, W) float32, the file's input.
 Prepare = Callable[[Any, Any], Any]
 
-#: The largest difference from PyTorch that passes, relative to the output's largest value, in float32.
+#: The largest accepted difference from PyTorch, relative to the output's largest value, in float32.
 TOLERANCE = 1e-4
 #: Tokens whose significance differs by less than this, relative to the image's largest, may change ranks.
 EQUAL = 1e-4
 PRECISIONS = ("fp32", "fp16", "int8")
 
 TRACED = (2, 224, 288)
-#: What a file of open size is held against PyTorch at: other batches, sides that windows tile, sides that they do not.
+#: Where a file of open size is compared with PyTorch: other batches, sides that windows tile and that they do not.
 CHECKED = ((1, 224, 224), (3, 160, 256), (1, 96, 352), (2, 64, 64))
-#: And where sizes need not be multiples of 32.
+#: In addition, if sizes need not be multiples of 32.
 CHECKED_ODD = ((1, 75, 130),)
 
 
@@ -40,9 +40,9 @@ class Check:
 
     Attributes:
         shape: of the image, (B, 3, H, W).
-        differences: of each output, the largest difference relative to the largest value, where PyTorch sorts tokens
-            of (almost) equal significance as the file did.
-        swapped: the largest difference of any output where each sorts for itself.
+        differences: of each output, the largest difference relative to the largest value, if PyTorch sorts tokens of
+            (almost) equal significance like the file.
+        swapped: the largest difference of any output if each sorts on its own.
     """
 
     shape: tuple[int, ...]
@@ -56,16 +56,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Export:
-    """What was written and how it compares.
+    """The files written, and how they compare with PyTorch.
 
     Attributes:
         files: the files.
-        fixed: why only one image size is taken; None where sizes are open.
+        fixed: why the image size is fixed; None if sizes are open.
         input_size: that size, (height, width).
-        step: open sizes are multiples of so many pixels.
-        outputs: names.
+        step: open sizes are multiples of this many pixels.
+        outputs: their names.
         checks: of the float32 network.
-        quantized: of fp16 and int8, what was measured against the float32 file.
+        quantized: of fp16 and int8, the comparison with the float32 file.
     """
 
     files: list[Path]
@@ -82,16 +82,16 @@ class Export:
         return max(check.largest for check in self.checks)
 
     def describe(self) -> str:
-        """What to print."""
+        """The report to print."""
         megabytes = sum(file.stat().st_size for file in self.files) / 1e6
         takes = f"images from 32 pixels up{'' if self.step == 1 else f', in multiples of {self.step}'}, any batch"
         if self.input_size:
             takes = f"{self.input_size[0]} x {self.input_size[1]} pixels only ({self.fixed})"
         lines = [
             f"wrote {' and '.join(map(str, self.files))}, {megabytes:.1f} MB",
-            f"takes {takes}; gives {', '.join(self.outputs)}",
-            "largest difference from PyTorch, relative to the output's largest value (and where equal significance",
-            "is ranked by each for itself):",
+            f"input: {takes}; outputs: {', '.join(self.outputs)}",
+            "largest difference from PyTorch, relative to the output's largest value (and if each ranks tokens of",
+            "equal significance on its own):",
             *(f"  {' x '.join(map(str, c.shape)):<20} {c.largest:.1e}  ({c.swapped:.1e})" for c in self.checks),
         ]
         return "\n".join([*lines, *(self.quantized.describe() if self.quantized else ())])
@@ -107,12 +107,12 @@ def export_graph(
     calibration: str | os.PathLike[str] | None = None,
     prepare: Prepare | None = None,
 ) -> Export:
-    """Write a graph for another runtime, run the file there, and compare it with PyTorch.
+    """Export a graph to another runtime, run the file there, and compare it with PyTorch.
 
     Args:
         graph_of: whether the format can hold a whole detector -> the graph.
         out, format, image_size, precision, calibration: see `sgformer.export`.
-        prepare: how pictures are prepared for the exported file; needed for `calibration`.
+        prepare: prepares images for the exported file; needed for `calibration`.
 
     Raises:
         UserError: see `sgformer.export`.
@@ -122,11 +122,11 @@ def export_graph(
     if precision not in PRECISIONS:
         raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, got {precision}")
     if precision != "fp32" and format != "onnx":
-        raise UserError(f"--precision {precision} is for --format onnx; other formats have tools of their own for it")
+        raise UserError(f"--precision {precision} is for --format onnx; other formats have their own tools for it")
     if calibration is not None and precision == "fp32":
         raise UserError("--calibration is for --precision int8 and fp16")
     if out.suffix != kind.suffix:
-        raise UserError(f"{out}: a file of format {format} ends in {kind.suffix}")
+        raise UserError(f"{out}: the name of a file of format {format} ends in {kind.suffix}")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist")
     kind.require()
@@ -134,7 +134,7 @@ def export_graph(
     size = _fixed_size(graph, image_size)
     reason = None
     if size is not None:
-        reason = "asked for" if image_size is not None else "a whole detector is for one size"
+        reason = "as requested" if image_size is not None else "a whole detector has a fixed size"
     step = 1 if kind.any_size else 32
     about = {**graph.about, "precision": precision, "input_size": size, "multiple": step}
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def export_graph(
         files = kind.write(graph, example, size, about, unfinished)
         checks = compare(graph, kind.open(unfinished), _shapes(graph, size, step))
         worst = max(checks, key=lambda check: check.largest)
-        if not worst.largest <= TOLERANCE:  # also not a number
+        if not worst.largest <= TOLERANCE:  # also if NaN
             name = max(worst.differences, key=lambda n: worst.differences[n])
             raise UserError(
                 f"{out}: not written, {name} differs from PyTorch by {worst.largest:.1e} of its largest value at "
@@ -161,12 +161,12 @@ def export_graph(
 
 
 def compare(graph: Graph, run: Runner, shapes: Sequence[tuple[int, int, int]]) -> list[Check]:
-    """A file in its runtime against the network as it is, on noise of each shape (B, H, W).
+    """Compare a file in its runtime with the network in PyTorch, on noise of each shape (B, H, W).
 
-    Sorting is not continuous. Where two tokens' significance is equal but for rounding, a file may rank them otherwise
-    than PyTorch here (as PyTorch on another machine may), which moves outputs by some 1e-4. So PyTorch is asked twice:
-    as it ranks tokens itself, and with the file's ranks, once these have been found to be ranks of PyTorch's own
-    significance too. (Not where the file's ranks cannot be had.)
+    Sorting is not continuous. If two tokens' significance is equal up to rounding, a file may rank them differently
+    from PyTorch here (as may PyTorch on another machine), which moves outputs by some 1e-4. So PyTorch runs twice: with
+    its own ranks, and with those of the file (if it exposes them), once these prove to be valid ranks of PyTorch's own
+    significance.
     """
     checks = []
     for batch, height, width in shapes:
@@ -187,9 +187,9 @@ def compare(graph: Graph, run: Runner, shapes: Sequence[tuple[int, int, int]]) -
 
 @contextlib.contextmanager
 def ranked(orders: Sequence[Tensor]) -> Iterator[list[float]]:
-    """Inside, networks sort tokens as given, block by block, as long as that is an order of their significance.
+    """Inside, networks sort tokens in the given orders, block by block, checked against their significance.
 
-    Yields a list that gets the size of every step in the wrong direction beyond :data:`EQUAL`.
+    Yields a list that collects every step in the wrong direction larger than :data:`EQUAL`.
     """
     given, wrong, sort = iter(orders), [], ops.sort_tokens
 
@@ -213,7 +213,7 @@ def ranked(orders: Sequence[Tensor]) -> Iterator[list[float]]:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest expected value; infinite where shapes differ."""
+    """The largest difference relative to the largest expected value; infinite if shapes differ."""
     if found.shape != expected.shape:
         return float("inf")
     if not expected.numel():
@@ -222,19 +222,19 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / scale)
 
 
-def _fixed_size(graph: Graph, asked: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """The one size that a file takes, None for an open one."""
-    if asked is None and not graph.whole_image:
+def _fixed_size(graph: Graph, requested: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """The fixed size of a file; None if it is open."""
+    if requested is None and not graph.whole_image:
         if reason := graph.why_fixed_size():
             raise UserError(f"--image-size is needed: {reason}, so the file takes one size only")
         return None
-    if asked is None:
+    if requested is None:
         trained = graph.about["image_size"]
-        asked = trained if isinstance(trained, int) else max(trained)
-        asked = -(-asked // 32) * 32
-    size = (asked, asked) if isinstance(asked, int) else (int(asked[0]), int(asked[1]))
+        requested = trained if isinstance(trained, int) else max(trained)
+        requested = -(-requested // 32) * 32
+    size = (requested, requested) if isinstance(requested, int) else (int(requested[0]), int(requested[1]))
     if min(size) < 32 or size[0] % 32 or size[1] % 32:
-        raise UserError(f"--image-size is in multiples of 32 pixels, got {asked}")
+        raise UserError(f"--image-size must be multiples of 32 pixels, got {requested}")
     return size
 
 

@@ -1,4 +1,4 @@
-"""What is exported of each task: a module from an image to a few named tensors, and what a reader must know of it.
+"""The exported graphs of all tasks: modules from images to named tensors, with the metadata their readers need.
 
 Legend: B batch, H x W image, C_s channels of stage s.
 """
@@ -26,21 +26,21 @@ class Graph(nn.Module):
 
     Attributes:
         task: "classify", "segment" or "detect".
-        network: the SG-Former inside; None where it is another network of timm.
+        network: the SG-Former inside; None for other networks of timm.
         names: of the outputs.
-        about: what the file says of itself beside its task.
+        about: the metadata stored in the file.
     """
 
     task: str
-    whole_image = False  # whether only one image of a fixed size can be taken
+    whole_image = False  # whether the input is a single image of a fixed size
 
     def __init__(self, model: Any, metadata: Mapping[str, Any], features: bool = False, significance: bool = False):
         super().__init__()
         self.model, self.features, self.significance = model, features, significance
         network = self._network()
         if (features or significance) and not isinstance(network, SGFormer):
-            held = metadata.get("model") or type(network).__name__
-            raise UserError(f"--features and --significance are of SG-Former; this is {held}")
+            name = metadata.get("model") or type(network).__name__
+            raise UserError(f"--features and --significance are for SG-Former, got {name}")
         if isinstance(network, SGFormer) and (reason := why_unsupported(network.config)):
             raise UserError(f"this network cannot be exported: {reason}")
         self._significance = self._maps(network)
@@ -60,12 +60,12 @@ class Graph(nn.Module):
         }
 
     def why_fixed_size(self) -> str | None:
-        """Why it can be exported for one image size only; None where sizes may stay open."""
+        """Why it can be exported for one image size only; None if sizes may stay open."""
         network = self._network()
         return why_fixed_size(network.config) if isinstance(network, SGFormer) else "the network is not SG-Former"
 
     def axes(self, open_size: bool) -> dict[str, dict[int, str]]:
-        """Which axes of which output follow the input, and what they are called."""
+        """The dynamic axes of each output, with their names."""
         maps = dict.fromkeys(FEATURES, (2, 3)) | dict.fromkeys(self._significance, (1, 2)) | self._own_maps()
         result: dict[str, dict[int, str]] = {name: {0: "batch"} for name in self.names}
         for name, (height, width) in maps.items() if open_size else ():
@@ -77,7 +77,7 @@ class Graph(nn.Module):
         return ["logits"]
 
     def _own_maps(self) -> dict[str, tuple[int, int]]:
-        """Where its own outputs, as far as they are maps, have height and width."""
+        """The height and width axes of its own outputs that are maps."""
         return {}
 
     def _maps(self, network: Any) -> list[str]:
@@ -85,8 +85,8 @@ class Graph(nn.Module):
         if not self.significance:
             return []
         with torch.no_grad():
-            seen = network.inspect(torch.zeros(1, network.in_chans, 32, 32))
-        return [f"significance_{key.replace('.', '_')}" for key in seen.significance]
+            inspection = network.inspect(torch.zeros(1, network.in_chans, 32, 32))
+        return [f"significance_{key.replace('.', '_')}" for key in inspection.significance]
 
     def _network(self) -> Any:
         raise NotImplementedError
@@ -94,12 +94,13 @@ class Graph(nn.Module):
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _extra(self, seen: Any) -> list[Tensor]:
-        return [*(seen.features if self.features else ()), *(seen.significance.values() if self.significance else ())]
+    def _extra(self, inspection: Any) -> list[Tensor]:
+        maps = inspection.significance.values() if self.significance else ()
+        return [*(inspection.features if self.features else ()), *maps]
 
 
 class DenseGraph(Graph):
-    """A network below heads."""
+    """The backbone of a network with heads."""
 
     def _network(self) -> Any:
         return self.model.backbone.network

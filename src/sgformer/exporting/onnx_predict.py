@@ -1,6 +1,6 @@
-"""The ONNX files of `sgformer export`, run by onnxruntime with numpy and Pillow; torch is not imported.
+"""The ONNX files of `sgformer export`, run by onnxruntime with numpy and Pillow, without torch.
 
-The file says how images are to be prepared. What each task makes of its outputs is in `tasks/TASK/predict_onnx.py`.
+The file's metadata describe the preprocessing. `tasks/TASK/predict_onnx.py` turns outputs into results.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class ExportedNetwork:
 
     Args:
         path: a file that `sgformer export` wrote.
-        threads: of onnxruntime; by default as it chooses.
+        threads: of onnxruntime; by default its own choice.
 
     Attributes:
-        metadata: what the file says of itself: `task`, `classes`, `image_size`, `mean`, `std` and so on.
-        input_size: (height, width) that it takes; None where any will do.
+        metadata: stored in the file: `task`, `classes`, `image_size`, `mean`, `std` and so on.
+        input_size: its fixed (height, width); None if open.
 
     Raises:
-        UserError: no such file, or not one of ours; onnxruntime is not installed.
+        UserError: the file is missing or not of `sgformer export`, or onnxruntime is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None):
@@ -43,11 +43,11 @@ class ExportedNetwork:
             options.intra_op_num_threads = threads
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no common base for what it raises
-            raise UserError(f"{path}: not an ONNX file that can be run ({first_line(error)})") from None
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise UserError(f"{path}: not an ONNX file that onnxruntime can run ({first_line(error)})") from None
         stored = self.session.get_modelmeta().custom_metadata_map
         if "sgformer" not in stored:
-            raise UserError(f"{path}: was not written by sgformer export, so how to prepare images is not known")
+            raise UserError(f"{path}: was not written by sgformer export, so its preprocessing is unknown")
         self.metadata: dict[str, Any] = json.loads(stored["sgformer"])
         self.input_size: tuple[int, int] | None = None
         if self.metadata["input_size"] is not None:
@@ -59,10 +59,10 @@ class ExportedNetwork:
         return dict(zip(names, self.session.run(names, {"image": images.astype(np.float32, copy=False)}), strict=True))
 
     def refuse_size(self, image_size: Any) -> None:
-        """Raise UserError if another size is asked for than the one the file takes."""
+        """Raise UserError if an image size is given and the file's is fixed."""
         if image_size is not None and self.input_size is not None:
             height, width = self.input_size
-            raise UserError(f"{self.path}: takes {height} x {width} pixels and no other size")
+            raise UserError(f"{self.path}: takes {height} x {width} pixels only, without --image-size")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class ExportedNetwork:
 
 
 def fit_multiple(image: Image.Image, short_side: int, step: int) -> tuple[int, int]:
-    """The (height, width) at which segmentation looks at an image, each side rounded to a multiple of ``step``."""
+    """The (height, width) that segmentation resizes an image to, each side rounded to a multiple of ``step``."""
     height, width = fit_size(image.height, image.width, short_side)
     return step * round(height / step), step * round(width / step)
 
@@ -94,13 +94,13 @@ def resize_smooth(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear resize, corners not aligned, without antialiasing: (C, H, W) -> (C, *size)."""
     for axis, length in enumerate(size, 1):
-        have = x.shape[axis]
-        if have == length:
+        size_in = x.shape[axis]
+        if size_in == length:
             continue
-        at = np.maximum((np.arange(length) + 0.5) * (have / length) - 0.5, 0)
-        low = np.minimum(at.astype(np.int64), have - 1)
+        at = np.maximum((np.arange(length) + 0.5) * (size_in / length) - 0.5, 0)
+        low = np.minimum(at.astype(np.int64), size_in - 1)
         share = (at - low).astype(x.dtype).reshape((-1, 1) if axis == 1 else (-1,))
-        above = np.minimum(low + 1, have - 1)
+        above = np.minimum(low + 1, size_in - 1)
         x = x.take(low, axis) * (1 - share) + x.take(above, axis) * share
     return x
 

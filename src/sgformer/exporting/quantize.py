@@ -1,4 +1,4 @@
-"""Half precision and 8-bit integers, for ONNX: onnxruntime's own converters, and what they cost in the answers."""
+"""Half precision and 8-bit integers, for ONNX: onnxruntime's own converters, and their effect on the results."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from sgformer.exporting.formats.onnx import onnx_session, set_onnx_metadata
 from sgformer.exporting.onnx_predict import ExportedNetwork
 from sgformer.exporting.quiet import quiet
 
-#: Pictures at most: to find ranges from, and to measure on.
+#: Maximum numbers of images: for calibration, and for the comparison.
 CALIBRATED, MEASURED = 64, 200
 
-#: What stays in float32 in an fp16 file: sorting by significance, where equal half-precision numbers would lose ranks.
+#: Operators kept in float32 in an fp16 file: sorting by significance would lose ranks to equal half-precision values.
 KEPT_IN_FLOAT32 = ["TopK", "Resize", "Range", "NonMaxSuppression", "RoiAlign"]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An fp16 or int8 file against its float32 twin, both in onnxruntime on this machine's CPU.
+    """An fp16 or int8 file compared with its float32 twin, both in onnxruntime on this machine's CPU.
 
     Attributes:
         how: e.g. "int8, dynamic".
         bytes: of the twin and of the file.
-        seconds: of one image, of the twin and of the file: medians of interleaved runs.
-        images: how many they were compared on; 0: on noise.
+        seconds: per image, of the twin and of the file: medians of interleaved runs.
+        images: number of images compared on; 0: noise.
         agreement: share of images (segmentation: of pixels) whose most probable class is the same; None on noise.
         difference: the largest difference of logits, relative to the largest logit.
     """
@@ -46,22 +46,22 @@ class Quantized:
     difference: float
 
     def describe(self) -> list[str]:
-        """What to print."""
+        """The report to print."""
         (size, small), (slow, fast) = self.bytes, self.seconds
-        on = f"on {self.images} pictures" if self.images else "on noise"
-        same = "" if self.agreement is None else f", the same answer in {100 * self.agreement:.1f} %"
-        cost = f"{small / 1e6:.1f} MB, not {size / 1e6:.1f}; {1e3 * fast:.0f} ms an image, not {1e3 * slow:.0f}"
+        on = f"on {self.images} images" if self.images else "on noise"
+        same = "" if self.agreement is None else f", the same prediction in {100 * self.agreement:.1f} %"
         return [
             f"{self.how} against float32 {on}: logits differ by up to {self.difference:.1e} of the largest{same}",
-            f"  {cost}",
+            f"  {small / 1e6:.1f} MB instead of {size / 1e6:.1f}; "
+            f"{1e3 * fast:.0f} ms per image instead of {1e3 * slow:.0f}",
         ]
 
 
 def convert(path: Path, precision: str, calibration: Any, prepare: Any, about: dict[str, Any]) -> Quantized:
-    """Turn the float32 file at ``path`` into one of less precision, in place, and compare the two.
+    """Convert the float32 file at ``path`` to lower precision, in place, and compare the two.
 
     Raises:
-        UserError: no picture in ``calibration``, or an unreadable one.
+        UserError: ``calibration`` holds no image, or an unreadable one.
     """
     import onnx
 
@@ -92,13 +92,13 @@ def convert(path: Path, precision: str, calibration: Any, prepare: Any, about: d
 def read_pictures(
     network: ExportedNetwork, folder: str | os.PathLike[str], most: int, prepare: Any
 ) -> Iterator[np.ndarray]:
-    """Pictures of a folder as the network takes them, (1, 3, H, W) float32, one at a time."""
+    """The images of a folder as network inputs, (1, 3, H, W) float32, one at a time."""
     for source in list_images(folder)[:most]:
         yield prepare(network, open_image(source))
 
 
 def _static(twin: Path, path: Path, calibration: str, prepare: Any) -> None:
-    """Weights of linear maps and convolutions, and what goes into them, in 8 bits, by the ranges seen on pictures."""
+    """Quantize weights and inputs of linear maps and convolutions to 8 bits, by their ranges on calibration images."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -129,23 +129,23 @@ def _compare(twin: Path, path: Path, how: str, pictures: list[np.ndarray], about
     height, width = about["input_size"] or (224, 224)
     images = pictures or [torch.randn(1, 3, height, width).numpy() for _ in range(4)]
     sessions = onnx_session(twin), onnx_session(path)
-    same, seen, difference = 0, 0, 0.0
+    same, count, difference = 0, 0, 0.0
     for image in images:
         before, after = (session.run(None, {"image": image})[0] for session in sessions)
         same += int((before.argmax(1) == after.argmax(1)).sum())
-        seen += before.argmax(1).size
+        count += before.argmax(1).size
         difference = max(difference, float(np.abs(after - before).max() / np.abs(before).max()))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(7):
-        for session, mine in zip(sessions, times, strict=True):
+        for session, samples in zip(sessions, times, strict=True):
             start = time.perf_counter()
             session.run(None, {"image": images[0]})
-            mine.append(time.perf_counter() - start)
+            samples.append(time.perf_counter() - start)
     return Quantized(
         how,
         (twin.stat().st_size, path.stat().st_size),
         (statistics.median(times[0]), statistics.median(times[1])),
         len(pictures),
-        same / seen if pictures else None,
+        same / count if pictures else None,
         difference,
     )

@@ -1,4 +1,4 @@
-"""Silence around exporters."""
+"""Silencing exporters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters talk much of what is of no use to whoever exports."""
+    """Silence the warnings and prints of exporters, which do not concern the user."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,1 +1,1 @@
-"""Heads on a feature pyramid. They see channels and strides, never the network that made the maps."""
+"""Heads on a feature pyramid. They depend on its channels and strides only, not on the network below."""

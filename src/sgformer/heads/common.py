@@ -1,4 +1,4 @@
-"""What the segmentation heads share: the convolution they are made of, resizing, and the classifier."""
+"""Shared parts of the segmentation heads: their convolution, resizing, and the classifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class ConvNormAct(nn.Sequential):
     """Convolution without bias, batch norm, ReLU; keeps H and W. NCHW.
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the norm count over all processes.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the norm use the statistics of all processes.
     """
 
     def __init__(self, dim_in: int, dim: int, kernel: int = 3):

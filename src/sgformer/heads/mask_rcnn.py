@@ -21,7 +21,7 @@ Detections = list[dict[str, Tensor]]
 
 
 class RCNNHeads(nn.Module):
-    """FPN of five levels, region proposals, and heads for boxes, classes and, if wanted, masks.
+    """FPN of five levels, region proposals, and heads for boxes, classes and, optionally, masks.
 
     Anchors are 8 x stride in size, with ratios 1:2, 1:1 and 2:1. At test: score above .05, NMS at .5, at most 100
     detections per image. Everything runs in float32, also under mixed precision: box coordinates beyond 256 pixels are
@@ -31,10 +31,10 @@ class RCNNHeads(nn.Module):
         channels: of the four maps.
         strides: of the four maps, in pixels.
         num_classes: without the background.
-        masks: Mask R-CNN, or (False) Faster R-CNN; None: as the class says.
+        masks: True for Mask R-CNN, False for Faster R-CNN; None: the class attribute.
         width: channels of FPN and mask head; the box head has 4 x width. 256 is the standard.
         rois: proposals per image that the heads train on.
-        score_threshold, nms_threshold, detections: of the test.
+        score_threshold, nms_threshold, detections: at test time.
     """
 
     masks = True
@@ -57,7 +57,7 @@ class RCNNHeads(nn.Module):
         self.num_classes = num_classes
         self.fpn = FeaturePyramidNetwork(list(channels), width, LastLevelMaxPool())
         stub = nn.Identity()
-        stub.out_channels = width  # type: ignore[assignment] # all that torchvision asks of the backbone here
+        stub.out_channels = width  # type: ignore[assignment] # all that torchvision needs of the backbone here
         mask_parts = {
             "mask_head": MaskConvs(width, (width,) * 4, dilation=1),
             "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
@@ -82,14 +82,14 @@ class RCNNHeads(nn.Module):
 
         Args:
             maps: four, (B, channels[i], H / strides[i], W / strides[i]).
-            batch: the images, (B, 3, H, W); only its shape counts.
+            batch: the images, (B, 3, H, W); only its shape is used.
             sizes: (height, width) of each image without its padding.
             targets: in training, a dict per image with `boxes` (N, 4) [x1, y1, x2, y2] in pixels of `batch`, `labels`
                 (N,) int64 from 1, and `masks` (N, h, w) uint8.
 
         Returns:
-            Per image `boxes` (N, 4), `labels` (N,), `scores` (N,) falling, and `masks` (N, 1, 28, 28), the share of a
-            box's cells that the object covers; and the losses by name.
+            Per image `boxes` (N, 4), `labels` (N,), `scores` (N,) descending, and `masks` (N, 1, 28, 28), the fraction
+            of each cell of the box that the object covers; and the losses by name.
         """
         levels = self.fpn({str(i): m for i, m in enumerate(maps)})
         with torch.autocast(batch.device.type, enabled=False):
@@ -113,12 +113,12 @@ class FasterRCNNHeads(RCNNHeads):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors at the levels' true strides; torchvision derives strides from sizes and so misses where those are odd.
+    """Anchors at the levels' true strides; torchvision derives strides from sizes, wrongly if those are odd.
 
     Args:
         strides: of the levels, in pixels.
         scale: the anchors' side in strides.
-        ratios: of height and width, an anchor each.
+        ratios: of height to width, one anchor each.
     """
 
     def __init__(self, strides: Sequence[int], scale: int = 8, ratios: Sequence[float] = (0.5, 1.0, 2.0)):
@@ -135,10 +135,10 @@ class Anchors(AnchorGenerator):
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Masks of a whole image, one at a time: a hundred at once would fill the memory with large images.
+    """Masks of a whole image, one at a time: a hundred at once would fill the memory for large images.
 
     Args:
-        masks: (N, 1, 28, 28) shares, as `RCNNHeads` gives them.
+        masks: (N, 1, 28, 28) of `RCNNHeads`.
         boxes: (N, 4) [x1, y1, x2, y2] in pixels of the image.
         size: its (height, width).
 

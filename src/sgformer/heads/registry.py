@@ -14,13 +14,13 @@ DETECTORS = Registry("detector", "sgformer.heads", "register_detector")
 def register_head(name: str) -> Callable[[Any], Any]:
     """Decorator: add a segmentation head under a name, for `sgformer train segment --head NAME`.
 
-    What is decorated is an ``nn.Module`` class, made as ``Head(channels, strides, num_classes, dim=STANDARD)``: with
-    channels and strides of the four maps, finest first, and the head's width, of which the head has its own standard.
+    The head is an ``nn.Module`` class, called as ``Head(channels, strides, num_classes, dim=STANDARD)``: with channels
+    and strides of the four maps, finest first, and the head's width, which has a default.
     Its ``forward`` maps the list of them, (B, channels[i], H / strides[i], W / strides[i]), to class logits
     (B, num_classes, h, w) of any height and width, which are resized to the image's. A method ``auxiliary`` of the same
-    kind, if there is one, gives logits that also count in training.
+    kind, if there is one, returns logits for an auxiliary loss.
 
-    Weights remember the name, so it must be registered before they are loaded.
+    Weights store the name, so it must be registered before they are loaded.
 
     Raises:
         ValueError: the name is taken by another head.
@@ -31,16 +31,16 @@ def register_head(name: str) -> Callable[[Any], Any]:
 def register_detector(name: str) -> Callable[[Any], Any]:
     """Decorator: add a detector's heads under a name, for `sgformer train detect --head NAME`.
 
-    What is decorated is an ``nn.Module`` class, made as ``Heads(channels, strides, num_classes, width, **options)``:
-    with channels and strides of the four maps, finest first, the number of classes without the background, and the
-    width of the heads; options are `rois`, which a class may ignore. It has
+    The heads are an ``nn.Module`` class, called as ``Heads(channels, strides, num_classes, width, **options)``: with
+    channels and strides of the four maps, finest first, the number of classes without the background, and the width of
+    the heads; the option is `rois`, which a class may ignore. It has
 
-    * ``masks``: an attribute of the class, whether it finds masks, too;
-    * ``forward(maps, batch, sizes, targets)``, which gives detections and losses as
-      :meth:`sgformer.heads.mask_rcnn.RCNNHeads.forward` does;
-    * ``fpn``: a module from ``{"0": map, ...}`` to a dict of pyramid levels, which is what exports to `.pt2` hold.
+    * ``masks``: an attribute of the class, whether it also predicts masks;
+    * ``forward(maps, batch, sizes, targets)``, which returns detections and losses like
+      :meth:`sgformer.heads.mask_rcnn.RCNNHeads.forward`;
+    * ``fpn``: a module from ``{"0": map, ...}`` to a dict of pyramid levels, which exports to `.pt2` contain.
 
-    Weights remember the name, so it must be registered before they are loaded.
+    Weights store the name, so it must be registered before they are loaded.
 
     Raises:
         ValueError: the name is taken by another detector.

@@ -14,7 +14,7 @@ from sgformer.heads.registry import register_head
 
 
 class PyramidPooling(nn.Module):
-    """The map itself beside its averages over 1, 2 x 2, 3 x 3 and 6 x 6 cells: (B, C, H, W) -> (B, dim, H, W)."""
+    """The map itself and its averages over 1, 2 x 2, 3 x 3 and 6 x 6 cells: (B, C, H, W) -> (B, dim, H, W)."""
 
     def __init__(self, dim_in: int, dim: int, pools: Sequence[int]):
         super().__init__()
@@ -27,12 +27,12 @@ class PyramidPooling(nn.Module):
         return self.fuse(torch.cat([x, *(resize(p, x) for p in pooled)], dim=1))
 
     def traceable(self, fixed: bool) -> nn.Module:
-        """The same for exporters: parts whose sizes they can follow, or where those are fixed count on."""
+        """A copy for exporters, whose sizes they can trace or, if `fixed`, take as constants."""
         return TraceablePooling(self, fixed)
 
 
 class TraceablePooling(nn.Module):
-    """`PyramidPooling` with adaptive averages as products with matrices: no exporter pools to a grid adaptively."""
+    """`PyramidPooling` with adaptive averages as matrix products, as no exporter supports adaptive pooling."""
 
     def __init__(self, pooling: PyramidPooling, fixed: bool):
         super().__init__()
@@ -80,7 +80,7 @@ class UPerNet(nn.Module):
     ):
         super().__init__()
         if sorted(strides) != list(strides):
-            raise ValueError(f"feature maps come finest first (got strides {list(strides)})")
+            raise ValueError(f"feature maps must be finest first (got strides {list(strides)})")
         self.pooling = PyramidPooling(channels[-1], dim, pools)
         self.lateral = nn.ModuleList(ConvNormAct(c, dim, 1) for c in channels[:-1])
         self.smooth = nn.ModuleList(ConvNormAct(dim, dim) for _ in channels[:-1])

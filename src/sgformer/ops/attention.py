@@ -1,4 +1,4 @@
-"""Softmax attention, and softmax attention that also says how much of it every key received.
+"""Softmax attention, optionally with the attention that every key receives.
 
 Legend: B batch (of images or of windows), h heads, N queries, M keys, d channels of a head.
 """
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Attention matrices up to this many entries are held in memory at once; larger ones are visited in slices of queries.
+#: Attention matrices up to this many entries are held in memory at once; larger ones are computed in slices of queries.
 SLICE_ENTRIES = 1 << 24
 
-#: Up to this many keys the attention matrix is always kept: it is about as large as a query and a key, and keeping it
-#: spares the second pass, half of the forward time. With more keys memory would grow with tokens x keys.
+#: Up to this many keys the attention matrix is always kept: it is about as large as queries and keys, and saves the
+#: second pass, half of the forward time. With more keys memory would grow with tokens x keys.
 KEPT_KEYS = 64
 
 
@@ -38,17 +38,17 @@ def attention_and_received(
     """Attention, and the attention each key received: the column sums of the softmax, averaged over heads.
 
     No gradient flows through the received attention, so it need not come from the matrix that autograd would keep:
-    with many keys, when a gradient is wanted or the matrix is large, the output takes the fused kernel and the column
-    sums a second pass over queries and keys in bounded slices.
+    with many keys, if gradients are needed or the matrix is large, the output uses the fused kernel and the column sums
+    a second pass over queries and keys in bounded slices.
 
     Args:
         q: (B, h, N, d).
         k, v: (B, h, M, d).
         valid: (B, M) bool, keys that are tokens. None: all.
-        valid_queries: (B, N) bool, queries that are tokens and count in the sums. None: all.
+        valid_queries: (B, N) bool, queries that are tokens and enter the sums. None: all.
 
     Returns:
-        out (B, h, N, d) in q's dtype; received (B, M), float32 (float64 for float64 input) whatever the autocast dtype.
+        out (B, h, N, d) in q's dtype; received (B, M), float32 (float64 for float64 input) in any autocast dtype.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     B, h, N, M = *q.shape[:3], k.shape[2]

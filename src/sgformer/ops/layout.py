@@ -1,4 +1,4 @@
-"""Attention heads: apart, together, and window by window.
+"""Attention heads: splitting, joining, and attention window by window.
 
 Legend: B batch, H x W grid, h heads, D channels of all heads together, d = D / h.
 """
@@ -22,12 +22,12 @@ def join_heads(x: Tensor) -> Tensor:
 def attend_windows(
     q: Tensor, kv: Tensor, heads: int, q_window: tuple[int, int], kv_window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Queries (B, H, W, D) meet keys and values (B, H', W', 2 D) window by window; padding is masked on both sides.
+    """Attention of queries (B, H, W, D) to keys and values (B, H', W', 2 D) by windows, with all padding masked.
 
     Returns the output (B, H, W, D) and the attention each key received, summed over queries: (B, H', W').
     """
     B, grid, kv_grid = q.shape[0], (q.shape[1], q.shape[2]), (kv.shape[1], kv.shape[2])
-    # Where a window sticks out on its own, its padding is left out: the same sums, less to compute.
+    # A window larger than the grid shrinks to it: the same sums without the padding.
     q_window = min(q_window[0], grid[0]), min(q_window[1], grid[1])
     kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])
     real_q = valid_tokens(grid, q_window, q.device)

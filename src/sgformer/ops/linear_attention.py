@@ -1,4 +1,4 @@
-"""Attention without a softmax, so that queries and keys never meet in a matrix.
+"""Attention without a softmax, and so without a matrix of queries and keys.
 
 Legend: B batch, h heads, N queries, M keys, d channels of a head.
 """

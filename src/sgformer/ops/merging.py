@@ -1,7 +1,7 @@
-"""Groups by likeness: within a region of sorted tokens, every token joins the most similar of a few seeds.
+"""Groups by similarity: within a region of sorted tokens, every token joins the most similar of a few seeds.
 
 One step of ToMe's bipartite matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023) with few
-destinations and many sources. Sizes of groups differ; all groups together hold every token once.
+destinations and many sources. Group sizes differ; every token is in exactly one group.
 
 Legend: B batch, N tokens, C channels; region i holds L_i sorted tokens and makes G_i groups.
 """
@@ -20,12 +20,12 @@ from sgformer.ops.regroup import region_lengths
 
 @dataclass(frozen=True)
 class MergedTokens:
-    """Where every key/value token came from, where groups are of any size. As :class:`~sgformer.ops.TokenGroups`.
+    """The origin of every key/value token, for groups of any size; cf. :class:`~sgformer.ops.TokenGroups`.
 
     Attributes:
         grid: (H, W) of the token grid, or (N,) of a sequence.
-        token: (B, N) int64, the key/value token that each token went into.
-        region: (B, N) int64, the region it fell in, 0 the least significant.
+        token: (B, N) int64, the key/value token that each token was merged into.
+        region: (B, N) int64, its region, 0 the least significant.
         count: number of key/value tokens of an image.
     """
 
@@ -38,11 +38,11 @@ class MergedTokens:
         return self.count
 
     def region_map(self) -> Tensor:
-        """(B, H, W) int64: the region each token fell in, 0 the least significant."""
+        """(B, H, W) int64: the region of each token, 0 the least significant."""
         return self.region.view(-1, *self.grid)
 
     def token_map(self) -> Tensor:
-        """(B, H, W) int64: the key/value token that each token went into."""
+        """(B, H, W) int64: the key/value token that each token was merged into."""
         return self.token.view(-1, *self.grid)
 
 
@@ -73,14 +73,14 @@ def merge_similar(
         here = direction.gather(1, members[..., None].expand(-1, -1, C))  # (B, L, C)
         seeds = torch.div((2 * torch.arange(groups, device=x.device) + 1) * length, 2 * groups, rounding_mode="floor")
         choice = (here @ here[:, seeds].transpose(1, 2)).argmax(-1)  # (B, L)
-        choice[:, seeds] = torch.arange(groups, device=x.device)  # a seed stays its own, whatever rounding says
+        choice[:, seeds] = torch.arange(groups, device=x.device)  # a seed joins itself, whatever the rounding
         joined.append(choice + start)
         regions.append(torch.full_like(members, i))
         start += groups
     token, region = torch.empty_like(order), torch.empty_like(order)
     token.scatter_(1, order, torch.cat(joined, 1))
     region.scatter_(1, order, torch.cat(regions, 1))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot add up hundreds
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot sum hundreds
     sums = wide.new_zeros(B, start, C).scatter_add(1, token[..., None].expand(-1, -1, C), wide)
     sizes = wide.new_zeros(B, start).scatter_add(1, token, wide.new_ones(B, N))
     return (sums / sizes[..., None]).to(x.dtype), token, region

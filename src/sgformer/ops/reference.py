@@ -1,4 +1,4 @@
-"""The same operations written slowly and obviously. Tests hold the fast ones against these, forward and backward."""
+"""The same operations, slow and obvious; tests compare the fast ones with them, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Windows one by one, by slicing. See ``windows.partition``."""
+    """One window at a time, by slicing. See ``windows.partition``."""
     _, H, W, C = x.shape
     h, w = window
     out = []
@@ -25,7 +25,7 @@ def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Every token looked up in its window. See ``windows.merge``."""
+    """One token at a time, by index in its window. See ``windows.merge``."""
     (H, W), (h, w) = grid, window
     cols = math.ceil(W / w)
     per_image = math.ceil(H / h) * cols

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def sort_tokens(significance: Tensor) -> Tensor:
-    """Token indices by ascending significance; equal ones stay in raster order, so a constant image is defined too.
+    """Token indices by ascending significance; equal ones in raster order, so that constant images are well-defined.
 
     Args:
         significance: (B, N).
@@ -23,15 +23,15 @@ def sort_tokens(significance: Tensor) -> Tensor:
     Returns:
         (B, N) int64.
     """
-    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK puts the lower index first among equals
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK puts the lower index first among ties
         return significance.topk(significance.shape[1], dim=1, largest=False).indices
     return significance.argsort(dim=1, stable=True)
 
 
 def region_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
-    """How many of ``tokens`` sorted tokens each region takes.
+    """The number of sorted tokens in each region.
 
-    The cumulated shares are rounded, half up; no region is left empty unless there are fewer tokens than regions.
+    The cumulative shares are rounded, half up; no region is left empty unless there are fewer tokens than regions.
     """
     ends = [0]
     for i, share in enumerate(accumulate(shares), start=1):
@@ -42,10 +42,10 @@ def region_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
 
 
 def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
-    """Which sorted positions of a region make which group: (G, rate) int64 with G = ceil(length / rate).
+    """The sorted positions of each group of a region: (G, rate) int64 with G = ceil(length / rate).
 
-    The identity where ``rate`` divides ``length``. Otherwise G * rate positions are sampled evenly: a few tokens count
-    twice, none is dropped, and no padding token is made.
+    The identity if ``rate`` divides ``length``. Otherwise G * rate positions are sampled evenly: a few tokens count
+    twice, none is dropped, and none is padding.
     """
     groups = -(-length // rate)
     samples = groups * rate
@@ -57,13 +57,13 @@ def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """Where every key/value token of a self-guided block came from.
+    """The origin of every key/value token of a self-guided block.
 
     Attributes:
         grid: (H, W) of the token grid, where a token's index is row * W + column; or (N,) of a sequence.
-        indices: one (B, G_i, r_i) int64 tensor a region, least significant region first: the tokens of each group.
-        weights: one (r_i,) tensor a region: what each position of a group is multiplied with.
-        bias: one 0-d tensor a region, added to every group of it.
+        indices: one (B, G_i, r_i) int64 tensor per region, least significant region first: the tokens of each group.
+        weights: one (r_i,) tensor per region: the weight of each position in a group.
+        bias: one 0-d tensor per region, added to each of its groups.
     """
 
     grid: tuple[int, ...]
@@ -76,11 +76,11 @@ class TokenGroups:
         return sum(i.shape[1] for i in self.indices)
 
     def region_map(self) -> Tensor:
-        """(B, H, W) int64: the region each token fell in, 0 the least significant."""
+        """(B, H, W) int64: the region of each token, 0 the least significant."""
         return self._paint([torch.full_like(i, n) for n, i in enumerate(self.indices)])
 
     def token_map(self) -> Tensor:
-        """(B, H, W) int64: the key/value token that each token went into (the last one where it went into two)."""
+        """(B, H, W) int64: the key/value token that each token was merged into (the last of two)."""
         starts = accumulate((i.shape[1] for i in self.indices), initial=0)
         labels = zip(starts, self.indices, strict=False)
         return self._paint([(s + torch.arange(i.shape[1], device=i.device))[:, None].expand_as(i) for s, i in labels])
@@ -102,7 +102,7 @@ def group_tokens(order: Tensor, shares: Sequence[float], rates: Sequence[int]) -
         rates: r_i of each region.
 
     Returns:
-        One (B, G_i, r_i) int64 tensor a region: token indices.
+        One (B, G_i, r_i) int64 tensor per region: token indices.
     """
     lengths = region_lengths(order.shape[1], shares)
     regions = order.split(lengths, dim=1)
@@ -119,15 +119,15 @@ def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bi
 
     Args:
         x: (B, N, C).
-        groups: one (B, G_i, r_i) int64 tensor a region.
-        weights: one tensor of r_i weights a region.
-        bias: one tensor of one number a region.
+        groups: one (B, G_i, r_i) int64 tensor per region.
+        weights: one tensor of r_i weights per region.
+        bias: one one-element tensor per region.
 
     Returns:
         (B, sum of G_i, C).
     """
     B, N, C = x.shape
-    rows = x.reshape(B * N, C)  # row gathers are far quicker than an element-wise gather of (B, N, C)
+    rows = x.reshape(B * N, C)  # row gathers are far faster than an element-wise gather of (B, N, C)
     index = torch.cat([group.flatten(1) for group in groups], dim=1)  # (B, S): one gather for all regions
     if B > 1:
         index = index + torch.arange(0, B * N, N, device=x.device)[:, None]

@@ -1,4 +1,4 @@
-"""Cutting a token grid into windows and putting it together again.
+"""Partitioning a token grid into windows and merging it again.
 
 Legend: B batch, H x W grid, C channels, h x w one window, n = number of windows in an image.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Cut a grid into non-overlapping windows, zero-padding right and bottom where a window sticks out.
+    """Cut a grid into non-overlapping windows, zero-padding right and bottom to whole windows.
 
     Args:
         x: (B, H, W, C).
@@ -31,7 +31,7 @@ def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`partition`: (B * n, h * w, C) -> (B, H, W, C), the padding cut off."""
+    """The inverse of :func:`partition`: (B * n, h * w, C) -> (B, H, W, C), without the padding."""
     H, W = grid
     h, w = window
     rows, cols = -(-H // h), -(-W // w)
@@ -41,7 +41,7 @@ def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
 
 
 def partition_heads(x: Tensor, window: tuple[int, int], heads: int) -> Tensor:
-    """:func:`partition`, and heads apart: (B, H, W, C) -> (B * n, heads, h * w, C / heads), in one copy."""
+    """:func:`partition` with heads split: (B, H, W, C) -> (B * n, heads, h * w, C / heads), in one copy."""
     B, H, W, C = x.shape
     h, w = window
     if (h, w) == (H, W):
@@ -66,7 +66,7 @@ def valid_tokens(grid: tuple[int, int], window: tuple[int, int], device: torch.d
     """Which positions of each window are tokens and which are padding.
 
     Returns:
-        (n, h * w) bool, or None where the windows tile the grid and all are tokens.
+        (n, h * w) bool, or None if the windows tile the grid and all are tokens.
     """
     H, W = grid
     h, w = window

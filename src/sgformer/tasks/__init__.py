@@ -1,1 +1,1 @@
-"""A task is a folder: its words in `__init__`, what it does in the files beside; `registry` lists them."""
+"""One folder per task: its texts in `__init__`, its functions in the files beside; `registry` lists the tasks."""

@@ -1,12 +1,12 @@
-"""One way in, for every task: train, evaluate, predict, explain, export, load.
+"""One entry point for every task: train, evaluate, predict, explain, export, load.
 
 run = sgformer.train("classify", data="photos", model="sgformer_t", epochs=50)
 result = sgformer.evaluate(run.path, data="photos")
 predictions = sgformer.predict(run.path, ["cat.jpg"])
 
-`weights` is whatever you have in hand: a run folder, a .safetensors file of any task, a released checkpoint, a
-checkpoint of timm's `train.py`, or a plain state dict together with `model`, its name. The command line calls the same
-functions. Nothing here imports torch before it is needed: exported files work where it is not installed.
+`weights` is a run folder, a .safetensors file of any task, a released checkpoint, a checkpoint of timm's `train.py`, or
+a plain state dict together with `model`, its network's name. The command line calls the same functions. Torch is
+imported only when needed: exported files work without it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def train(task: str, config: RunConfig | None = None, *, resume: Source | None =
         task: "classify" (`data/train/CLASS/*`, `data/val/CLASS/*`, or tar shards), "detect" (COCO annotations) or
             "segment" (`data/images/training`, `data/annotations/training` ...).
         config: all settings; or give them as keywords, named as on the command line with underscores.
-        resume: folder of a run to go on with, at the very step it had reached; its settings hold, and `options` may
-            only change `epochs`, `max_steps`, `workers`, `device` and `devices`.
+        resume: folder of a run to resume at the exact step it reached, with its own settings; `options` may only
+            change `epochs`, `max_steps`, `workers`, `device` and `devices`.
         options: settings of the task, e.g. `data`, `model`, `epochs`; see `sgformer train TASK --help-all`.
 
     Returns:
@@ -51,7 +51,7 @@ def train(task: str, config: RunConfig | None = None, *, resume: Source | None =
 
     Raises:
         UserError: a setting, the data or the machine is invalid; the message says which.
-        Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
+        Interrupted: SIGINT or SIGTERM stopped training; the checkpoint is written.
     """
     trained = get_task(task)
     for package in ("lightning", "torchmetrics", "matplotlib"):
@@ -78,7 +78,7 @@ def train(task: str, config: RunConfig | None = None, *, resume: Source | None =
 
 
 def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.Module:
-    """The network of any weights, in evaluation mode and in the stored dtype; `.metadata` is what the file says of it.
+    """The network of any weights, in evaluation mode and in the stored dtype; `.metadata` is the file's.
 
     Args:
         weights: see the module.
@@ -88,23 +88,23 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
             table); for other models of timm, arguments of ``timm.create_model``.
 
     Returns:
-        An :class:`SGFormer` or another network of timm; of a detector or a segmentation, the backbone with its heads.
+        An :class:`SGFormer` or another network of timm; of detection and segmentation, the backbone with its heads.
 
     Raises:
-        UserError: unreadable, damaged, of an unknown network, or tensors that do not fit.
+        UserError: the weights are unreadable, damaged or of an unknown network, or their tensors do not fit.
     """
     from sgformer.models.load import build_network, read_weights
 
-    held = read_weights(weights, model)
-    if held.architecture is None:
-        return build_network(held, options.pop("num_classes", None), **options)
+    stored = read_weights(weights, model)
+    if stored.architecture is None:
+        return build_network(stored, options.pop("num_classes", None), **options)
     if options:
-        raise UserError(f"{weights}: a network for {held.task} takes no options, got {', '.join(options)}")
-    return task_of(held.task, weights).network(held)
+        raise UserError(f"{weights}: a network for {stored.task} takes no options, got {', '.join(options)}")
+    return task_of(stored.task, weights).network(stored)
 
 
 def evaluate(weights: Source, data: Source, *, model: str | None = None, **options: Any) -> Any:
-    """Measure trained weights on a part of a data set, every image counted once.
+    """Evaluate trained weights on a split of a data set, counting every image once.
 
     Args:
         weights: see the module.
@@ -114,32 +114,32 @@ def evaluate(weights: Source, data: Source, *, model: str | None = None, **optio
             (a folder for pictures), and the task's own: `crop_pct`; `multi_scale`, `flip`, `sliding`; `images`.
 
     Returns:
-        The task's evaluation, e.g. with `.top1`, `.miou` or `.box["AP"]`; `.write(folder)` leaves its files.
+        The task's evaluation, e.g. with `.top1`, `.miou` or `.box["AP"]`; `.write(folder)` writes its files.
 
     Raises:
-        UserError: weights or data are invalid, or do not go together.
+        UserError: weights or data are invalid, or do not match.
     """
     for package in ("lightning", "torchmetrics"):
         require(package, extra="train")
     from sgformer.models.load import read_weights
 
-    held = read_weights(weights, model)
-    task = task_of(held.task, weights)
+    stored = read_weights(weights, model)
+    task = task_of(stored.task, weights)
     task.require()
     refuse_foreign(options, task, "eval_options", weights)
-    return task.evaluate(held, data, **options)
+    return task.evaluate(stored, data, **options)
 
 
 def predict(
     weights: Source, images: Any, *, model: str | None = None, stream: bool = False, **options: Any
 ) -> list[Any] | Iterator[Any]:
-    """What a network says of images.
+    """Run a network on images.
 
     Args:
         weights: see the module; also an `.onnx` file of `sgformer export`, which needs no torch.
         images: one or several files, folders (searched for images, also nested) or PIL images.
         model: the network's name, for a plain state dict.
-        stream: give an iterator that yields results as they come, for more images than fit in memory.
+        stream: return an iterator that yields results one by one, for more images than fit in memory.
         options: `image_size`, `device`, and the task's own: `top`, `batch_size`; `multi_scale`, `flip`, `sliding`;
             `score`.
 
@@ -156,7 +156,7 @@ def predict(
 def predict_images(
     weights: Source, images: Any, *, model: str | None = None, **options: Any
 ) -> tuple[Any, Iterator[tuple[Any, Any]], dict[str, Any], Sequence[Any]]:
-    """What :func:`predict` does, for whoever also shows the results.
+    """:func:`predict` for callers that also show the images.
 
     Returns:
         The task, an iterator over (result, PIL RGB image), the metadata of the weights, and the images' sources.
@@ -179,19 +179,19 @@ def predict_images(
         return task, task.predict_exported(network, sources, **options), network.metadata, sources
     from sgformer.models.load import read_weights
 
-    held = read_weights(weights, model)
-    task = task_of(held.task, weights)
+    stored = read_weights(weights, model)
+    task = task_of(stored.task, weights)
     task.require()
     refuse_foreign(options, task, "predict_options", weights)
-    return task, task.predict(held, sources, **options), dict(held.metadata), sources
+    return task, task.predict(stored, sources, **options), dict(stored.metadata), sources
 
 
 def is_exported(weights: Source) -> bool:
-    """Whether a WEIGHTS argument is a file of `sgformer export` that is predicted with."""
+    """Whether `weights` is an exported file that `predict` can run."""
     return Path(weights).suffix == ".onnx"
 
 
-# -- looking inside, taking elsewhere ---------------------------------------------------------------------------------
+# -- explaining and exporting -----------------------------------------------------------------------------------------
 
 
 def explainer_for(model: nn.Module, metadata: Any = None) -> Explainer:
@@ -199,10 +199,10 @@ def explainer_for(model: nn.Module, metadata: Any = None) -> Explainer:
 
     Args:
         model: an :class:`SGFormer`, or a network of :func:`load_model`.
-        metadata: of its weights; by default what the network remembers.
+        metadata: of its weights; by default the network's own.
 
     Raises:
-        UserError: another network than SG-Former, which has no significance.
+        UserError: the network is not an SG-Former and has no significance.
     """
     about = getattr(model, "metadata", None) if metadata is None else metadata
     about = dict(about or {})
@@ -217,22 +217,22 @@ def load_explainer(weights: Source, device: str = "auto", model: str | None = No
         weights: see the module.
         device: "auto", "cpu", "cuda" ...
         model: the network's name, for a plain state dict.
-        metadata: entries that differ from those of the weights.
+        metadata: entries that override those of the weights.
 
     Raises:
-        UserError: unreadable, or weights of another network than SG-Former.
+        UserError: the weights are unreadable or not of an SG-Former.
     """
     from sgformer.core.device import find_device
     from sgformer.models.load import read_weights
 
     where = find_device(device)
-    held = read_weights(weights, model)
-    task = task_of(held.task, weights)
-    about = {**held.metadata, **metadata}
-    if held.architecture is None:
+    stored = read_weights(weights, model)
+    task = task_of(stored.task, weights)
+    about = {**stored.metadata, **metadata}
+    if stored.architecture is None:
         about.setdefault("image_size", 224)
     try:
-        return task.explainer(task.network(held).to(where), about)
+        return task.explainer(task.network(stored).to(where), about)
     except UserError as error:
         raise UserError(f"{weights}: holds {error}") from None
 
@@ -246,20 +246,20 @@ def explain(
     device: str = "auto",
     model: str | None = None,
 ) -> Iterator[Explanation]:
-    """What a network attended to on images, one after the other.
+    """Show what a network attended to on images, one by one.
 
     Args:
-        weights: of any task, see the module; or a network in memory, which is left in the mode it was in.
+        weights: of any task, see the module; or a network in memory, whose mode is kept.
         images: one or several files, folders (searched for images, also nested), PIL images, (H, W, 3) uint8 arrays, or
             tensors (3, H, W) as the network takes them (normalised; for a detector in 0..1).
         image_size: pixels, as in validation (classification: height and width; segmentation: the short side; detection:
-            short side, or short and longest); by default as trained or, where weights do not say, the image's own.
-        limit: so many images at most, spread evenly over those given.
+            short side, or short and longest); by default as trained or, if unknown, the image's own.
+        limit: maximum number of images, spread evenly over those given.
         device: "auto", "cpu", "cuda" ...; a network in memory stays where it is.
         model: the network's name, for a plain state dict.
 
     Raises:
-        UserError: weights or an image cannot be read, or the network is another than SG-Former.
+        UserError: weights or an image cannot be read, or the network is not an SG-Former.
     """
     from sgformer.explaining.base import as_pictures
 
@@ -285,25 +285,24 @@ def export(
     calibration: Source | None = None,
     model: str | None = None,
 ) -> Export:
-    """Write a network for another runtime, run the file there, and compare it with PyTorch.
+    """Export a network to another runtime, run the file there, and compare it with PyTorch.
 
-    Batch, height and width are open where network and format allow it. Nothing is left if the comparison fails.
+    Batch, height and width are open where network and format allow it. No file is left if the comparison fails.
 
     Args:
         weights: see the module.
         out: the file; its ending is the format's (.onnx, .pt2, .xml).
         format: "onnx", "torch-export", "openvino", or one of your own (:func:`register_export`).
-        image_size: take this size only: pixels or (height, width), in multiples of 32. A whole detector always has one
+        image_size: fixed input size: pixels or (height, width), multiples of 32. A whole detector always has a fixed
             size, by default the square of the side it was trained with.
-        features: also give the four feature maps.
-        significance: also give the significance map of every hybrid-scale block.
+        features: also output the four feature maps.
+        significance: also output the significance map of every hybrid-scale block.
         precision: "fp32"; "fp16" or "int8" (both ONNX only).
-        calibration: a folder of pictures: int8 is made from what the network makes of them (static), and the change
-            in the results is measured on them.
+        calibration: a folder of images that static int8 is calibrated on, and the change in the results measured on.
         model: the network's name, for a plain state dict.
 
     Raises:
-        UserError: weights cannot be read, or not be exported so; the file differs from PyTorch by more than 1e-4 of
+        UserError: the weights cannot be read or exported; the file differs from PyTorch by more than 1e-4 of
             the largest output; a package is missing.
     """
     from sgformer.exporting.formats import FORMATS
@@ -312,10 +311,10 @@ def export(
     from sgformer.exporting.export import export_graph
     from sgformer.models.load import read_weights
 
-    held = read_weights(weights, model)
-    task = task_of(held.task, weights)
+    stored = read_weights(weights, model)
+    task = task_of(stored.task, weights)
     return export_graph(
-        lambda whole: task.graph(held, whole, features, significance),
+        lambda whole: task.graph(stored, whole, features, significance),
         out,
         format=format,
         image_size=image_size,

@@ -1,4 +1,4 @@
-"""The tasks there are: a line each."""
+"""The tasks, one line each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.training.task import Task
 
-#: Name -> where its `Task` is.
+#: Name -> import path of its `Task`.
 TASKS = {
     "classify": "sgformer.tasks.classify:Classify",
     "detect": "sgformer.tasks.detect:Detect",
@@ -22,7 +22,7 @@ def get_task(name: Any) -> Task:
     """A task by its name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such task.
     """
     if name not in TASKS:
         raise UserError(f"no task named {name!r}{nearest(str(name), TASKS)}; the tasks are {', '.join(TASKS)}")
@@ -31,13 +31,13 @@ def get_task(name: Any) -> Task:
 
 
 def task_of(name: Any, source: Any) -> Task:
-    """The task that weights or an exported file say they are for.
+    """The task of weights or of an exported file.
 
     Raises:
-        UserError: this version does not know it.
+        UserError: this version lacks it.
     """
     if name not in TASKS:
-        raise UserError(f"{source}: weights for {name!r}, which this version does not know")
+        raise UserError(f"{source}: weights for {name!r}, which this version does not support")
     return get_task(name)
 
 

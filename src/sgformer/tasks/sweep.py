@@ -1,23 +1,22 @@
-"""`sgformer ablate`: the same training with one thing changed, several seeds, and what it came to.
+"""`sgformer ablate`: train variants of one recipe with several seeds, and tabulate the results.
 
     task: classify
-    config: ../scenes_n.yaml        # the recipe all runs start from, beside this file; optional
-    data: scenes                    # --data wins
+    config: ../scenes_n.yaml        # recipe of all runs, relative to this file; optional
+    data: scenes                    # --data overrides it
     options: {epochs: 4}            # for all runs, on top of the recipe
     seeds: [0, 1, 2]
-    variants:                       # name: options of its own; the first is what others are compared with
+    variants:                       # name: its options; the first is the baseline
       hybrid: {}
       coarse: {significance: coarse}
-    grid:                           # instead or besides: all combinations, named by their values
+    grid:                           # instead or in addition: all combinations, named by their values
       significance: [hybrid, uniform]
       aggregation: [linear, mean]
 
-`{variant}` and `{seed}` in an option stand for a run's own, as its folder has them: with
+`{variant}` and `{seed}` in an option are replaced by those in the name of a run's folder: with
 `weights: FOLDER/runs/{variant}-{seed}` each run of a dense task starts from the classifier of the same change and seed.
 
-Every run is a process of its own, so that none inherits anything of another; a run that is finished is not made again,
-one that was stopped goes on. The score is that of the last epoch, not of the best one: the best of several looks at the
-validation images would be chosen by them.
+Every run is a process of its own, so that no state carries over; finished runs are not repeated, stopped ones are
+resumed. The score is that of the last epoch, not of the best one, which would be selected on the validation images.
 """
 
 from __future__ import annotations
@@ -53,15 +52,15 @@ KEYS = ("task", "config", "data", "options", "seeds", "variants", "grid", "score
 
 @dataclass(frozen=True)
 class Ablation:
-    """What to run.
+    """The runs to make.
 
     Attributes:
         task: "classify", "segment" or "detect".
         common: options of all runs.
         variants: options by name, on top of `common`.
-        seeds: of the runs of each variant.
+        seeds: one run of each variant per seed.
         score: column of `metrics.csv`.
-        question: what is asked, for the report.
+        question: the question that the runs answer, for the table.
         name: of the tables.
     """
 
@@ -74,7 +73,7 @@ class Ablation:
     name: str = "table"
 
     def runs(self) -> list[tuple[str, int]]:
-        """(variant, seed), all variants of a seed before the next seed: stopped early, they still compare."""
+        """(variant, seed), all variants of a seed before the next seed, to be comparable if stopped early."""
         return [(name, seed) for seed in self.seeds for name in self.variants]
 
     def config(self, variant: str, seed: int) -> RunConfig:
@@ -88,14 +87,14 @@ class Ablation:
 
 @dataclass
 class Row:
-    """What a variant came to.
+    """The results of a variant.
 
     Attributes:
         variant: its name.
         scores: by seed, fractions.
         parameters: number.
         macs: multiply-accumulates of one image's forward pass (of a detector: of its backbone's).
-        seconds: of processor time of each run.
+        seconds: processor time of each run.
     """
 
     variant: str
@@ -106,68 +105,68 @@ class Row:
 
 
 def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Ablation:
-    """Read and check a file as above.
+    """Read and check an ablation file.
 
     Raises:
-        UserError: unreadable, an unknown key (the nearest is named), or a run's settings that do not do.
+        UserError: the file is unreadable, a key is unknown (the nearest is named), or a run's settings are invalid.
     """
     path = Path(path)
     try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{path}: not a YAML file") from None
-    if not isinstance(held, Mapping):
-        raise UserError(f"{path}: expected lines of `key: value`, got {type(held).__name__}")
-    for key in held:
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{path}: expected lines of `key: value`, got {type(spec).__name__}")
+    for key in spec:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
-    task = held.get("task", "classify")
+    task = spec.get("task", "classify")
     if task not in TASKS:
         raise UserError(f"{path}: task is one of {', '.join(TASKS)}, got {task!r}")
     common: dict[str, Any] = (
-        read_yaml(path.parent / held["config"], get_task(task).Config) if held.get("config") else {}
+        read_yaml(path.parent / spec["config"], get_task(task).Config) if spec.get("config") else {}
     )
-    common |= {str(k).replace("-", "_"): v for k, v in (held.get("options") or {}).items()}
-    given = data or held.get("data")
+    common |= {str(k).replace("-", "_"): v for k, v in (spec.get("options") or {}).items()}
+    given = data or spec.get("data")
     if given is None:
-        raise UserError(f"{path}: data is missing: name it there, or pass --data")
+        raise UserError(f"{path}: data is missing: set it there, or pass --data")
     common["data"] = given
-    variants = {str(k): dict(v or {}) for k, v in (held.get("variants") or {}).items()}
-    if grid := held.get("grid"):
+    variants = {str(k): dict(v or {}) for k, v in (spec.get("variants") or {}).items()}
+    if grid := spec.get("grid"):
         for values in itertools.product(*grid.values()):
             variants["-".join(map(str, values))] = dict(zip(grid, values, strict=True))
-    seeds = tuple(held.get("seeds", [0]))
+    seeds = tuple(spec.get("seeds", [0]))
     if not variants or not seeds or not all(isinstance(s, int) for s in seeds):
         raise UserError(f"{path}: expected variants or a grid, and seeds as a list of integers")
     for name in variants:
         if not re.fullmatch(r"[\w.+=:,/() -]+", name):
             raise UserError(f"{path}: a variant's name is letters, digits, spaces and -_.+=:,/(), got {name!r}")
     if len({_plain(name) for name in variants}) < len(variants):
-        raise UserError(f"{path}: two variants would have one folder, as their names differ in signs only")
-    found = Ablation(
-        task, common, variants, seeds, held.get("score", get_task(task).score), held.get("question", ""), path.stem
+        raise UserError(f"{path}: two variants would share a folder, as their names differ only in punctuation")
+    ablation = Ablation(
+        task, common, variants, seeds, spec.get("score", get_task(task).score), spec.get("question", ""), path.stem
     )
     for name in variants:
         try:
-            found.config(name, seeds[0])
+            ablation.config(name, seeds[0])
         except UserError as error:
             raise UserError(f"{path}: variant {name}: {error}") from None
-    return found
+    return ablation
 
 
 def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float | None = None) -> list[Row]:
-    """Make the runs that are not yet made, and write the tables after each.
+    """Make or resume the unfinished runs, and write the tables after each.
 
     Args:
         ablation: what to run.
         out: folder; `runs/VARIANT-SEED/` are run folders, `NAME.csv`, `NAME.md`, `NAME.png` the results. Ablations that
             have a variant in common, by name and settings, can share a folder and its runs.
-        minutes: start no run after so many.
+        minutes: start no new run after this long.
 
     Raises:
-        UserError: the folder holds a run of another setting, a run failed (its log is named) or was stopped.
+        UserError: the folder holds a run with other settings, a run failed (its log is named) or was stopped.
     """
     folder = Path(out)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -178,7 +177,7 @@ def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float
             _check_same(place, ablation.config(variant, seed))
             continue
         if minutes is not None and time.monotonic() - start > 60 * minutes:
-            log.info(f"{len(runs) - number + 1} runs left; the same command goes on with them")
+            log.info(f"{len(runs) - number + 1} runs left; the same command continues with them")
             break
         log.info(f"run {number} of {len(runs)}: {variant}, seed {seed}")
         _train(ablation, variant, seed, place)
@@ -189,7 +188,7 @@ def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float
 
 
 def run_folder(folder: Path, variant: str, seed: int) -> Path:
-    """Where a run is."""
+    """The folder of a run."""
     return folder / "runs" / f"{_plain(variant)}-{seed}"
 
 
@@ -220,18 +219,18 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
         cost["processor_seconds"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         (place / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise UserError(f"{variant}, seed {seed}, was stopped; the same command goes on with it")
+        raise UserError(f"{variant}, seed {seed}, was stopped; the same command resumes it")
     if status:
         last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise UserError(f"{variant}, seed {seed}, stopped with status {status} ({' '.join(last)}); see {output}")
 
 
 def _run(command: list[str], output: Any) -> int:
-    """The status of a process of its own. Signals to this one are passed on to it, so that training saves its state."""
+    """Run a process and return its status; signals are forwarded to it, so that training saves its state."""
     process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []  # came before there was a process to pass them on to
+    early: list[int] = []  # received before the process started
 
-    def pass_on(number: int, frame: Any) -> None:
+    def forward(number: int, frame: Any) -> None:
         if process is None:
             early.append(number)
         else:
@@ -240,8 +239,8 @@ def _run(command: list[str], output: Any) -> int:
     handlers: dict[int, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, pass_on)
-    except ValueError:  # not in the main thread: whoever started it handles signals
+            handlers[number] = signal.signal(number, forward)
+    except ValueError:  # not in the main thread, which handles signals
         pass
     try:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -255,10 +254,10 @@ def _run(command: list[str], output: Any) -> int:
 
 def _check_same(place: Path, config: RunConfig) -> None:
     stored = read_yaml(place / "config.yaml", type(config))
-    held = {**type(config)().to_dict(), **stored}  # an option that there was not yet is at its default
+    settings = {**type(config)().to_dict(), **stored}  # options newer than the run have their defaults
     for name, value in config.to_dict().items():
-        if name not in ("run", "workers", "device", "devices") and held[name] != value:
-            raise UserError(f"{place} was made with {name} {held[name]}, not {value}: take another --out")
+        if name not in ("run", "workers", "device", "devices") and settings[name] != value:
+            raise UserError(f"{place} was trained with {name} {settings[name]}, not {value}: pass another --out")
 
 
 def _result(place: Path, score: str) -> float | None:
@@ -268,12 +267,12 @@ def _result(place: Path, score: str) -> float | None:
     with (place / "metrics.csv").open(newline="", encoding="utf-8") as file:
         values = [row[score] for row in csv.DictReader(file) if row.get(score)]
     if not values:
-        raise UserError(f"{place}/metrics.csv has no column {score}")
+        raise UserError(f"{place}/metrics.csv lacks the column {score}")
     return float(values[-1])
 
 
 def collect(ablation: Ablation, folder: Path) -> list[Row]:
-    """What the finished runs came to, a row per variant that has any."""
+    """The results of the finished runs, one row per variant that has any."""
     rows = {name: Row(name) for name in ablation.variants}
     for variant, seed in ablation.runs():
         place = run_folder(folder, variant, seed)
@@ -305,11 +304,11 @@ def network_cost(run: Path, task: str, size: tuple[int, int]) -> tuple[int, int]
 
 def summary(rows: list[Row]) -> list[dict[str, Any]]:
     """The table: scores in percent; differences to the first variant over the seeds that both have."""
-    told = []
+    table = []
     for row in rows:
         scores = [100 * v for v in row.scores.values()]
         pairs = [100 * (v - rows[0].scores[s]) for s, v in row.scores.items() if s in rows[0].scores]
-        told.append(
+        table.append(
             {
                 "variant": row.variant,
                 "runs": len(scores),
@@ -324,19 +323,19 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
                 "processor_seconds": statistics.mean(row.seconds) if row.seconds else None,
             }
         )
-    return told
+    return table
 
 
 def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
     """`NAME.csv`, `NAME.md` and `NAME.png`."""
     if not rows:
         return
-    told = summary(rows)
+    table = summary(rows)
     with (folder / f"{ablation.name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(told[0]))
+        writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in told)
-    (folder / f"{ablation.name}.md").write_text(markdown(ablation, told), encoding="utf-8")
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    (folder / f"{ablation.name}.md").write_text(markdown(ablation, table), encoding="utf-8")
     from sgformer.viz.ablation import draw_ablation
 
     draw_ablation(
@@ -346,15 +345,15 @@ def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
     )
 
 
-def markdown(ablation: Ablation, told: list[dict[str, Any]]) -> str:
-    """The table for a page."""
-    first = told[0]["variant"]
+def markdown(ablation: Ablation, table: list[dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    first = table[0]["variant"]
     lines = [f"{ablation.question}\n"] if ablation.question else []
     lines += [
         f"| variant | {ablation.score}, % | least to most | against {first} | runs | parameters | MACs | time of one |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in told:
+    for row in table:
         spread = "" if row["sd"] is None else f" ± {row['sd']:.1f}"
         against = "" if row["difference"] is None else f"{row['difference']:+.1f}"
         against += "" if row["difference_sd"] is None else f" ± {row['difference_sd']:.1f}"

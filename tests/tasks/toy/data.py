@@ -7,7 +7,7 @@ from sgformer.training.task import Splits
 
 
 def open_data(config, weights, batch, rank, world):
-    """As of `Task.splits`."""
+    """See `Task.splits`."""
     train, val = open_both(config.data)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps, transform = len(sampler) // config.accumulate, eval_transform(config.image_hw, 1.0)

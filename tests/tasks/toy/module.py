@@ -41,6 +41,6 @@ class ToyModule(TaskModule):
 
 
 def build(config, splits, weights):
-    """As of `Task.module`."""
+    """See `Task.module`."""
     model = build_model(config.model, 1) if weights is None else build_network(weights, 1)
     return ToyModule(model.train(), splits.metadata["classes"], config.scaled(config.lr), config.scale)

@@ -14,7 +14,7 @@ network = build_network
 
 
 def predict(weights, sources, *, device="cpu"):
-    """As of `Task.predict`: (name, number) of each image."""
+    """See `Task.predict`: (name, number) of each image."""
     model, transform = build_network(weights).to(device), eval_transform(weights.metadata["image_size"], 1.0)
     for i, source in enumerate(sources):
         image = open_image(source)
@@ -23,7 +23,7 @@ def predict(weights, sources, *, device="cpu"):
 
 
 def evaluate(weights, data, *, split="val", batch_size=64, out=None, **machine):
-    """As of `Task.evaluate`."""
+    """See `Task.evaluate`."""
     listing = open_data("classes", data, split)
     dataset = ImageFolderDataset(listing, eval_transform(weights.metadata["image_size"], 1.0))
     module = ToyModule(build_network(weights), listing.classes)

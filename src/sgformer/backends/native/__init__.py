@@ -1,12 +1,12 @@
-"""Operations compiled on this machine, fused, and whole blocks of them: on the CPU in float32.
+"""Fused operations and whole blocks of them, compiled on this machine: float32 on the CPU.
 
-The C++ sources here are compiled by the machine's own compiler, for its own processor, the first time that someone asks
-(a few seconds), and kept in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here is known to autograd,
-and nothing is a torch operator: :func:`sgformer.optimize` puts these functions into a network for inference, and
-:func:`sgformer.accelerate` for training.
+The C++ sources here are compiled by the machine's own compiler, for its own processor, at first use (a few seconds),
+and cached in ``$XDG_CACHE_HOME/sgformer`` (``~/.cache/sgformer``). Nothing here supports autograd or is a torch
+operator: :func:`sgformer.optimize` puts these functions into a network for inference, and :func:`sgformer.accelerate`
+for training.
 
-``interface.h`` declares what the C++ sources offer, :mod:`~sgformer.backends.native.interface` tells ctypes,
-:mod:`~sgformer.backends.native.build` compiles, :mod:`~sgformer.backends.native.ops` takes and gives tensors.
+``interface.h`` declares the C++ functions, :mod:`~sgformer.backends.native.interface` declares them to ctypes,
+:mod:`~sgformer.backends.native.build` compiles them, and :mod:`~sgformer.backends.native.ops` calls them on tensors.
 """
 
 from sgformer.backends.native.build import UnavailableError, library

@@ -1,4 +1,4 @@
-// Softmax attention within windows, what every key received, and the gradients.
+// Softmax attention within windows, the attention every key received, and the gradients.
 
 #include <algorithm>
 #include <cmath>

@@ -8,8 +8,8 @@ namespace {
 
 constexpr ConstView NOTHING = {nullptr, 0};
 
-// What every block ends with. `attended` is what attention made, `local` the slice of `wide` that the local term is
-// made of; `normed` and `wide` are overwritten.
+// The end of every block. `attended` is the output of attention, `local` the slice of `wide` that the local term is
+// computed from; `normed` and `wide` are overwritten.
 void block_tail(const Block& block, const TailWeights& w, const float* x, float* attended, ConstView local, float* out,
                 float* normed, float* wide) {
   const Index N = block.B * block.H * block.W, C = block.C, hidden = block.hidden;

@@ -1,7 +1,7 @@
-"""The kernels compiled by this machine's own C++ compiler, for its own processor, and kept for the next time.
+"""Compiling the kernels with this machine's own C++ compiler, for its own processor, with a cache.
 
 By hand and not by ``torch.utils.cpp_extension``, which needs ninja and the headers of Python and torch, takes a minute,
-and knows nothing of homes that machines with different processors share.
+and ignores that machines with different processors may share a home.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from sgformer.backends.native.interface import declare
 SOURCE = Path(__file__).with_name("kernels.cpp")  # which includes all others
 # No -ffast-math: rounding by a large constant, which exp() needs, would be optimised away.
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
-# x86 compilers mean something else by -mcpu than others do. On many Intel processors gcc copies vectors of 64 bytes in
-# halves unless told otherwise, which costs linear maps two thirds of their speed.
+# -mcpu has another meaning on x86. On many Intel processors gcc by default copies vectors of 64 bytes in halves, which
+# costs linear maps two thirds of their speed.
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 PROCESSOR = ("-march=native", "-mprefer-vector-width=512") if X86 else ("-mcpu=native",)
 TIMEOUT = 120  # seconds for the compiler
 
 
 class UnavailableError(RuntimeError):
-    """The kernels cannot be compiled here; one line says why."""
+    """The kernels cannot be compiled here; the message is one line."""
 
 
 @functools.cache
@@ -46,11 +46,11 @@ def library() -> ctypes.CDLL:
         raise UnavailableError("there is no C++ compiler (tried $CXX, g++, c++, clang++)")
     command = [compiler, *FLAGS, *PROCESSOR]
     try:
-        status = os.stat(compiler)  # another version of it, another file
+        status = os.stat(compiler)  # another compiler version, another file
         name = _file_name(*command, str(status.st_size), str(status.st_mtime_ns), _processor())
         folder = _cache()
         if folder is not None and (folder / name).is_file():
-            with contextlib.suppress(OSError):  # damaged: it is made anew
+            with contextlib.suppress(OSError):  # damaged: compile it again
                 return declare(ctypes.CDLL(str(folder / name)))
         with contextlib.ExitStack() as stack:
             if folder is None or not _can_write(folder):  # compiled for this process alone
@@ -67,13 +67,13 @@ def sources() -> list[Path]:
 
 
 def _file_name(*key: str) -> str:
-    """That of the library which a compiler makes of the sources: another for each key and each content."""
+    """The file name of the library: one for each key and content of the sources."""
     parts = [*key, *(part for path in sources() for part in (path.name, path.read_text()))]
     return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
 def _compile(command: Sequence[str], file: Path) -> None:
-    # Under another name first: processes that start together must not load what another has half written.
+    # Under another name first: concurrent processes must not load a half-written file.
     handle, name = tempfile.mkstemp(suffix=".so", dir=file.parent)
     os.close(handle)
     try:
@@ -85,13 +85,13 @@ def _compile(command: Sequence[str], file: Path) -> None:
             raise UnavailableError(f"{command[0]} failed: {lines[0][:200]}")
         os.replace(name, file)
     except subprocess.TimeoutExpired:
-        raise UnavailableError(f"{command[0]} gave no result within {TIMEOUT} s") from None
+        raise UnavailableError(f"{command[0]} did not finish within {TIMEOUT} s") from None
     finally:
         Path(name).unlink(missing_ok=True)
 
 
 def _cache() -> Path | None:
-    """The folder that is kept; None where there is no home."""
+    """The cache folder; None without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
     except RuntimeError:
@@ -108,7 +108,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def _processor() -> str:
-    """What decides which instructions there are: homes are shared between machines that differ."""
+    """The identity of the processor's instruction set: different machines may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -8,7 +8,7 @@
 
 namespace {
 
-// What the kernel sees at output pixel p of all images, (kernel, kernel, C); zeros lie outside.
+// The input patch of output pixel p of all images, (kernel, kernel, C); zeros lie outside.
 inline void im2col(const Conv& conv, const float* x, Index p, float* column) {
   const Index H = conv.H, W = conv.W, C = conv.C, k = conv.kernel, row = p / conv.out_W;
   const Index b = row / conv.out_H, y0 = row % conv.out_H * conv.stride - conv.padding;
@@ -70,7 +70,7 @@ void sgformer_conv(const Conv& conv, const float* x, Affine map, float* out) {
 void sgformer_conv_gradient(const Conv& conv, const float* x, const float* grad, float* out) {
   const Index H = conv.H, W = conv.W, C = conv.C, k = conv.kernel, stride = conv.stride, width = conv.width;
   const Index out_H = conv.out_H, out_W = conv.out_W, rows = conv.B * out_H, size = k * k * width * C;
-  // So many parts whatever the number of threads, for the same bits; each has sums of its own.
+  // The number of parts does not depend on the threads, for the same bits; each has its own sums.
   const Index parts = std::min<Index>(32, (rows + 15) / 16);
   std::vector<float> sums(parts * size);
 #pragma omp parallel

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int CHANNELS = 32;  // three rows of so many fit in the L1 cache
 
-// CHANNELS channels that are wanted a row later: strides are too long for the processor to guess.
+// CHANNELS channels that are needed a row later: strides are too long for the hardware prefetcher.
 inline void prefetch(const float* p) {
   __builtin_prefetch(p);
   __builtin_prefetch(p + 16);

@@ -101,7 +101,7 @@ inline void gemm_tn(const float* a, Index lda, const float* b, Index ldb, Index 
   Row<K> r[6] = {}, y;
 #define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
   for (Index k = 0; k < depth; k++, b += ldb, a += lda) {
-    for (int i = 0; i < K; i++) __builtin_prefetch(b + 8 * ldb + i * L);  // strides too long for the processor to guess
+    for (int i = 0; i < K; i++) __builtin_prefetch(b + 8 * ldb + i * L);  // too far apart for the prefetcher
     __builtin_prefetch(a + 8 * lda);
     y.load_from(b);
 #define STEP(i) \

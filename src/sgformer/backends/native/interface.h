@@ -1,6 +1,6 @@
-// The C interface of the kernels, and the only description of it: interface.py reads this file and tells ctypes.
+// The C interface of the kernels, and the only description of it: interface.py parses this file for ctypes.
 //
-// What may stand here: structs of plain fields and functions, made of float, int, Index, these structs, pointers and
+// Allowed here: structs of plain fields and functions, made of float, int, Index, these structs, pointers and
 // references to them. A reference is a pointer that is never null; structs of 16 bytes are passed by value.
 //
 // Legend: B batch, H x W token grid, N = H * W tokens, C channels. Tokens are (B, H, W, C).
@@ -47,7 +47,7 @@ extern "C" void sgformer_pack(const float* weight, Index width, Index n, Index t
 extern "C" void sgformer_linear(ConstView x, Affine map, ConstView add, View out, Index rows, Index n, Index width);
 
 // Gradients of a linear map's weight (width, n) and, unless null, bias, from that of its output (rows, width) and from
-// its input x (rows, n). `accumulate`: they are added to what is there.
+// its input x (rows, n). `accumulate`: they are added to the present values.
 extern "C" void sgformer_linear_gradient(ConstView grad, ConstView x, AffineGrad out, Index rows, Index n, Index width,
                                          int accumulate);
 
@@ -147,20 +147,20 @@ extern "C" void sgformer_aggregate_backward(const Groups& groups, const float* x
 
 // -- whole blocks (blocks.cpp), for inference -----------------------------------------------------------------------
 //
-// One call for what are a dozen operations, so that the caller does not set the pace. x (B, H, W, C) is read, `out`
-// written; `scratch` holds what lies between. Linear maps are packed, weights of depthwise convolutions (9, C).
+// One call instead of a dozen, to save the caller's overhead. x (B, H, W, C) is read, `out`
+// written; `scratch` holds intermediate results. Linear maps are packed, weights of depthwise convolutions (9, C).
 
 struct Block {
   Index B, H, W, C, hidden, heads;
   float eps;  // of LayerNorm
 };
 
-// What every block ends with: the local term, the output projection, the MLP with its norm and convolution.
+// The end of every block: the local term, the output projection, the MLP with its norm and convolution.
 struct TailWeights {
   Affine local, proj, norm, fc1, conv, fc2;
 };
 
-// `heads` are those of one scale. `is_global`: coarse heads see all reduced tokens and not those of a window.
+// `heads` are those of one scale. `is_global`: coarse heads attend to all reduced tokens, not to a window's.
 struct HybridOptions {
   Index reduction, window, is_global;
   float reduce_eps;
@@ -178,12 +178,12 @@ extern "C" void sgformer_hybrid_block(const Block& block, const HybridOptions& o
 struct GuidedWeights {
   Affine norm, proj_in, kv;
 };
-// So many tokens, by rising significance, in groups of `rate`.
+// The next `length` tokens by ascending significance, in groups of `rate`.
 struct Region {
   Index length, rate;
 };
 
-// maps: of every region, what makes one token of a group. scratch: N (2 C + max(hidden, 2 C)) floats and 3 C for every
+// maps: from a group of every region to one token. scratch: N (2 C + max(hidden, 2 C)) floats and 3 C for every
 // group.
 extern "C" void sgformer_guided_block(const Block& block, const GuidedWeights& weights, const TailWeights& tail,
                                       const Region* regions, const Affine* maps, Index count, const float* x,

@@ -1,7 +1,7 @@
 """The kernels' C interface for ctypes: structs and signatures as interface.h, the only source of them, declares them.
 
-Reading it takes a millisecond. Pointers are addresses or None; references and arrays of structs are given as they are.
-Structs take their fields by name or in order, and refuse names that they do not have.
+Reading it takes a millisecond. Pointers are addresses or None; references and arrays of structs are passed as they are.
+Structs take their fields by name or in order, and reject unknown names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCALARS: dict[str, Any] = {
 
 
 def parse(text: str) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Any]]]]:
-    """Structs by name, and of every function the types of its result and of its arguments."""
+    """Structs by name, and the result and argument types of every function."""
     text = re.sub(r"//.*", "", text)
     structs: dict[str, Any] = {}
     functions = {}
@@ -39,7 +39,7 @@ def parse(text: str) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Any]]]]:
 
 
 def _fields(line: str, structs: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    """``const float *weight, *bias`` declares two."""
+    """The fields of a line; ``const float *weight, *bias`` declares two."""
     first, *others = line.split(",")
     kind = re.sub(r"[*&]?\s*\w+$", "", first.strip())
     return (_declared(field, structs) for field in (first, *(kind + other for other in others)))
@@ -60,7 +60,7 @@ STRUCTS, FUNCTIONS = parse(HEADER.read_text())
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes what the functions of a library take and give."""
+    """Set the argument and result types of a library's functions."""
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -23,7 +23,7 @@ void sgformer_pack(const float* weight, Index width, Index n, Index transposed, 
       }
     } else {
       for (Index j = 0; j < wide; j++) {
-        if (j + 4 < real)  // the rows are too far apart for the processor to guess
+        if (j + 4 < real)  // the rows are too far apart for the hardware prefetcher
           for (Index i = first; i < last; i += 16) __builtin_prefetch(weight + (c + j + 4) * n + i);
         for (Index i = first; i < last; i++) to[i * wide + j] = j < real ? weight[(c + j) * n + i] : 0;
       }
@@ -32,7 +32,7 @@ void sgformer_pack(const float* weight, Index width, Index n, Index transposed, 
 }
 
 void sgformer_linear(ConstView x, Affine map, ConstView add, View out, Index rows, Index n, Index width) {
-  // A task is so many rows that they stay in the cache while all panels pass; or one panel, if tasks would be too few.
+  // A task is as many rows as stay in the cache for all panels, or one panel if there would be too few tasks.
   const Index panels = (width + NR - 1) / NR, padded = round_up(width), tiles = (rows + MR - 1) / MR;
   const Index most = std::max<Index>(1, 32768 / n / MR), blocks = (tiles + most - 1) / most;
   const Index cuts = blocks < 4 * threads() ? panels : 1;

@@ -1,4 +1,4 @@
-// LayerNorm, and GroupNorm with one group, each with a GELU where asked for; their gradients.
+// LayerNorm, and GroupNorm with one group, each optionally followed by a GELU; their gradients.
 
 #include <algorithm>
 #include <cmath>
@@ -54,15 +54,15 @@ void image_mean_rstd(const float* x, Index B, Index N, Index C, float eps, float
     squares[task] = std::isfinite(rstd) ? count / ((double)rstd * rstd) : 0;  // sum of squares about the mean
   }
   for (Index b = 0; b < B; b++) {  // Chan, Golub, LeVeque: moments of parts to moments of the whole
-    double m = 0, s = 0, seen = 0;
+    double m = 0, s = 0, total = 0;
     for (Index p = 0; p < parts; p++) {
       const double n = (double)std::min(step, N - p * step) * C, delta = means[b * parts + p] - m;
-      s += squares[b * parts + p] + delta * delta * seen * n / (seen + n);
-      m += delta * n / (seen + n);
-      seen += n;
+      s += squares[b * parts + p] + delta * delta * total * n / (total + n);
+      m += delta * n / (total + n);
+      total += n;
     }
     mean[b] = m;
-    rstd[b] = 1 / std::sqrt(s / seen + eps);
+    rstd[b] = 1 / std::sqrt(s / total + eps);
   }
 }
 

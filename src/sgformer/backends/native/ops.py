@@ -1,7 +1,7 @@
 """The kernels as functions of tensors.
 
 Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d = C / h. All tensors are float32 and on the CPU,
-contiguous unless said otherwise.
+contiguous unless noted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from sgformer.backends.native.build import library
 from sgformer.backends.native.interface import STRUCTS
 
-CHUNK = 1 << 21  # floats: of tensors larger than these 8 MiB, callers take fewer images at a time
+CHUNK = 1 << 21  # floats: if tensors exceed these 8 MiB, callers take fewer images at a time
 
 Affine, AffineGrad, ConstView, View = (STRUCTS[name] for name in ("Affine", "AffineGrad", "ConstView", "View"))
 Grid, Conv, Attention, Groups = (STRUCTS[name] for name in ("Grid", "Conv", "Attention", "Groups"))
@@ -34,12 +34,12 @@ def lanes() -> int:
 
 
 def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias (out,) of a linear map as :func:`linear` wants them."""
+    """Weight (out, in) and bias (out,) of a linear map in the layout of :func:`linear`."""
     return pack(weight.detach()), padded(bias, weight.shape[0])
 
 
 def pack(weight: Tensor, transposed: bool = False) -> Tensor:
-    """Weight (out, in) of a linear map as :func:`linear` wants it; ``transposed``, of the map from (out) to (in)."""
+    """Weight (out, in) of a linear map in the layout of :func:`linear`; ``transposed``: of the map from out to in."""
     width, n = _checked(weight := weight.contiguous()).shape
     cols, depth = (n, width) if transposed else (width, n)
     packed = weight.new_empty(depth * (cols + -cols % lanes()))
@@ -48,7 +48,7 @@ def pack(weight: Tensor, transposed: bool = False) -> Tensor:
 
 
 def padded(bias: Tensor | None, width: int) -> Tensor:
-    """Bias (width,) of a linear map, or zeros, as :func:`linear` wants it."""
+    """Bias (width,) of a linear map, or zeros, in the layout of :func:`linear`."""
     bias = torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias.detach()
     more = -width % lanes()
     return F.pad(bias, (0, more)) if more else bias
@@ -59,7 +59,7 @@ def linear(
 ) -> Tensor:
     """Linear map of (B, H, W, n) to (B, H, W, width). ``weight`` and ``bias`` come from :func:`panels`.
 
-    ``out``: memory for the result; ``add``: what is added to it, of its shape.
+    ``out``: memory for the result; ``add``: a tensor of its shape to add.
     """
     B, H, W, n = _checked(x).shape
     out = x.new_empty(B, H, W, width) if out is None else _checked(out)
@@ -77,7 +77,7 @@ def linear(
 
 def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool = False) -> None:
     """Gradients of a linear map into ``weight`` (out, in) and ``bias`` (out,), from that of its result (..., out) and
-    from its input (..., in); with ``add``, they are added to what is there."""
+    from its input (..., in); with ``add``, they are accumulated."""
     width, n = _checked(weight).shape
     library().sgformer_linear_gradient(
         ConstView(_checked(gradient).data_ptr(), width),
@@ -94,12 +94,12 @@ def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight (width, C, k, k) and bias of a convolution as :func:`conv` wants them."""
+    """Weight (width, C, k, k) and bias of a convolution in the layout of :func:`conv`."""
     return panels(weight.detach().permute(0, 2, 3, 1).flatten(1), bias)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, padding: int) -> Tensor:
-    """Convolution of (B, H, W, C) to (B, ceil(H / stride), ceil(W / stride), width); zeros lie outside.
+    """Convolution of (B, H, W, C) to (B, ceil(H / stride), ceil(W / stride), width), zero-padded.
 
     ``weight`` and ``bias`` come from :func:`conv_panels`.
     """
@@ -112,7 +112,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, strid
 
 
 def conv_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """Of the weight (width, C, k, k) of :func:`conv`, from that of its result and from its input.
+    """Gradient of the weight (width, C, k, k) of :func:`conv`, from that of its result and from its input.
 
     C must be a multiple of :func:`lanes`.
     """
@@ -123,19 +123,19 @@ def conv_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding
     return taps.permute(2, 3, 0, 1).contiguous()
 
 
-#: Of Winograd's F(2 x 2, 3 x 3).
+#: The weight transform of Winograd's F(2 x 2, 3 x 3).
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 
 
 def winograd_panels(weight: Tensor) -> Tensor:
-    """Weight (width, C, 3, 3) of a convolution as :func:`winograd` wants it: 16 matrices, each as of :func:`panels`."""
+    """Weight (width, C, 3, 3) of a convolution in the layout of :func:`winograd`: 16 matrices of :func:`pack`."""
     g = torch.tensor(_G, dtype=torch.float64, device="cpu")
     matrices = torch.einsum("ri,oxij,cj->rcox", g, weight.detach().double(), g).flatten(0, 1)
     return torch.stack([pack(matrix.float()) for matrix in matrices])
 
 
 def winograd(x: Tensor, weight: Tensor, width: int) -> Tensor:
-    """3 x 3 convolution of (B, H, W, C) to (B, H, W, width), with zeros around.
+    """3 x 3 convolution of (B, H, W, C) to (B, H, W, width), zero-padded.
 
     C and width must be multiples of :func:`lanes`; ``weight`` comes from :func:`winograd_panels`.
     """
@@ -146,7 +146,7 @@ def winograd(x: Tensor, weight: Tensor, width: int) -> Tensor:
 
 
 def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """Of the weight (width, C, 3, 3) of :func:`winograd`, from that of its result and from its input."""
+    """Gradient of the weight (width, C, 3, 3) of :func:`winograd`, from that of its result and from its input."""
     (B, H, W, C), width = _checked(x).shape, _checked(gradient).shape[-1]
     matrices = x.new_empty(4, 4, width, C)
     library().sgformer_winograd_gradient(
@@ -160,12 +160,12 @@ def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def tap_major(weight: Tensor) -> Tensor:
-    """The kernel of a 3 x 3 depthwise convolution, (C, 1, 3, 3), as the functions here want it: (9, C)."""
+    """The kernel of a 3 x 3 depthwise convolution, (C, 1, 3, 3), in the layout of the functions here: (9, C)."""
     return weight.detach().flatten(1).t().contiguous()
 
 
 def taps_plus_input(weight: Tensor) -> Tensor:
-    """:func:`tap_major` of x + depthwise(x): 1 is added to the centre tap."""
+    """:func:`tap_major` of x + depthwise(x): the centre tap plus 1."""
     taps = tap_major(weight).clone()
     taps[4] += 1
     return taps
@@ -192,7 +192,7 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None =
 
 
 def depthwise_add(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """Adds the depthwise convolution of x, (B, H, W, C), to ``out``; weight (9, C), bias (C,).
+    """Add the depthwise convolution of x, (B, H, W, C), to ``out``; weight (9, C), bias (C,).
 
     x may be a slice of a wider tensor's channels.
     """
@@ -204,7 +204,7 @@ def depthwise_add(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
 def depthwise_backward(
     x: Tensor, gradient: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, gelu: Tensor | None = None
 ) -> Tensor:
-    """The gradient of a depthwise convolution's input x, into ``out``, from that of its result; all (B, H, W, C).
+    """Gradient of a depthwise convolution's input x, into ``out``, from that of its result; all (B, H, W, C).
 
     With ``bias`` and ``gelu``, of :func:`depthwise_gelu`, whose result is written into ``gelu``. ``out`` may be
     ``gradient``. All but ``gelu`` may be slices of a wider tensor's channels.
@@ -240,7 +240,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def layer_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, in the place of ``gradient``, the weight and the bias of :func:`layer_norm`.
+    """Gradients of the input, written over ``gradient``, the weight and the bias of :func:`layer_norm`.
 
     ``add`` is added to the first.
     """
@@ -260,7 +260,7 @@ def layer_norm_backward(
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, inplace: bool = False) -> Tensor:
-    """GroupNorm with one group of (B, H, W, C), and a GELU where asked for."""
+    """GroupNorm with one group of (B, H, W, C), then optionally a GELU."""
     B, H, W, C = _checked(x).shape
     out = x if inplace else x.new_empty(B, H, W, C)
     norm = Affine(weight.data_ptr(), bias.data_ptr())
@@ -301,9 +301,9 @@ def attend(
 ) -> Tensor | None:
     """Attention of queries (B, H, W, D) to keys and values (B, H', W', 2 D), window by window, into ``out``.
 
-    All may be slices of wider tensors' channels. With ``reduction``, how many times as coarse the grid of keys is, also
-    the significance of every token (B, H, W): the attention that its key received, averaged over heads and the queries
-    of a whole window.
+    All may be slices of wider tensors' channels. With ``reduction``, the factor by which the grid of keys is coarser,
+    also returns the significance of every token (B, H, W): the attention that its key received, averaged over heads and
+    the queries of a whole window.
     """
     received = q.new_empty(q.shape[:3]) if reduction else None
     library().sgformer_attend(
@@ -347,7 +347,7 @@ def _attention(q: Tensor, kv: Tensor, heads: int, q_window: tuple[int, int], kv_
 
 
 def argsort(values: Tensor) -> Tensor:
-    """Stable argsort of (B, N), ascending, NaN last: (B, N) int64. What :func:`sgformer.ops.sort_tokens` gives."""
+    """Stable argsort of (B, N), ascending, NaN last: (B, N) int64, like :func:`sgformer.ops.sort_tokens`."""
     B, N = _checked(values).shape
     indices = torch.empty(B, N, dtype=torch.int64, device="cpu")
     library().sgformer_argsort(values.data_ptr(), B, N, indices.data_ptr())
@@ -390,7 +390,7 @@ def _groups(groups: Sequence[Tensor]) -> list[Any]:
     for group in groups:
         _, count, rate = group.shape
         if group.stride()[1:] != (rate, 1):
-            raise ValueError(f"the members of a group must lie side by side (got strides {group.stride()})")
+            raise ValueError(f"the members of a group must be contiguous (got strides {group.stride()})")
         found.append(Groups(group.data_ptr(), group.stride(0), count, rate, total, first))
         first += count
     return found
@@ -403,8 +403,8 @@ class Weights:
     """Parameters of a block, for the kernels.
 
     Args:
-        struct: ``TailWeights`` or another of interface.h that holds nothing but weights and biases.
-        parts: weight and bias by the struct's names, linear maps as of :func:`panels`, 3 x 3 kernels of
+        struct: ``TailWeights`` or another of interface.h that holds only weights and biases.
+        parts: weight and bias by the struct's names, linear maps of :func:`panels`, 3 x 3 kernels of
             :func:`tap_major`.
     """
 
@@ -416,9 +416,9 @@ class Weights:
         self.tensors = [tensor for name in names for tensor in parts[name]]
 
     def addresses(self) -> Any:
-        """The struct, made at every call: a network that was copied has its parameters elsewhere.
+        """The struct, built at every call, as a copied network has its parameters elsewhere.
 
-        All at once, in the order of the fields: one by one takes three times as long.
+        All fields at once, in their order: one by one takes three times as long.
         """
         return STRUCTS[self.struct].from_buffer_copy(_pointers(self.tensors))
 
@@ -435,7 +435,7 @@ def hybrid_block(
     eps: float,
     reduce_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:class:`~sgformer.models.backbone.HybridBlock`: (B, H, W, C) to the same, and its two maps (B, H, W)."""
+    """:class:`~sgformer.models.backbone.HybridBlock`: (B, H, W, C) to the same, and two significance maps (B, H, W)."""
     B, H, W, C = _checked(x).shape
     reduced = B * -(-H // reduction) * -(-W // reduction)
     out, coarse, fine = x.new_empty(x.shape), x.new_empty(B, H, W), x.new_empty(B, H, W)
@@ -505,7 +505,7 @@ def plain_block(x: Tensor, parts: Weights, tail: Weights, hidden: int, heads: in
     return out
 
 
-# -- tensors as kernels see them --------------------------------------------------------------------------------
+# -- arguments of the kernels -----------------------------------------------------------------------------------
 
 
 def _pointers(tensors: Iterable[Tensor]) -> bytes:
@@ -514,7 +514,7 @@ def _pointers(tensors: Iterable[Tensor]) -> bytes:
 
 
 def _checked(x: Tensor) -> Tensor:
-    """What the kernels read as float32, one after the other, must be that."""
+    """Check that a tensor is contiguous float32 on the CPU, as the kernels read it."""
     if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
         raise ValueError(
             f"native kernels take contiguous float32 on the CPU (got {x.dtype} on {x.device}, shape {tuple(x.shape)}, "
@@ -524,7 +524,7 @@ def _checked(x: Tensor) -> Tensor:
 
 
 def _view(x: Tensor, kind: Any) -> Any:
-    """(B, H, W, C), perhaps a slice of a wider tensor's channels, as a view for the kernels."""
+    """(B, H, W, C), possibly a slice of a wider tensor's channels, as a view for the kernels."""
     _, H, W, _ = x.shape
     stride = x.stride(2)
     if x.dtype != torch.float32 or not x.is_cpu or x.stride() != (H * W * stride, W * stride, stride, 1):

@@ -39,7 +39,7 @@ inline vec load(const float* p, int n) {  // the first n, then zeros
   return v;
 }
 inline void store(float* p, vec v, int n) { std::memcpy(p, &v, 4 * n); }
-// GCC would rather read an operand from memory again at every use; loads, not arithmetic, would then be the limit.
+// Otherwise GCC reloads an operand from memory at every use, and loads, not arithmetic, become the bottleneck.
 inline void keep_in_register(vec& v) { IN_REGISTER(v); }
 inline vec broadcast(float x) { return vec{} + x; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
@@ -51,7 +51,7 @@ inline ivec lane_mask(Index n) {  // all bits set in the first n lanes
 }
 inline Index round_up(Index n) { return (n + L - 1) / L * L; }  // to whole vectors
 
-// Reductions halve the vector again and again: L steps in a row would take as long as the rest of a short softmax.
+// Reductions halve the vector repeatedly: L steps in a row would take as long as the rest of a short softmax.
 template <int N>
 struct Floats {
   typedef float type __attribute__((vector_size(4 * N)));

@@ -1,4 +1,4 @@
-"""The formats that networks are exported in. A new one is a file in this folder, or a plugin; see `register_export`.
+"""The formats that networks are exported to. A new one is a file in this folder, or a plugin; see `register_export`.
 
 Help texts need the names alone: nothing here imports torch.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sgformer.exporting.graphs import Graph
 
 #: Runs a file: (B, 3, H, W) -> every output in order, and the order of tokens in every self-guided block, (B, N) int64,
-#: or None where that cannot be had.
+#: or None if unavailable.
 Runner = Callable[["Tensor"], "tuple[list[Tensor], list[Tensor] | None]"]
 
 FORMATS = Registry("format", "sgformer.exporting.formats", "register_export")
@@ -36,9 +36,9 @@ class ExportFormat:
     """Writes a graph, and runs the file in the format's own runtime.
 
     Attributes:
-        suffix: what files end in.
+        suffix: of the file's name.
         any_size: whether images of open size may have sides that are not multiples of 32.
-        whole: whether it can hold a whole detector, and not its backbone's part alone.
+        whole: whether it can hold a whole detector, not only its backbone and pyramid.
     """
 
     suffix: ClassVar[str]
@@ -52,14 +52,14 @@ class ExportFormat:
         """The files written.
 
         Args:
-            graph: as it is trained; `backends.traceable.traceable` makes what tracers follow of it.
-            example: an image to follow, (B, 3, H, W) float32.
-            size: the one (height, width) to take; None for any.
-            about: what the file is to say of itself.
-            path: of the first file; others lie beside it.
+            graph: as trained; `backends.traceable.traceable` makes it traceable.
+            example: an input to trace with, (B, 3, H, W) float32.
+            size: the fixed (height, width); None if open.
+            about: the metadata to store.
+            path: of the first file; others go beside it.
         """
         raise NotImplementedError
 
     def open(self, path: Path) -> Runner:
-        """What runs the file."""
+        """A runner of the file."""
         raise NotImplementedError

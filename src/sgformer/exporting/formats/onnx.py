@@ -1,4 +1,4 @@
-"""ONNX: one file, for onnxruntime and whatever else reads it."""
+"""ONNX: one file, for onnxruntime and other runtimes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPSET = 17  # the last one of the tracing exporter
 
 @register_export("onnx")
 class OnnxFormat(ExportFormat):
-    """One .onnx file, for onnxruntime and whatever else reads ONNX.
+    """One .onnx file, for onnxruntime and other runtimes.
 
     Written by torch's tracing exporter: it follows sizes as tensors, so that all may stay open, and torchvision's
     detectors are made for it. The newer one keeps sizes as formulas; for these networks they grow for minutes.
@@ -84,7 +84,7 @@ def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
 
 
 def set_onnx_metadata(model: Any, about: dict[str, Any]) -> None:
-    """Everything as JSON under "sgformer"; what other tools look for by itself, too."""
+    """Store all metadata as JSON under "sgformer"; entries that other tools read also under their own names."""
     values = {"sgformer": about, **{key: about[key] for key in ("task", "classes", "mean", "std", "image_size")}}
     del model.metadata_props[:]
     for key, value in values.items():

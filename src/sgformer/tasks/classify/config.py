@@ -13,25 +13,25 @@ class ClassifyConfig(RunConfig):
     """Image classification on the ImageNet layout."""
 
     data: str | None = option(
-        None, "Run", "folder with train/CLASS/* and val/CLASS/*, or folder or address of shards", main=True
+        None, "Run", "folder with train/CLASS/* and val/CLASS/*, or folder or URL of shards", main=True
     )
 
-    layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer downwards")
+    layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer, from the classifier down")
     warmup_epochs: float = option(5, "Optimiser", "linear warm-up")
-    warmup_lr: float = option(1e-6, "Optimiser", "rate it starts from, scaled as --lr")
-    min_lr: float = option(1e-5, "Optimiser", "where the cosine ends, scaled as --lr")
+    warmup_lr: float = option(1e-6, "Optimiser", "rate that the warm-up starts from, scaled like --lr")
+    min_lr: float = option(1e-5, "Optimiser", "rate that the cosine ends at, scaled like --lr")
     cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
 
     auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "Augmentation", "timm policy; null: none")
-    color_jitter: float = option(0.4, "Augmentation", "used where auto-augment is null")
+    color_jitter: float = option(0.4, "Augmentation", "used if auto-augment is null")
     interpolation: Literal["random", "bilinear", "bicubic"] = option("random", "Augmentation", "of training crops")
-    crop_scale: float = option(0.08, "Augmentation", "smallest share of the image in a training crop")
-    hflip: float = option(0.5, "Augmentation", "chance of a mirror image")
-    reprob: float = option(0.25, "Augmentation", "chance of random erasing")
+    crop_scale: float = option(0.08, "Augmentation", "smallest fraction of the image in a training crop")
+    hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")
+    reprob: float = option(0.25, "Augmentation", "probability of random erasing")
     mixup: float = option(0.8, "Augmentation", "alpha; 0: off")
     cutmix: float = option(1.0, "Augmentation", "alpha; 0: off")
-    mix_prob: float = option(1.0, "Augmentation", "chance per batch of either")
-    smoothing: float = option(0.1, "Augmentation", "of labels")
+    mix_prob: float = option(1.0, "Augmentation", "probability per batch of either")
+    smoothing: float = option(0.1, "Augmentation", "label smoothing")
     crop_pct: float = option(0.9, "Augmentation", "evaluation: resize to size / crop-pct, crop the centre")
 
     def __post_init__(self) -> None:

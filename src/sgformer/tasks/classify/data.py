@@ -22,7 +22,7 @@ AUGMENTATION = ("auto_augment", "color_jitter", "interpolation", "crop_scale", "
 
 
 def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
-    """As of `Task.splits`."""
+    """See `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
@@ -61,7 +61,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
 
 
 def objects(splits: Splits, index: int) -> np.ndarray | None:
-    """Objects' pixels on a validation sample, where the data are composed scenes; else None."""
+    """The object pixels of a validation sample of composed scenes; None for other data."""
     listing, transform = splits.val.listing, splits.val.transform
     if not hasattr(listing, "root") or not (listing.root / "scenes.json").is_file():
         return None
@@ -74,6 +74,6 @@ def objects(splits: Splits, index: int) -> np.ndarray | None:
 def draw_batch(
     config: ClassifyConfig, splits: Splits, images: list[torch.Tensor], targets: list[torch.Tensor], out: Path
 ) -> None:
-    """As of `Task.draw_batch`."""
+    """See `Task.draw_batch`."""
     pixels = denormalize(torch.stack(images), Normalization.of(splits.metadata)).permute(0, 2, 3, 1).numpy()
     draw_sheet(pixels, torch.stack(targets).numpy(), splits.metadata["classes"], out, config.smoothing)

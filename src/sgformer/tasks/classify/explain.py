@@ -14,7 +14,7 @@ from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.explaining.base import Explainer, explain_batch
 from sgformer.results import Explanation
 
-MOST = 5  # classes that the page shows
+MOST = 5  # classes shown on the page
 
 
 class ClassifyExplainer(Explainer):
@@ -25,7 +25,7 @@ class ClassifyExplainer(Explainer):
         return self.model
 
     def read(self, image: Image.Image) -> Tensor:
-        """An RGB image as in validation, or as it is where the weights do not say."""
+        """An RGB image as in validation, or unresized if the weights state no size."""
         if "image_size" not in self.metadata:
             return eval_transform((image.height, image.width), 1.0, normalization=self.normalization)(image)
         return eval_transform(**preprocessing(self.metadata))(image)
@@ -35,7 +35,7 @@ class ClassifyExplainer(Explainer):
         return dataclasses.replace(one, title=self._title(one.logits))
 
     def _title(self, logits: np.ndarray | None) -> str:
-        """`cat 97 %`, or nothing for a network that names no classes."""
+        """`cat 97 %`, or empty for a network without class names."""
         if logits is None or logits.ndim != 1 or len(self.names) != len(logits):
             return ""
         shares = np.exp(logits - logits.max())
@@ -44,7 +44,7 @@ class ClassifyExplainer(Explainer):
 
 
 def summary(explanation: Explanation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The most probable classes, as of `Task.summary`."""
+    """The most probable classes; see `Task.summary`."""
     if explanation.logits is None:
         return []
     shares = np.exp(explanation.logits - explanation.logits.max())

@@ -1,4 +1,4 @@
-"""What is exported of a classifier."""
+"""The exported graph of a classifier."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ClassifierGraph(Graph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if not (self.features or self.significance):
             return (self.model(image),)
-        seen = self.model.inspect(image)
-        return (seen.logits, *self._extra(seen))
+        inspection = self.model.inspect(image)
+        return (inspection.logits, *self._extra(inspection))
 
     def _network(self) -> Any:
         return self.model
@@ -29,5 +29,5 @@ class ClassifierGraph(Graph):
 
 
 def graph(model: Any, metadata: Mapping[str, Any], whole: bool, features: bool, significance: bool) -> Graph:
-    """As of `Task.graph`."""
+    """See `Task.graph`."""
     return ClassifierGraph(model, metadata, features, significance).eval()

@@ -1,4 +1,4 @@
-"""The numbers of a classifier's evaluation, and the files that hold them."""
+"""The metrics of a classifier, and their files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sgformer.training.report import (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a classifier did on a set of images.
+    """The metrics of a classifier on a set of images.
 
     Attributes:
-        top1, top5: fractions of images whose class is the first, among the first five.
+        top1, top5: fractions of images whose class ranks first, among the first five.
         loss: mean cross-entropy.
         confusion: (classes, classes) image counts, true classes in rows, predicted in columns.
         class_names: one per class.
@@ -41,23 +41,23 @@ class Evaluation:
 
     @property
     def images(self) -> int:
-        """How many images were counted."""
+        """Number of images counted."""
         return int(self.confusion.sum())
 
     def headline(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         return f"top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} %"
 
     def table(self) -> str:
-        """All numbers, for a terminal."""
+        """All metrics, for a terminal."""
         return f"top-1 {100 * self.top1:.2f} %   top-5 {100 * self.top5:.2f} %   loss {self.loss:.4f}"
 
     def counted(self) -> str:
-        """What was measured on."""
+        """The size of the split."""
         return f"{self.images} images of {len(self.class_names)} classes"
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, as JSON takes them."""
+        """The metrics, as stored in JSON."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -67,7 +67,7 @@ class Evaluation:
         }
 
     def per_class(self) -> list[dict[str, Any]]:
-        """One row per class: images, how many were recognised, the share, and what it was mostly taken for instead."""
+        """One row per class: images, number and fraction classified correctly, and the commonest wrong class."""
         rows = []
         for i, name in enumerate(self.class_names):
             counts = self.confusion[i]
@@ -88,7 +88,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Evaluation:
-        """What `write` left in `folder`."""
+        """Read what `write` wrote to `folder`."""
         numbers, counts, names = read_confusion(Path(folder))
         return cls(numbers["top1"], numbers["top5"], numbers["loss"], counts, names, tuple(numbers["skipped"]))
 

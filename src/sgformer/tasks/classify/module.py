@@ -30,7 +30,7 @@ class ClassificationModule(ScheduledModule):
             `group_matcher` where it has them.
         config: rates, schedule, mixing. `config.batch_size` is the number of images per update over all devices: the
             learning rate is scaled by it.
-        steps_per_epoch: updates per epoch; by default found out from the trainer.
+        steps_per_epoch: updates per epoch; by default taken from the trainer.
         class_names: one per class; by default the indices.
 
     Validation runs `eval_model` (the network itself unless a callback puts averaged weights there) and leaves
@@ -38,7 +38,7 @@ class ClassificationModule(ScheduledModule):
     (fractions; with fewer than five classes `top5` counts the best of all).
     """
 
-    monitor = "top1"  # what makes weights the best ones
+    monitor = "top1"  # selects the best weights
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ClassificationModule(ScheduledModule):
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or cutmix and label smoothing: (B, 3, H, W), (B,) int64 -> images, (B, classes) float targets."""
         soft = mixup_target(targets, self.num_classes, smoothing=self.config.smoothing)
-        even = len(images) // 2 * 2 if self.mixup else 0  # timm mixes pairs: an odd one out stays as it is
+        even = len(images) // 2 * 2 if self.mixup else 0  # timm mixes pairs: the last of an odd number stays unmixed
         if self.mixup and even:
             mixed, mixed_targets = self.mixup(images[:even].clone(), targets[:even])
             images, soft = torch.cat([mixed, images[even:]]), torch.cat([mixed_targets, soft[even:]])
@@ -88,7 +88,7 @@ class ClassificationModule(ScheduledModule):
         return F.cross_entropy(self.model(images).float(), targets)
 
     def on_validation_epoch_start(self) -> None:
-        # Outside of inference mode, or the counts of `trainer.validate` could not be added to in `trainer.fit`.
+        # Outside inference mode, so that `trainer.fit` can update the counts of `trainer.validate`.
         with torch.inference_mode(False):
             for metric in (self.val_loss, self.top1, self.top5, self.val_confusion):
                 metric.reset()
@@ -140,7 +140,7 @@ class ClassificationModule(ScheduledModule):
 
 
 def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> ClassificationModule:
-    """As of `Task.module`."""
+    """See `Task.module`."""
     classes = splits.metadata["classes"]
     model = new_classifier(config, len(classes), weights)
     return ClassificationModule(model, config, int(splits.steps_per_pass), classes)
@@ -152,7 +152,7 @@ def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | 
     if config.model in VARIANTS:
         options |= {"coarse": config.coarse, "img_size": config.image_hw, **config.guidance}
     elif not config.drop_path:
-        options = {}  # not every network of timm knows the word
+        options = {}  # not every network of timm takes drop_path_rate
     if weights is None:
         model = build_model(config.model, num_classes, **options)
     else:

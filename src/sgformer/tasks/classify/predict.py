@@ -1,4 +1,4 @@
-"""Classifying images with trained weights, and measuring how well that goes."""
+"""Classifying images with trained weights, and evaluating them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sgformer.models.backbone import SGFormer
 from sgformer.models.load import Weights, build_network
 from sgformer.results import Prediction
 
-#: From so many images on, preparing a network for the CPU takes less time than it saves.
+#: Number of images from which preparing a network for the CPU saves time.
 WORTH_PREPARING = 64
 
 
@@ -34,13 +34,13 @@ def predict(
     image_size: int | tuple[int, int] | None = None,
     device: str = "auto",
 ) -> Iterator[tuple[Prediction, Image.Image]]:
-    """As of `Task.predict`. On a CPU many images are worth :func:`sgformer.optimize`, which is done.
+    """See `Task.predict`. On a CPU, many images run through :func:`sgformer.optimize`.
 
     Args:
         weights: of a classifier.
         sources: files or PIL images.
         top: number of classes per image.
-        batch_size: images at a time.
+        batch_size: images per batch.
         image_size: pixels, or (height, width); by default as trained.
         device: "auto", "cpu", "cuda" ...
 
@@ -83,17 +83,17 @@ def evaluate(
     """Top-1, top-5 and confusion on `data/split/CLASS/*`; every image counts exactly once.
 
     Args:
-        weights: of a classifier; classes of released ones are taken to be the sorted folders.
-        data: the data set's folder, or folder or address of its shards.
-        split: part of it.
+        weights: of a classifier; those of released ones are assumed to be the sorted folders.
+        data: the data set's folder, or folder or URL of its shards.
+        split: e.g. "val".
         batch_size: images per forward pass on each process.
         image_size, crop_pct: by default those of the training.
         bad_images: "stop" at an unreadable image, or "skip" and list them.
-        out: not used; a classifier has no pictures that need the images.
-        machine: `workers`, `device`, `devices`, `precision`, as of `training.validate.validate`.
+        out: unused; a classifier draws no example images.
+        machine: `workers`, `device`, `devices`, `precision`, see `training.validate.validate`.
 
     Raises:
-        UserError: weights or data are invalid, or do not go together.
+        UserError: weights or data are invalid, or do not match.
     """
     from sgformer.data.formats import open_data
     from sgformer.data.imagefolder import ImageFolderDataset, collate
@@ -103,7 +103,7 @@ def evaluate(
     model: Any = build_network(weights)
     listing = open_data("classes", data, split, weights.metadata.get("classes"))
     if len(listing.classes) != model.num_classes:
-        raise UserError(f"{weights.path} knows {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
+        raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
     module = ClassificationModule(model, class_names=listing.classes)
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:
-    """Arguments of `eval_transform`: as in training, unless told otherwise.
+    """Arguments of `eval_transform`: as in training, unless given.
 
     Raises:
         UserError: the size or the crop is invalid.

@@ -1,4 +1,4 @@
-"""Classifying images with an exported file: onnxruntime, numpy and Pillow do it, torch is not imported."""
+"""Classifying images with an exported file: onnxruntime, numpy and Pillow only, without torch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def predict(
     batch_size: int = 32,
     image_size: Any = None,
 ) -> Iterator[tuple[Prediction, Image.Image]]:
-    """As of `Task.predict`.
+    """See `Task.predict`.
 
     Args:
         network: an exported classifier.
         sources: files or PIL images.
         top: number of classes per image.
-        batch_size: images at a time.
-        image_size: pixels, or (height, width); by default as trained. Only where the file leaves it open.
+        batch_size: images per batch.
+        image_size: pixels, or (height, width); by default as trained. Only if the file leaves it open.
 
     Raises:
         UserError: an image cannot be read, or the size is invalid.
@@ -54,7 +54,7 @@ def predict(
 
 
 def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
-    """An image as an exported classifier takes it: (1, 3, H, W) float32."""
+    """An image as input of an exported classifier: (1, 3, H, W) float32."""
     size = network.input_size or network.metadata["image_size"]
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
     return _prepare(network, image, size)

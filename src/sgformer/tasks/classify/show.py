@@ -1,4 +1,4 @@
-"""How a classifier's results are shown: on the terminal, as JSON, as pictures."""
+"""A classifier's results on the terminal, as JSON and as pictures."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ class Detect(Task):
     name = "detect"
     title = "detection"
     about = "train a detector of boxes and masks on COCO annotations"
-    description = "Train Mask R-CNN, or Faster R-CNN where there are no masks, on a data set in the COCO layout."
+    description = "Train Mask R-CNN, or Faster R-CNN if there are no masks, on a data set in the COCO layout."
     example = "--data coco --config recipes/detect_s_1x.yaml --weights runs/imagenet"
     data_help = "the COCO folder, or its val JSON"
     eval_options = frozenset({"images"})
@@ -29,7 +29,7 @@ class Detect(Task):
         return ("mask_ap", "box_ap") if module.model.masks else ("box_ap", "box_ap50")
 
     def nothing(self, score: float) -> str:
-        return f"Nothing of which it is at least {100 * score:.0f} % sure."
+        return f"No object with a confidence of at least {100 * score:.0f} %."
 
     def measured(self, model: Any) -> Any:
-        return model.backbone  # the heads' work depends on what they find
+        return model.backbone  # the cost of the heads depends on the detections

@@ -18,38 +18,38 @@ class DetectConfig(RunConfig):
 
     data: str | None = option(None, "Run", "COCO folder (annotations/*.json, images), or its train JSON", main=True)
     val_data: str | None = option(None, "Data", "JSON to validate on, if --data is a JSON", main=True)
-    images: str | None = option(None, "Data", "folder of the images, if it is not beside the JSON", main=True)
+    images: str | None = option(None, "Data", "folder of the images, if not beside the JSON", main=True)
     masks: bool | None = option(None, "Data", "false: boxes only; default: masks if every object has one", main=True)
-    drop_empty: bool = option(False, "Data", "leave training images without objects out")
+    drop_empty: bool = option(False, "Data", "leave out training images without objects")
 
     epochs: int = option(12, "Schedule", "passes over the training images", main=True)
     batch_size: int = option(16, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
     image_size: int | tuple[int, int] = option(
         800, "Schedule", "short side (bound on the long one in proportion), or [SHORT,LONGEST]", main=True
     )
-    lr: float = option(1e-4, "Schedule", "rate per 16 images; x batch-size/16", main=True)
+    lr: float = option(1e-4, "Schedule", "learning rate for 16 images; x batch-size/16", main=True)
     lr_drops: tuple[int, ...] = option((8, 11), "Schedule", "epochs after which the rate falls to a tenth")
 
-    freeze_stages: int = option(-1, "Network", "keep stem and so many stages as they are; -1: train all", main=True)
+    freeze_stages: int = option(-1, "Network", "freeze the stem and this many stages; -1: train all", main=True)
     head: str | None = option(
         None, "Network", f"{', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]"
     )
-    head_width: int = option(256, "Network", "channels of FPN and mask head; less is quicker, 256 the standard")
+    head_width: int = option(256, "Network", "channels of FPN and mask head; fewer are faster, 256 is standard")
     rois: int = option(512, "Network", "proposals per image that the heads train on; 512 is the standard")
-    ema: float = option(0.0, "Network", "decay of averaged weights, which are then the reported ones; 0: off")
+    ema: float = option(0.0, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
     warmup_steps: int | None = option(None, "Optimiser", "linear warm-up; default: 1000, at most a tenth of the run")
-    warmup_factor: float = option(0.001, "Optimiser", "share of --lr that the warm-up starts from")
-    weight_decay: float = option(0.05, "Optimiser", "not on norms and position table")
+    warmup_factor: float = option(0.001, "Optimiser", "fraction of --lr that the warm-up starts from")
+    weight_decay: float = option(0.05, "Optimiser", "except on norms and the position table")
 
     multi_scale: bool = option(False, "Augmentation", "resize to 480..800, or crop before (3x recipes)", main=True)
-    hflip: float = option(0.5, "Augmentation", "chance of a mirror image")
+    hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head is not None:
             DETECTORS.check(self.head, "--head")
-        if isinstance(self.lr_drops, list):  # YAML and JSON know no tuples
+        if isinstance(self.lr_drops, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "lr_drops", tuple(self.lr_drops))
         for name in ("head_width", "rois"):
             self._check(name, lambda v: v > 0, "must be above 0")
@@ -66,7 +66,7 @@ class DetectConfig(RunConfig):
         return {**super().to_dict(), "lr_drops": list(self.lr_drops)}
 
     def rate(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
-        """The learning rate of an update, as a share of `scaled(lr)`."""
+        """The learning rate of an update, as a fraction of `scaled(lr)`."""
         warmup = min(1000, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
         warm = min(1.0, self.warmup_factor + (1 - self.warmup_factor) * step / warmup) if warmup else 1.0
         return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in self.lr_drops)

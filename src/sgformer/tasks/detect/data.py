@@ -26,14 +26,14 @@ from sgformer.viz.detection import Instances, draw_training_images
 
 
 def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
-    """As of `Task.splits`."""
+    """See `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
-    listings = learn, val = read_splits(config, named_head(config, weights))
-    sampler = EpochSampler(len(learn), batch, train=True, seed=config.seed, rank=rank, world=world)
+    listings = train, val = read_splits(config, named_head(config, weights))
+    sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     transforms = train_transform(config.image_size, config.multi_scale, config.hflip), eval_transform(config.image_size)
     train_data, val_data = (
-        CocoDataset(listing, transform, seed=config.seed, bad_images=config.bad_images, objects=listing is learn)
+        CocoDataset(listing, transform, seed=config.seed, bad_images=config.bad_images, objects=listing is train)
         for listing, transform in zip(listings, transforms, strict=True)
     )
     short, longest = short_and_longest(config.image_size)
@@ -49,21 +49,21 @@ def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: i
         metadata={
             "task": "detect",
             "model": config.model,
-            "classes": list(learn.classes),
-            "category_ids": list(learn.own_ids),
+            "classes": list(train.classes),
+            "category_ids": list(train.own_ids),
             "image_size": config.to_dict()["image_size"],
             **normalization.to_metadata(),
         },
-        about=f"{config.data}: {len(learn.classes)} classes; " + "; ".join(listing.describe() for listing in listings),
+        about=f"{config.data}: {len(train.classes)} classes; " + "; ".join(listing.describe() for listing in listings),
         size=f"{short}x{longest}",
     )
 
 
 def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoListing, CocoListing]:
-    """The training and the validation images that a config names, with masks if the head finds them.
+    """The training and validation listings of a config, with masks if the head predicts them.
 
     Raises:
-        UserError: they are not there, or not as they should be.
+        UserError: they are missing or invalid.
     """
     if config.data is None:
         raise UserError("--data is missing: a COCO folder (annotations/*.json and images), or its train JSON")
@@ -81,20 +81,20 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
         if masks not in (None, finds):
             raise UserError(f"--masks {str(masks).lower()}: --head {head} finds {'' if finds else 'no '}masks")
         masks = finds
-    learn = open_format("objects", config.data, "train", masks=masks, drop_empty=config.drop_empty, **options)
-    if not any(learn.objects_of(i) for i in range(len(learn))):
-        raise UserError(f"{learn.json}: no object to learn from in it")
-    val = open_format("objects", val_data, "val", learn.categories, masks=learn.has_masks, drop_empty=False, **options)
-    return learn, val
+    train = open_format("objects", config.data, "train", masks=masks, drop_empty=config.drop_empty, **options)
+    if not any(train.objects_of(i) for i in range(len(train))):
+        raise UserError(f"{train.json}: no objects to train on")
+    val = open_format("objects", val_data, "val", train.categories, masks=train.has_masks, drop_empty=False, **options)
+    return train, val
 
 
 def coco_metric(listing: CocoListing) -> CocoMetric:
-    """What evaluates detections against a listing's own file."""
+    """The metric for detections of a listing, against its own file."""
     return CocoMetric(ground_truth(listing), listing.classes, listing.own_ids, listing.has_masks)
 
 
 def reading(metadata: Any, image_size: int | tuple[int, int] | None) -> int | tuple[int, int]:
-    """The image size of `eval_transform`: as in training, unless told otherwise.
+    """The image size of `eval_transform`: as in training, unless given.
 
     Raises:
         UserError: the size is invalid.
@@ -109,7 +109,7 @@ def reading(metadata: Any, image_size: int | tuple[int, int] | None) -> int | tu
 def draw_batch(
     config: DetectConfig, splits: Splits, images: list[torch.Tensor], targets: list[dict[str, Any]], out: Path
 ) -> None:
-    """As of `Task.draw_batch`."""
+    """See `Task.draw_batch`."""
     pixels = [(255 * image.permute(1, 2, 0)).round().byte().numpy() for image in images]
     instances = [
         Instances(
@@ -121,6 +121,6 @@ def draw_batch(
 
 
 def objects(splits: Splits, index: int) -> np.ndarray:
-    """As of `Task.objects`."""
+    """See `Task.objects`."""
     sample = CocoDataset(splits.val.listing, splits.val.transform)[index]  # with its objects
     return annotated_pixels(sample.target, tuple(sample.image.shape[-2:]))

@@ -21,7 +21,7 @@ from sgformer.viz.segmentation import palette
 
 
 class DetectExplainer(Explainer):
-    """Explains images by a `Detector`; what is less certain than a half is not drawn."""
+    """Explains images by a `Detector`; draws detections with a score of at least one half."""
 
     score = SHOWN
 
@@ -33,10 +33,10 @@ class DetectExplainer(Explainer):
 
     def _explain(self, x: Tensor) -> Explanation:
         batch, size = self.model.batch([x]), (x.shape[-2], x.shape[-1])
-        seen = self.network.inspect(batch)
-        (found,), _ = self.model.heads(seen.features, batch, [size], None)
+        inspection = self.network.inspect(batch)
+        (found,), _ = self.model.heads(inspection.features, batch, [size], None)
         found = {name: value[found["scores"] >= self.score].cpu() for name, value in found.items()}
-        (one,) = explanations(self.network, seen, pixels(batch, self.normalization))
+        (one,) = explanations(self.network, inspection, pixels(batch, self.normalization))
         names = self.names or [str(i) for i in range(self.model.num_classes)]
         shown = (one.image.shape[0], one.image.shape[1])
         prediction = {
@@ -59,7 +59,7 @@ class DetectExplainer(Explainer):
 
 
 def summary(explanation: Explanation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects, most certain first, as of `Task.summary`."""
+    """The objects, highest score first; see `Task.summary`."""
     found = explanation.prediction
     names = names or [str(i) for i in range(int(found["labels"].max(initial=-1)) + 1)]
     colours = ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in palette(names).tolist()]

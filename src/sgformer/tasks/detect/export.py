@@ -1,4 +1,4 @@
-"""What is exported of a detector: all of it for one image size, or its backbone and feature pyramid."""
+"""The exported graphs of a detector: all of it for one image size, or its backbone and feature pyramid."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PyramidGraph(DenseGraph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if not (self.features or self.significance):
             return self._levels(self.model.backbone(image))
-        seen = self._network().inspect(image)
-        return (*self._levels(seen.features), *self._extra(seen))
+        inspection = self._network().inspect(image)
+        return (*self._levels(inspection.features), *self._extra(inspection))
 
     def _levels(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(self.model.heads.fpn({str(i): m for i, m in enumerate(maps)}).values())
@@ -37,15 +37,15 @@ class PyramidGraph(DenseGraph):
 
 class DetectorGraph(PyramidGraph):
     """The whole detector for one image of a fixed size: boxes (N, 4) [x1, y1, x2, y2] in its pixels, labels (N,) class
-    indices, scores (N,), and where it has them masks (N, 1, 28, 28), for the N found."""
+    indices, scores (N,) and, if it has them, masks (N, 1, 28, 28), for N detections."""
 
     whole_image = True
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         maps, extra = self.model.backbone(image), []
         if self.features or self.significance:
-            seen = self._network().inspect(image)
-            maps, extra = seen.features, self._extra(seen)
+            inspection = self._network().inspect(image)
+            maps, extra = inspection.features, self._extra(inspection)
         size = (int(image.shape[-2]), int(image.shape[-1]))
         (found,), _ = self.model.heads(maps, image, [size])
         masks = (found["masks"],) if self.model.masks else ()
@@ -62,5 +62,5 @@ class DetectorGraph(PyramidGraph):
 
 
 def graph(model: Any, metadata: Mapping[str, Any], whole: bool, features: bool, significance: bool) -> DenseGraph:
-    """As of `Task.graph`: the whole detector, or its pyramid alone."""
+    """See `Task.graph`: the whole detector, or its pyramid alone."""
     return (DetectorGraph if whole else PyramidGraph)(model, metadata, features, significance).eval()

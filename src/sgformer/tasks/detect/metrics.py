@@ -1,4 +1,4 @@
-"""The COCO numbers of a detector, by pycocotools on the annotation file itself, and the files that tell them."""
+"""The COCO metrics of a detector, by pycocotools on the annotation file itself, and their files."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from sgformer.viz.detection import draw_precision_recall
 
 #: The twelve numbers in pycocotools' order: average precision and recall, by IoU, object size and detections per image.
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-#: A detection counts as one in an image's own score from this confidence on.
+#: Minimum confidence of the detections that count in the score of an image.
 CONFIDENT = 0.5
 
 
 @dataclass(frozen=True)
 class DetectionEvaluation:
-    """How a detector did on a set of images.
+    """The metrics of a detector on a set of images.
 
     Attributes:
         box, mask: the twelve numbers by name, fractions, NaN where there is nothing to measure (no object of a size);
             `mask` is empty for boxes only.
         classes: one row per class: name, objects, and `box_AP`, `box_AP50`, `box_AR100` (and `mask_...`), None if the
             class has no object.
-        images, objects: how many were counted, without crowd regions.
+        images, objects: their counts, without crowd regions.
         skipped: one line for each unreadable image that was left out.
         precision: by kind ("box", "mask"), (classes, 101) precision at IoU .5 over recall 0, .01 ... 1; NaN where a
             class has no object.
-        image_scores: by image id, F1 of its confident detections at IoU .5; NaN where nothing is and nothing was found.
+        image_scores: by image id, F1 of its confident detections at IoU .5; NaN without objects and detections.
         results: by kind, detections in COCO's results format.
     """
 
@@ -68,7 +68,7 @@ class DetectionEvaluation:
         }
 
     def but(self, skipped: Sequence[str]) -> DetectionEvaluation:
-        """The same, with these images named as left out."""
+        """A copy that lists these images as skipped."""
         return dataclasses.replace(self, skipped=tuple(skipped))
 
     def summary(self) -> dict[str, Any]:
@@ -81,14 +81,14 @@ class DetectionEvaluation:
         }
 
     def headline(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         return "   ".join(
             f"{kind} AP {_percent(values['AP'])} (AP50 {_percent(values['AP50'])}, AP75 {_percent(values['AP75'])})"
             for kind, values in self.kinds.items()
         )
 
     def counted(self) -> str:
-        """What was measured on."""
+        """The size of the split."""
         return f"{self.images} images, {self.objects} objects of {len(self.classes)} classes"
 
     def table(self) -> str:
@@ -125,7 +125,7 @@ class DetectionEvaluation:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> DetectionEvaluation:
-        """What `write` left in `folder`; without the results and the images' scores."""
+        """Read what `write` wrote to `folder`, without the results and the scores of the images."""
         folder = Path(folder)
         numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with (folder / "classes.csv").open(newline="", encoding="utf-8") as file:
@@ -168,13 +168,13 @@ class CocoMetric:
     def evaluate(
         self, results: Sequence[Mapping[str, Any]], images: Sequence[Any], skipped: Sequence[str] = ()
     ) -> DetectionEvaluation:
-        """The numbers of some results.
+        """The metrics of some results.
 
         Args:
             results: detections with `image_id`, `category_id`, `bbox` [x, y, width, height], `score` and, if masks are
                 evaluated, `segmentation` (RLE).
-            images: ids of the images that were looked at; the others do not count.
-            skipped: lines on those that could not be read.
+            images: ids of the evaluated images; others do not count.
+            skipped: one line for each unreadable image.
         """
         objects = [a for a in self.truth.dataset["annotations"] if a["image_id"] in set(images) and not a["iscrowd"]]
         rows = [
@@ -185,7 +185,7 @@ class CocoMetric:
         precision, written = {}, {}
         scores: dict[Any, float] = {}
         for kind in ("box", "mask") if self.masks else ("box",):
-            # Two lists: where a result has a box, pycocotools takes its area for the mask's.
+            # Two lists: if a result has a box, pycocotools takes the area of that as the mask's.
             without = "segmentation" if kind == "box" else "bbox"
             written[kind] = [{k: v for k, v in result.items() if k != without} for result in results]
             evaluation = self._run(written[kind], images, {"box": "bbox", "mask": "segm"}[kind])
@@ -208,9 +208,9 @@ class CocoMetric:
     def _run(self, results: list[dict[str, Any]], images: Sequence[Any], kind: str) -> Any:
         cocoeval = require("pycocotools.cocoeval", "detect")
         with contextlib.redirect_stdout(io.StringIO()):
-            # loadRes fails on an empty list; an index without annotations means the same.
+            # loadRes fails on an empty list; an index without annotations is equivalent.
             empty = {**self.truth.dataset, "annotations": []}
-            # It also writes into what it is given.
+            # It also modifies its argument.
             detections = self.truth.loadRes([dict(r) for r in results]) if results else _index(empty)
             evaluation = cocoeval.COCOeval(self.truth, detections, kind)
             evaluation.params.imgIds = sorted(images)
@@ -237,24 +237,25 @@ class CocoMetric:
 
 
 def image_scores(evaluation: Any) -> dict[Any, float]:
-    """F1 per image at IoU .5 of detections from `CONFIDENT` on, from what pycocotools' `evaluate` left."""
+    """F1 per image at IoU .5 of detections of at least `CONFIDENT`, from an evaluated pycocotools COCOeval."""
     counts: dict[Any, np.ndarray] = {}
     everything = evaluation.params.areaRng[0]
     for entry in evaluation.evalImgs:
         if entry is None or entry["aRng"] != everything:
             continue
-        sure = np.asarray(entry["dtScores"]) >= CONFIDENT
-        counted = sure & ~entry["dtIgnore"][0].astype(bool)
+        confident = np.asarray(entry["dtScores"]) >= CONFIDENT
+        counted = confident & ~entry["dtIgnore"][0].astype(bool)
         hits = int((counted & (entry["dtMatches"][0] > 0)).sum())
         objects = int((np.asarray(entry["gtIgnore"]) == 0).sum())
         counts.setdefault(entry["image_id"], np.zeros(3))[:] += (hits, counted.sum(), objects)
     return {
-        i: float(2 * hits / (told + there)) if told + there else math.nan for i, (hits, told, there) in counts.items()
+        image: float(2 * hits / (detections + objects)) if detections + objects else math.nan
+        for image, (hits, detections, objects) in counts.items()
     }
 
 
 def read_image_scores(folder: str | os.PathLike[str]) -> dict[str, float]:
-    """The images' scores that `DetectionEvaluation.write` left, by image id as text."""
+    """Read the image scores that `DetectionEvaluation.write` wrote, by image id as text."""
     with (Path(folder) / "images.csv").open(newline="", encoding="utf-8") as file:
         return {row["image_id"]: float(row["f1"]) if row["f1"] else math.nan for row in csv.DictReader(file)}
 
@@ -286,7 +287,7 @@ def report(
 
 
 def _index(dataset: dict[str, Any]) -> Any:
-    """A pycocotools COCO of some content."""
+    """A pycocotools COCO of the content of a file."""
     coco = require("pycocotools.coco", "detect").COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):

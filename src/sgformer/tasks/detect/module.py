@@ -26,8 +26,8 @@ class DetectionModule(TaskModule):
         model: the network.
         config: rates and schedule. `config.batch_size` is the number of images per update over all devices: the
             learning rate is scaled by it.
-        steps_per_epoch, total_steps: updates, for the schedule; by default found out from the trainer.
-        metric: evaluates what validation finds; without it validation only collects `results`.
+        steps_per_epoch, total_steps: updates, for the schedule; by default taken from the trainer.
+        metric: evaluates the detections of validation; without it validation only collects `results`.
         image_ids: of the validation images, by position in their listing.
         category_ids: written in the results, for each class; detections of classes without one are left out.
 
@@ -52,7 +52,7 @@ class DetectionModule(TaskModule):
         self.metric = metric
         self.image_ids = image_ids
         self.category_ids = list(range(1, model.num_classes + 1)) if category_ids is None else list(category_ids)
-        self.monitor = "mask_ap" if model.masks else "box_ap"  # what makes weights the best ones
+        self.monitor = "mask_ap" if model.masks else "box_ap"  # selects the best weights
         self.result: DetectionEvaluation | None = None
         self.results: list[dict[str, Any]] = []
         self.seen: list[int] = []  # positions of the images validated
@@ -88,9 +88,9 @@ class DetectionModule(TaskModule):
             torch.distributed.all_gather_object(parts, (self.results, self.seen))
         if trainer.is_global_zero:
             results = [result for part, _ in parts for result in part]
-            images = [self.image_ids[i] for _, seen in parts for i in seen]
+            images = [self.image_ids[i] for _, positions in parts for i in positions]
             self.result = self.metric.evaluate(results, images)
-        if trainer.world_size > 1:  # the others get the numbers, without the many detections
+        if trainer.world_size > 1:  # the others get the metrics, without the many detections
             light = [dataclasses.replace(self.result, results={}) if self.result and trainer.is_global_zero else None]
             torch.distributed.broadcast_object_list(light)
             self.result = self.result if trainer.is_global_zero else light[0]
@@ -120,10 +120,10 @@ class DetectionModule(TaskModule):
 
 
 def build(config: DetectConfig, splits: Splits, weights: Weights | None) -> DetectionModule:
-    """As of `Task.module`."""
-    learn, val = splits.train.listing, splits.val.listing
+    """See `Task.module`."""
+    train, val = splits.train.listing, splits.val.listing
     return DetectionModule(
-        new_detector(config, len(learn.classes), learn.has_masks, weights),
+        new_detector(config, len(train.classes), train.has_masks, weights),
         config,
         steps_per_epoch=int(splits.steps_per_pass),
         total_steps=splits.total_steps,

@@ -27,17 +27,17 @@ class Detector(nn.Module):
     Args:
         backbone: four feature maps.
         num_classes: without the background.
-        masks: where no head is named, whether it is Mask R-CNN, which also finds masks, or Faster R-CNN.
+        masks: without `head`, whether it is Mask R-CNN, which also predicts masks, or Faster R-CNN.
         width: of the heads; 256 is the standard.
         head: a name of `heads.registry.DETECTORS`.
         options: of the heads, e.g. of `RCNNHeads`.
 
     Attributes:
         architecture: a plain dict from which `Detector.build` makes the same network.
-        masks: whether it finds masks.
+        masks: whether it predicts masks.
 
     Raises:
-        UserError: there are no such heads.
+        UserError: `head` is unknown.
     """
 
     mean: Tensor
@@ -80,19 +80,19 @@ class Detector(nn.Module):
         Args:
             images: (3, H_i, W_i) floats in 0..1, of any sizes.
             targets: in training mode; see `RCNNHeads.forward`.
-            sizes: (height, width) that the detections' pixels refer to, of each image; by default its own.
+            sizes: (height, width) of each image that its detections refer to; by default its own.
 
         Returns:
             The losses by name; or per image `boxes` (N, 4) [x1, y1, x2, y2], `labels` (N,) class indices from 0,
-            `scores` (N,) falling, and `masks` (N, 1, 28, 28), to be laid out by `heads.mask_rcnn.paste_masks`.
+            `scores` (N,) descending, and `masks` (N, 1, 28, 28), to be pasted by `heads.mask_rcnn.paste_masks`.
         """
         own = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         batch = self.batch(images)
         detections, losses = self.heads(self.backbone(batch), batch, own, targets)
         if self.training:
             return losses
-        for found, size, wanted in zip(detections, own, sizes or own, strict=True):
-            factors = [wanted[1] / size[1], wanted[0] / size[0]] * 2
+        for found, size, original in zip(detections, own, sizes or own, strict=True):
+            factors = [original[1] / size[1], original[0] / size[0]] * 2
             found["boxes"] = found["boxes"] * torch.tensor(factors, device=batch.device)
             found["labels"] = found["labels"] - 1
         return detections
@@ -116,18 +116,18 @@ class Detector(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def normalize_as(self, normalization: Normalization) -> None:
-        """Normalise images by other values than ImageNet's."""
+        """Normalise images by these values instead of ImageNet's."""
         for name, values in zip(("mean", "std"), normalization, strict=True):
             buffer = getattr(self, name)
             buffer.copy_(torch.tensor(values).view(3, 1, 1))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
-        """Write weights and metadata to a safetensors file, whole or not at all."""
+        """Write weights and metadata to a safetensors file, atomically."""
         save_weights(self, path, {**metadata, "task": "detect"})
 
     @classmethod
     def build(cls, architecture: Mapping[str, Any], **options: Any) -> Detector:
-        """A network with fresh weights from an `architecture`; options as of the class."""
+        """A network with fresh weights from an `architecture`; see the class for options."""
         backbone = pyramid_backbone(architecture["backbone"])
         head, width = architecture["head"], architecture["width"]
         return cls(backbone, architecture["num_classes"], width=width, head=head, **options)
@@ -145,23 +145,23 @@ class Detector(nn.Module):
 
 
 def standard_head(masks: bool) -> str:
-    """The heads of a detector of which nothing is said but whether it finds masks."""
+    """The standard heads of a detector with or without masks."""
     return "mask-rcnn" if masks else "faster-rcnn"
 
 
 def named_head(config: DetectConfig, weights: Weights | None) -> str | None:
-    """The heads that the settings name or, if they name none, those of a detector's weights, as far as these are not
-    the standard ones, which the data decide on; else None."""
+    """The heads of the settings, else those of a detector's weights; None for the standard ones of weights, which the
+    data decide on."""
     if config.head is not None or weights is None or weights.architecture is None or weights.task != "detect":
         return config.head
-    held = weights.architecture["head"]
-    return None if held in (standard_head(True), standard_head(False)) else held
+    stored = weights.architecture["head"]
+    return None if stored in (standard_head(True), standard_head(False)) else stored
 
 
 def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: Weights | None = None) -> Detector:
     """The network to train: fresh, on the backbone of some weights, or from a whole detector's weights.
 
-    With the latter, what depends on the number of classes starts fresh if that differs.
+    With the latter, layers that depend on the number of classes are initialised anew if it differs.
 
     Raises:
         UserError: weights of another network.
@@ -186,7 +186,7 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: W
 def coco_results(
     found: Mapping[str, Tensor], image_id: Any, category_ids: Sequence[Any], size: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's results format, boxes and, if there are any, masks as RLE.
+    """Detections of one image in COCO's results format: boxes and, if present, masks as RLE.
 
     Args:
         found: what `Detector` returned for the image.

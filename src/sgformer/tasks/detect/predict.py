@@ -1,4 +1,4 @@
-"""Detecting objects with trained weights, and measuring how well that goes."""
+"""Detecting objects with trained weights, and evaluating them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def predict(
     image_size: int | tuple[int, int] | None = None,
     device: str = "auto",
 ) -> Iterator[tuple[Detections, Image.Image]]:
-    """As of `Task.predict`: boxes, classes, scores and, if the weights have them, masks.
+    """See `Task.predict`: boxes, classes, scores and, if the weights have them, masks.
 
     Args:
         weights: of a detector.
         sources: files or PIL images.
-        score: detections of less confidence are left out; from .05 up.
+        score: minimum confidence, of .05 or more.
         image_size: short side, or (short, longest); by default as trained.
         device: "auto", "cpu", "cuda" ...
 
@@ -78,21 +78,21 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     **machine: Any,
 ) -> Any:
-    """The twelve COCO numbers for boxes and, if weights and data have masks, for masks.
+    """The twelve COCO metrics for boxes and, if weights and data have masks, for masks.
 
     Args:
         weights: of a detector.
         data: a COCO folder or JSON file.
-        split: part of the folder.
-        images: the image folder, where it is not beside the JSON.
+        split: split of the folder.
+        images: the image folder, if not beside the JSON.
         image_size: short side, or (short, longest); by default as trained.
         batch_size: images per forward pass on each process.
         bad_images: "stop" at an unreadable image, or "skip" and list them; those skipped do not count.
-        out: a folder to write tables, results and pictures to (the first process does).
-        machine: `workers`, `device`, `devices`, `precision`, as of `training.validate.validate`.
+        out: a folder to write tables, results and pictures to, by the first process.
+        machine: `workers`, `device`, `devices`, `precision`, see `training.validate.validate`.
 
     Raises:
-        UserError: weights or data are invalid, or do not go together.
+        UserError: weights or data are invalid, or do not match.
     """
     from sgformer.tasks.detect.module import DetectionModule
     from sgformer.training.validate import validate
@@ -124,14 +124,14 @@ def evaluate(
 
 
 def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
-    """`examples.png`: best and worst images by F1 at IoU .5, from the results that an evaluation left in a folder."""
+    """`examples.png`: best and worst images by F1 at IoU .5, from the results of an evaluation in `folder`."""
     from sgformer.tasks.detect.metrics import read_image_scores
     from sgformer.viz.detection import Example, Instances, draw_examples, stack_masks
 
     scores = read_image_scores(folder)
     place = {str(image.id): i for i, image in enumerate(listing.images)}
-    told = [(score, key) for key, score in scores.items() if not math.isnan(score) and key in place]
-    order = [key for _, key in sorted(told, key=lambda entry: (-entry[0], place[entry[1]]))]
+    ranked = [(score, key) for key, score in scores.items() if not math.isnan(score) and key in place]
+    order = [key for _, key in sorted(ranked, key=lambda entry: (-entry[0], place[entry[1]]))]
     best, worst = order[: min(each, (len(order) + 1) // 2)], order[::-1][: min(each, len(order) // 2)]
     kind = "mask" if listing.has_masks and (folder / "results_mask.json").is_file() else "box"
     boxes = json.loads((folder / "results_box.json").read_text(encoding="utf-8"))
@@ -159,13 +159,13 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
             else None,
         )
         target = sample.target
-        known = target["masks"].numpy().astype(bool) if "masks" in target else None
-        truth = Instances(target["boxes"].numpy(), target["labels"].numpy() - 1, None, known)
+        true_masks = target["masks"].numpy().astype(bool) if "masks" in target else None
+        truth = Instances(target["boxes"].numpy(), target["labels"].numpy() - 1, None, true_masks)
         return Example(np.asarray(sample.image), truth, found, f"detected: F1 {100 * scores[key]:.0f} %")
 
     draw_examples([example(k) for k in best], [example(k) for k in worst], listing.classes, folder / "examples.png")
 
 
 def finish(folder: Path, splits: Splits, module: Any) -> None:
-    """As of `Task.finish`: `examples.png` of the best validation."""
+    """See `Task.finish`: `examples.png` of the best validation."""
     draw_examples(folder, splits.val.listing)

@@ -1,4 +1,4 @@
-"""Detecting objects with an exported file: onnxruntime, numpy and Pillow do it, torch is not imported."""
+"""Detecting objects with an exported file: onnxruntime, numpy and Pillow only, without torch."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def predict(
     score: float = SHOWN,
     image_size: Any = None,
 ) -> Iterator[tuple[Detections, Image.Image]]:
-    """As of `Task.predict`.
+    """See `Task.predict`.
 
-    An image is scaled as for the weights themselves or, where that would not fit, to the file's size, and lies in its
-    upper left corner. Results are those of the weights where it fills the file (but for less than 32 pixels, which
-    weights pad with, too); elsewhere it is seen smaller, or with a larger empty rest.
+    An image is scaled as for the weights or, if that does not fit, to fit the file's size, and placed in its upper
+    left corner. Results are those of the weights if it fills the file up to the less than 32 pixels that weights pad
+    with, too; otherwise the image is smaller, or its padding larger.
 
     Args:
         network: an exported whole detector.
         sources: files or PIL images.
-        score: detections of less confidence are left out; from .05 up.
-        image_size: must be left out: a detector's file takes one size.
+        score: minimum confidence, of .05 or more.
+        image_size: must be None: the file of a detector has a fixed size.
 
     Raises:
-        UserError: an image cannot be read, the file holds a part of a detector only, or a value is invalid.
+        UserError: an image cannot be read, the file holds only a part of a detector, or a value is invalid.
     """
     if not 0 <= score <= 1:
         raise UserError(f"--score must be in [0, 1], got {score}")
@@ -51,35 +51,35 @@ def predict(
         found = network(_in_corner(network, image, (height, width)))
         boxes = np.minimum(
             found["boxes"], np.array([width, height] * 2, np.float32)
-        )  # the file knows its own edges only
+        )  # the file clips at its own edges only
         keep = (found["scores"] >= score) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes = boxes[keep] * np.array([size[1] / width, size[0] / height] * 2, np.float32)
         rows = zip(boxes, found["labels"][keep].tolist(), found["scores"][keep].tolist(), strict=True)
         masks = found["masks"][keep][:, 0] if "masks" in found else None
         name = source_name(source, i)
         results = [
-            coco_result(name, label, box.tolist(), sure, None if masks is None else paste_mask(masks[k], box, size))
-            for k, (box, label, sure) in enumerate(rows)
+            coco_result(name, label, box.tolist(), conf, None if masks is None else paste_mask(masks[k], box, size))
+            for k, (box, label, conf) in enumerate(rows)
         ]
         yield Detections(name, named(results, metadata["category_ids"], network.classes), size), image
 
 
 def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
-    """An image as an exported detector takes it: (1, 3, H, W) float32."""
+    """An image as input of an exported detector: (1, 3, H, W) float32."""
     assert network.input_size is not None
     return resize_smooth(network.normalised(np.asarray(image)), network.input_size)[None]
 
 
-def _fit_inside(size: tuple[int, int], sides: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) at which a detector looks at an image: sides as trained, or less where the room is less."""
+def _fit_inside(size: tuple[int, int], sides: tuple[int, int], limits: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) that an image is scaled to: sides as trained, or smaller to fit the limits."""
     (height, width), (short, longest) = size, sides
-    ratio = min(short / min(size), longest / max(size), room[0] / height, room[1] / width)
+    ratio = min(short / min(size), longest / max(size), limits[0] / height, limits[1] / width)
     return max(1, int(height * ratio)), max(1, int(width * ratio))
 
 
 def _in_corner(network: ExportedNetwork, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """An image of a (height, width) in the upper left corner of what a file takes, normalised, zeros elsewhere:
-    (1, 3, H, W)."""
+    """An image resized to (height, width) and normalised, in the upper left corner of the file's input:
+    (1, 3, H, W), zeros elsewhere."""
     assert network.input_size is not None
     height, width = size
     scaled = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
@@ -92,18 +92,18 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.n
     """The mask of a whole image: (H, W) bool.
 
     Args:
-        mask: (28, 28), the share of a box's cells that an object covers.
+        mask: (28, 28), the fraction of each cell of the box that an object covers.
         box: [x1, y1, x2, y2] in pixels of the image.
         size: its (height, width).
     """
     cells = len(mask)
-    # A cell more on every side, so that the edge of the mask is soft, too.
+    # One more cell on every side, so that the edge of the mask is soft, too.
     half = (box[2:] - box[:2]) * np.float32(0.5 * (cells + 2) / cells)
     middle = (box[2:] + box[:2]) * np.float32(0.5)
     (x1, y1), (x2, y2) = (middle - half).astype(np.int64), (middle + half).astype(np.int64)
-    laid = resize(np.pad(mask, 1)[None], (int(y2 - y1 + 1), int(x2 - x1 + 1)))[0] > 0.5
+    pasted = resize(np.pad(mask, 1)[None], (int(y2 - y1 + 1), int(x2 - x1 + 1)))[0] > 0.5
     whole = np.zeros(size, bool)
     top, left = max(y1, 0), max(x1, 0)
     bottom, right = min(y2 + 1, size[0]), min(x2 + 1, size[1])
-    whole[top:bottom, left:right] = laid[top - y1 : bottom - y1, left - x1 : right - x1]
+    whole[top:bottom, left:right] = pasted[top - y1 : bottom - y1, left - x1 : right - x1]
     return whole

@@ -1,4 +1,4 @@
-"""How a detector's results are shown: on the terminal, as COCO annotations, as pictures."""
+"""A detector's results on the terminal, as COCO annotations and as pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from sgformer.results import Detections, as_coco
 
-MOST = 8  # objects of an image that are printed
+MOST = 8  # objects printed per image
 
 
 def line(result: Detections) -> str:

@@ -18,33 +18,33 @@ class SegmentConfig(RunConfig):
     former_names: ClassVar[Mapping[str, str]] = {"most_of_one_class": "cat_max_ratio"}
 
     data: str | None = option(None, "Run", "folder with images/training, annotations/training ...", main=True)
-    head: str = option("upernet", "Run", f"what stands on the backbone: {', '.join(HEADS.names())}", main=True)
+    head: str = option("upernet", "Run", f"segmentation head: {', '.join(HEADS.names())}", main=True)
 
     classes: int | None = option(
-        None, "Data", "number; default: of classes.txt, objectInfo150.txt or the labels", main=True
+        None, "Data", "number; default: from classes.txt, objectInfo150.txt or the labels", main=True
     )
-    reduce_zero_label: bool = option(False, "Data", "label 0 is no class, label n is class n - 1 (ADE20K)", main=True)
+    reduce_zero_label: bool = option(False, "Data", "label 0 is ignored, label n is class n - 1 (ADE20K)", main=True)
     short_side: int | None = option(None, "Data", "of images before --scale-*; default: of --image-size", main=True)
 
-    steps: int = option(80000, "Schedule", "updates; the rate falls over all of them", main=True)
+    steps: int = option(80000, "Schedule", "updates; the rate decays over all of them", main=True)
     epochs: int | None = option(None, "Schedule", "instead of --steps: passes over the images")  # type: ignore[assignment]
     val_every: int = option(8000, "Schedule", "updates between validations", main=True)
     batch_size: int = option(16, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
     image_size: int | tuple[int, int] = option(512, "Schedule", "training crop: a number, or [HEIGHT,WIDTH]", main=True)
-    lr: float = option(1e-4, "Schedule", "peak rate per 16 images; x batch-size/16", main=True)
+    lr: float = option(1e-4, "Schedule", "peak learning rate for 16 images; x batch-size/16", main=True)
 
-    ema: float = option(0.0, "Network", "decay of averaged weights, which are then the reported ones; 0: off")
+    ema: float = option(0.0, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
     head_width: int | None = option(None, "Network", "channels; default: the head's own standard")
-    auxiliary: float = option(0.4, "Network", "weight of the head's auxiliary loss, where it has one (upernet)")
+    auxiliary: float = option(0.4, "Network", "weight of the head's auxiliary loss, if it has one (upernet)")
 
-    weight_decay: float = option(1e-4, "Optimiser", "not on norms and position table")
+    weight_decay: float = option(1e-4, "Optimiser", "except on norms and the position table")
     warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up")
     power: float = option(0.9, "Optimiser", "rate = lr * (1 - step/steps) ^ power")
 
     scale_min: float = option(0.5, "Augmentation", "smallest factor on --short-side")
     scale_max: float = option(2.0, "Augmentation", "largest factor on --short-side")
-    hflip: float = option(0.5, "Augmentation", "chance of a mirror image")
-    cat_max_ratio: float = option(0.75, "Augmentation", "draw crops anew that one class covers to this share")
+    hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")
+    cat_max_ratio: float = option(0.75, "Augmentation", "redraw crops of which one class covers this fraction")
     distortion: bool = option(True, "Augmentation", "change brightness, contrast, saturation, hue")
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class SegmentConfig(RunConfig):
         return self.short_side or min(self.image_hw)
 
     def total_steps(self, steps_per_pass: float) -> int:
-        """Updates of the whole schedule, where a pass over the images takes so many."""
+        """Updates of the full schedule, given those per pass over the images."""
         return max(1, round(self.epochs * steps_per_pass)) if self.epochs else self.steps
 
 

@@ -20,7 +20,7 @@ from sgformer.viz.segmentation import draw_training_batch
 
 
 def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
-    """As of `Task.splits`."""
+    """See `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
     if config.data is None:
         raise UserError("--data is missing: the folder with images/training and annotations/training")
@@ -67,12 +67,12 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
 def draw_batch(
     config: SegmentConfig, splits: Splits, images: list[torch.Tensor], targets: list[torch.Tensor], out: Path
 ) -> None:
-    """As of `Task.draw_batch`."""
+    """See `Task.draw_batch`."""
     pixels = denormalize(torch.stack(images), Normalization.of(splits.metadata)).permute(0, 2, 3, 1).numpy()
     draw_training_batch(pixels, torch.stack(targets).numpy(), splits.metadata["classes"], out)
 
 
 def objects(splits: Splits, index: int) -> np.ndarray:
-    """As of `Task.objects`."""
+    """See `Task.objects`."""
     listing = splits.val.listing
     return object_pixels(splits.val[index].target.numpy(), listing.classes, listing.ignore)

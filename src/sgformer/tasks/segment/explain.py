@@ -1,4 +1,4 @@
-"""Explaining what a semantic segmentation attended to."""
+"""Explaining what a segmentation network attended to."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class SegmentExplainer(Explainer):
         x = x[None]
         if size != tuple(x.shape[-2:]):  # as in validation
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
-        seen = self.network.inspect(x)
-        labels = resize(self.model.head(seen.features).float(), x)[0].argmax(0).cpu().numpy()
-        (one,) = explanations(self.network, seen, pixels(x, self.normalization))
+        inspection = self.network.inspect(x)
+        labels = resize(self.model.head(inspection.features).float(), x)[0].argmax(0).cpu().numpy()
+        (one,) = explanations(self.network, inspection, pixels(x, self.normalization))
         names = self.names or [str(i) for i in range(self.model.num_classes)]
         title = ", ".join(f"{names[i]} {100 * share:.0f} %" for i, share in _areas(labels, len(names))[:3])
         overlay = (blend(one.image, labels, names) * 255).round().astype(np.uint8)
@@ -53,13 +53,13 @@ class SegmentExplainer(Explainer):
 
 
 def _areas(labels: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """(class, share of the pixels) of the classes that are there, the largest first."""
+    """(class, share of the pixels) of the classes present, largest first."""
     areas = np.bincount(labels.ravel(), minlength=count) / labels.size
     return [(int(i), float(areas[i])) for i in np.argsort(-areas, kind="stable") if areas[i]]
 
 
 def summary(explanation: Explanation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes by their area, as of `Task.summary`."""
+    """The classes by their area; see `Task.summary`."""
     labels = explanation.prediction["labels"]
     names = names or [str(i) for i in range(int(labels.max()) + 1)]
     colours = ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in palette(names).tolist()]

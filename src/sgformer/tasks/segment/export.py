@@ -1,4 +1,4 @@
-"""What is exported of a semantic segmentation."""
+"""The exported graph of a segmentation network."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class SegmenterGraph(DenseGraph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if not (self.features or self.significance):
             return (self.model(image)["out"],)
-        seen = self._network().inspect(image)
-        return (resize(self.model.head(seen.features), image), *self._extra(seen))
+        inspection = self._network().inspect(image)
+        return (resize(self.model.head(inspection.features), image), *self._extra(inspection))
 
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {"short_side": metadata["short_side"], "reduce_zero_label": bool(metadata["reduce_zero_label"])}
 
 
 def graph(model: Any, metadata: Mapping[str, Any], whole: bool, features: bool, significance: bool) -> DenseGraph:
-    """As of `Task.graph`."""
+    """See `Task.graph`."""
     return SegmenterGraph(model, metadata, features, significance).eval()

@@ -1,4 +1,4 @@
-"""The numbers of a semantic segmentation, all from one confusion matrix, and the files that tell them."""
+"""The metrics of semantic segmentation, all from one confusion matrix, and their files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sgformer.training.report import class_tables, facts_table, read_confusion, 
 
 @dataclass(frozen=True)
 class SegmentationEvaluation:
-    """How well pixels were labelled. Pixels without a class are in no number.
+    """The metrics of a segmentation network. Pixels without a class do not count.
 
     Attributes:
         confusion: (classes, classes) pixel counts, true classes in rows, predicted in columns.
         loss: mean cross-entropy.
-        images: how many were counted.
+        images: number of images counted.
         class_names: one per class.
         skipped: one line for each unreadable image that was left out.
     """
@@ -33,13 +33,13 @@ class SegmentationEvaluation:
 
     @property
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class; NaN for a class neither there nor predicted."""
+        """Intersection over union of each class; NaN for a class neither present nor predicted."""
         hits = np.diag(self.confusion)
         return _divide(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
     @property
     def accuracy(self) -> np.ndarray:
-        """The share of each class's pixels that were recognised; NaN for a class not there."""
+        """The fraction of each class's pixels that are labelled correctly; NaN for an absent class."""
         return _divide(np.diag(self.confusion), self.confusion.sum(1))
 
     @property
@@ -54,11 +54,11 @@ class SegmentationEvaluation:
 
     @property
     def pixel_accuracy(self) -> float:
-        """The share of all pixels that were recognised."""
+        """The fraction of all pixels that are labelled correctly."""
         return float(_divide(np.diag(self.confusion).sum(), self.confusion.sum()))
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, as JSON takes them."""
+        """The metrics, as stored in JSON."""
         return {
             "miou": self.miou,
             "macc": self.macc,
@@ -70,22 +70,22 @@ class SegmentationEvaluation:
         }
 
     def headline(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         return (
             f"mIoU {100 * self.miou:.2f} %   mean accuracy {100 * self.macc:.2f} %   "
             f"pixel accuracy {100 * self.pixel_accuracy:.2f} %   loss {self.loss:.4f}"
         )
 
     def table(self) -> str:
-        """All numbers, for a terminal."""
+        """All metrics, for a terminal."""
         return self.headline()
 
     def counted(self) -> str:
-        """What was measured on."""
+        """The size of the split."""
         return f"{self.images} images of {len(self.class_names)} classes"
 
     def per_class(self) -> list[dict[str, Any]]:
-        """One row per class: pixels, IoU, accuracy, and what its pixels were mostly taken for instead."""
+        """One row per class: pixels, IoU, accuracy, and the commonest wrong class."""
         rows = []
         for i, name in enumerate(self.class_names):
             rows.append(
@@ -105,7 +105,7 @@ class SegmentationEvaluation:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> SegmentationEvaluation:
-        """What `write` left in `folder`."""
+        """Read what `write` wrote to `folder`."""
         numbers, counts, names = read_confusion(Path(folder))
         return cls(counts, numbers["loss"], numbers["images"], names, tuple(numbers["skipped"]))
 

@@ -32,14 +32,14 @@ class SegmentationModule(ScheduledModule):
         total_steps: updates of the whole schedule; by default `config.steps`.
         class_names: one per class; by default the indices.
         ignore: the index of pixels that have no class.
-        inference: how validation looks at images; by default whole, at `config.short`.
+        inference: how validation runs on images; by default whole, at `config.short`.
 
     Validation runs `eval_model` on images of any size (a list of (3, H, W), or (B, 3, H, W)) and counts pixels at the
     size of their labels. It leaves `result`, and `by_image` (pixel accuracy by index, of this process; `best_by_image`
-    when `evaluation` was last asked for), and logs `val_loss`, `miou`, `macc` and `pixel_accuracy` (fractions).
+    at the last call of `evaluation`), and logs `val_loss`, `miou`, `macc` and `pixel_accuracy` (fractions).
     """
 
-    monitor = "miou"  # what makes weights the best ones
+    monitor = "miou"  # selects the best weights
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class SegmentationModule(ScheduledModule):
 
     def evaluation(self, skipped: Sequence[str]) -> SegmentationEvaluation:
         assert self.result is not None
-        self.best_by_image = dict(self.by_image)  # asked for when these weights are the best so far
+        self.best_by_image = dict(self.by_image)  # called when these weights are the best so far
         return dataclasses.replace(self.result, skipped=tuple(skipped))
 
     def configure_optimizers(self) -> Any:
@@ -140,7 +140,7 @@ class SegmentationModule(ScheduledModule):
 
 
 def build(config: SegmentConfig, splits: Splits, weights: Weights | None) -> SegmentationModule:
-    """As of `Task.module`."""
+    """See `Task.module`."""
     listing = splits.train.listing
     model = new_segmenter(config, len(listing.classes), weights)
     return SegmentationModule(model, config, splits.total_steps, listing.classes, listing.ignore)

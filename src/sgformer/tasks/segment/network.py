@@ -1,4 +1,4 @@
-"""The network of semantic segmentation, a backbone and a head, and how it sees images of any size."""
+"""The network of semantic segmentation, a backbone and a head, and its inference on images of any size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Segmenter(nn.Module):
         architecture: a plain dict from which `Segmenter.build` makes the same network.
 
     Raises:
-        UserError: there is no such head.
+        UserError: `head` is unknown.
     """
 
     task = "segment"
@@ -68,7 +68,7 @@ class Segmenter(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
-        """Write weights and metadata to a safetensors file, whole or not at all."""
+        """Write weights and metadata to a safetensors file, atomically."""
         save_weights(self, path, {**metadata, "task": "segment"})
 
     @classmethod
@@ -88,9 +88,9 @@ class Segmenter(nn.Module):
 
 
 def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | None = None) -> Segmenter:
-    """The network to train: fresh, on the backbone of some weights, or all of a segmentation's weights.
+    """The network to train: fresh, on the backbone of some weights, or from a whole segmentation network's weights.
 
-    With the latter, what depends on the number of classes starts fresh if that differs.
+    With the latter, layers that depend on the number of classes are initialised anew if it differs.
 
     Raises:
         UserError: weights of another network or head.
@@ -100,11 +100,11 @@ def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | No
     whole = weights is not None and weights.task == "segment"
     if whole:
         assert weights is not None and weights.architecture is not None
-        held, tensors = weights.architecture, weights.tensors
-        source = held["backbone"]
-        if (held["head"], held["width"]) != (config.head, config.head_width):
+        arch, tensors = weights.architecture, weights.tensors
+        source = arch["backbone"]
+        if (arch["head"], arch["width"]) != (config.head, config.head_width):
             raise UserError(
-                f"{config.weights} holds {source['model']} with {held['head']} of width {held['width'] or 'standard'}, "
+                f"{config.weights} holds {source['model']} with {arch['head']} of width {arch['width'] or 'standard'}, "
                 f"not --model {config.model} --head {config.head} --head-width {config.head_width or 'standard'}"
             )
     backbone = pyramid_backbone(
@@ -120,13 +120,13 @@ def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | No
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How an image of any size goes through the network.
+    """How the network runs on an image of any size.
 
     Attributes:
         short_side: images are resized to this short side (long side at most 4 times that), in pixels.
         window: (height, width) of a sliding window, moved by two thirds of itself; None: the whole image at once.
         scales: factors on the short side; the class probabilities are averaged over them.
-        flip: also average over the mirror image.
+        flip: also average with the mirrored image.
     """
 
     short_side: int = 512

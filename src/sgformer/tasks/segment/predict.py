@@ -1,4 +1,4 @@
-"""Labelling every pixel with trained weights, and measuring how well that goes."""
+"""Labelling every pixel with trained weights, and evaluating them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def predict(
     sliding: bool = False,
     device: str = "auto",
 ) -> Iterator[tuple[Segments, Image.Image]]:
-    """As of `Task.predict`: the class of every pixel.
+    """See `Task.predict`: the class of every pixel.
 
     Args:
         weights: of a segmentation.
@@ -74,17 +74,17 @@ def evaluate(
 
     Args:
         weights: of a segmentation.
-        data: the data set's folder; its labels mean what they meant in training.
-        split: part of it.
+        data: the data set's folder; with the labels of the training.
+        split: e.g. "validation".
         image_size, multi_scale, flip, sliding: see `inference_settings`.
-        batch_size: images read at a time on each process; those of one size go through the network together.
+        batch_size: images per batch in each process; those of one size run through the network together.
         bad_images: "stop" at an unreadable file, or "skip" and list them.
-        out: a folder for `examples.png`, the images that went worst and best.
+        out: a folder for `examples.png`, the worst and best images.
         device: "auto", "cpu", "cuda" ...
-        machine: `workers`, `devices`, `precision`, as of `training.validate.validate`.
+        machine: `workers`, `devices`, `precision`, see `training.validate.validate`.
 
     Raises:
-        UserError: weights or data are invalid, or do not go together.
+        UserError: weights or data are invalid, or do not match.
     """
     from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
     from sgformer.data.dense_transforms import eval_transform
@@ -114,14 +114,14 @@ def inference_settings(
     flip: bool = False,
     sliding: bool = False,
 ) -> InferenceSettings:
-    """How weights see images: as they were validated, unless told otherwise.
+    """The inference settings of weights: as in validation, unless given.
 
     Args:
         metadata: of the weights.
         image_size: short side of whole images; with `sliding`, the window's (height, width) instead.
         multi_scale: average over six scales, .5 to 1.75.
-        flip: average over the mirror image.
-        sliding: move a window of the training crop's size over the image.
+        flip: average with the mirrored image.
+        sliding: slide a window of the training crop's size over the image.
 
     Raises:
         UserError: `image_size` is invalid.
@@ -167,7 +167,7 @@ def draw_examples(
 
 
 def finish(folder: Path, splits: Splits, module: Any) -> None:
-    """As of `Task.finish`: `examples.png` of the best validation."""
+    """See `Task.finish`: `examples.png` of the best validation."""
     if module.best_by_image:
         model, normalization = network(read_weights(folder.parent)), Normalization.of(splits.metadata)
         examples = folder / "examples.png"

@@ -1,4 +1,4 @@
-"""Segmenting images with an exported file: onnxruntime, numpy and Pillow do it, torch is not imported."""
+"""Segmenting images with an exported file: onnxruntime, numpy and Pillow only, without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def predict(
     *,
     image_size: Any = None,
 ) -> Iterator[tuple[Segments, Image.Image]]:
-    """As of `Task.predict`. A file of fixed size is moved over the image as a window, two thirds of itself at a time.
+    """See `Task.predict`. A file of fixed size slides over the image as a window, by two thirds of itself.
 
     Args:
         network: an exported segmenter.
@@ -35,7 +35,7 @@ def predict(
     if not isinstance(short, int) or short < 32:
         raise UserError(f"--image-size is one number from 32 up, the short side; got {image_size}")
     if network.input_size:
-        short = max(short, *network.input_size)  # so that the window fits in
+        short = max(short, *network.input_size)  # so that the window fits
     for i, source in enumerate(sources):
         image = open_image(source)
         target = fit_multiple(image, short, 1 if network.input_size else network.metadata["multiple"])
@@ -47,14 +47,14 @@ def predict(
 
 
 def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
-    """An image as an exported segmenter takes it: (1, 3, H, W) float32."""
+    """An image as input of an exported segmenter: (1, 3, H, W) float32."""
     about = network.metadata
     target = network.input_size or fit_multiple(image, about["short_side"], about["multiple"])
     return resize_smooth(network.normalised(np.asarray(image)), target)[None]
 
 
 def slide(network: ExportedNetwork, image: np.ndarray) -> np.ndarray:
-    """Logits (classes, H, W), averaged over overlapping windows of the size that the network takes."""
+    """Logits (classes, H, W), averaged over overlapping windows of the network's input size."""
     assert network.input_size is not None
     total, count = np.zeros(()), np.zeros(image.shape[1:], np.float32)
     (rows, high), (cols, wide) = (
