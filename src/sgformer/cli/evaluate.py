@@ -30,7 +30,7 @@ def evaluate(
     """Evaluate trained weights on validation data, counting every image once.
 
     Args:
-        weights: a run folder, a .safetensors file or a released .pth
+        weights: a run folder, .safetensors, or a released or timm checkpoint
         data: data set folder, in the layout of the training
         split: split to evaluate on [val, or validation]
         out: folder for tables and pictures [RUN/eval, or WEIGHTS-eval]

@@ -29,7 +29,7 @@ def predict(
     """Run a network on images: the most probable classes, a class for every pixel, or objects.
 
     Args:
-        weights: a run folder, .safetensors, released .pth, or .onnx of sgformer export
+        weights: a run folder, .safetensors, a released or timm checkpoint, or an exported .onnx
         images: image files, or folders of them
         top: classification: classes per image [5]
         score: detection: minimum score [0.5]

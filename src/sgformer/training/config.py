@@ -42,7 +42,7 @@ class RunConfig:
     data: str | None = option(None, "Run", "folder with the images", main=True)
     model: str = option("sgformer_s", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
     weights: str | None = option(
-        None, "Run", "start from these weights: a run, .safetensors or released .pth", main=True
+        None, "Run", "start from a run, .safetensors, or a released or timm checkpoint", main=True
     )
     run: str | None = option(None, "Run", "output folder [runs/TASK-MODEL-TIME]", main=True)
 
