@@ -59,10 +59,8 @@ def main() -> None:
                 found[name].append(timed(command))
     for name, values in found.items():
         seconds = [s for s, _ in values]
-        memory = max(m for _, m in values)
-        print(
-            f"{name:<34}{statistics.median(seconds):7.3f} s ({min(seconds):.3f} to {max(seconds):.3f})  {memory:5.0f} MB"
-        )
+        middle, memory = statistics.median(seconds), max(m for _, m in values)
+        print(f"{name:<34}{middle:7.3f} s ({min(seconds):.3f} to {max(seconds):.3f})  {memory:5.0f} MB")
     pairs = zip(found["predict, one image"], found["importing torch, reading weights"], strict=True)
     ratios = [a / b for (a, _), (b, _) in pairs]
     print(f"predict takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f})")
