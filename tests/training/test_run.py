@@ -14,7 +14,7 @@ import sgformer
 from sgformer.backends.optimize import optimize
 from sgformer.core.errors import UserError
 from sgformer.models.checkpoint import read_safetensors
-from sgformer.models.load import load_weights, read_metadata
+from sgformer.models.load import read_metadata
 from sgformer.results import Prediction
 from sgformer.tasks.api import evaluate, predict, train
 from sgformer.tasks.classify.metrics import Evaluation
@@ -105,9 +105,9 @@ def test_prediction_is_softmax_of_the_network(run, photos):
 
     image = photos / "val" / "bee" / "0.png"
     [answer] = predict(run, image, top=2)
-    model, metadata = load_weights(run)
+    model = sgformer.load_model(run)
     with torch.inference_mode():
-        shares = model(eval_transform(**preprocessing(metadata))(read_image(image))[None]).softmax(-1)[0]
+        shares = model(eval_transform(**preprocessing(model.metadata))(read_image(image))[None]).softmax(-1)[0]
     expected = sorted(zip(CLASSES, shares.tolist(), strict=True), key=lambda pair: -pair[1])[:2]
     assert isinstance(answer, Prediction) and [name for name, _ in answer.labels] == [name for name, _ in expected]
     assert [p for _, p in answer.labels] == pytest.approx([p for _, p in expected], rel=1e-5)

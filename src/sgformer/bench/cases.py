@@ -24,7 +24,6 @@ from sgformer.core.errors import UserError, require
 
 BACKENDS = ("eager", "optimize", "compile", "onnxruntime", "openvino")
 EXPORTED = ("onnxruntime", "openvino")
-MODES = ("infer", "train")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

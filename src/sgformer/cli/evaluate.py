@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
 
 
@@ -55,10 +56,16 @@ def evaluate(
     task = task_of(read_metadata(weights).get("task", "classify"), weights)
     if data is None:
         raise UserError(f"--data is missing: {task.data_help}")
-    options: dict[str, Any] = {"split": split, "batch_size": batch_size, "image_size": image_size}
-    options |= {"crop_pct": crop_pct, "images": images}
-    options = {name: value for name, value in options.items() if value is not None}
-    options |= {n: True for n, v in (("multi_scale", multi_scale), ("flip", flip), ("sliding", sliding)) if v}
+    options = given(
+        split=split,
+        batch_size=batch_size,
+        image_size=image_size,
+        crop_pct=crop_pct,
+        multi_scale=multi_scale,
+        flip=flip,
+        sliding=sliding,
+        images=images,
+    )
     path = Path(weights)
     folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")
     result = api.evaluate(

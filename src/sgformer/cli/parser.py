@@ -53,6 +53,11 @@ class Option:
 REQUIRED = object()
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: those that are neither None nor a switch that is off."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
 def config_options(config_class: type[RunConfig]) -> list[Option]:
     """The options of a config's fields."""
     kinds = get_type_hints(config_class)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
+from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json, write_json
 
@@ -48,9 +48,15 @@ def predict(
             raise UserError(f"{name} must be above 0, got {value}")
     from sgformer.tasks.api import predict_images
 
-    options: dict[str, Any] = {"top": top, "score": score, "batch_size": batch_size, "image_size": image_size}
-    options = {name: value for name, value in options.items() if value is not None}
-    options |= {n: True for n, v in (("multi_scale", multi_scale), ("flip", flip), ("sliding", sliding)) if v}
+    options = given(
+        top=top,
+        score=score,
+        batch_size=batch_size,
+        image_size=image_size,
+        multi_scale=multi_scale,
+        flip=flip,
+        sliding=sliding,
+    )
     task, results, metadata, sources = predict_images(weights, images, model=model, device=device, **options)
     width = min(60, max(len(str(source)) for source in sources))
     if out:

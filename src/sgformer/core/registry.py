@@ -68,8 +68,8 @@ class Registry:
 
     def check(self, name: Any, option: str) -> None:
         """Raise UserError unless there is something of this name; `option` is what named it, e.g. "--head"."""
-        if name not in self.names():
-            known = self.names()
+        known = self.names()
+        if name not in known:
             raise UserError(f"{option} is one of {', '.join(known)}, got {name}{nearest(str(name), known)}")
 
     def get(self, name: str, source: Any = None) -> Any:

@@ -183,8 +183,7 @@ def read_coco(
         UserError: the file is missing, malformed or inconsistent, or an image path leaves the folder.
     """
     file = Path(file)
-    options: dict[str, Any] = {"masks": masks, "drop_empty": drop_empty, "check_files": check_files}
-    return _listing_of(_load(file), file, folders, categories, **options)
+    return _listing_of(_load(file), file, folders, categories, masks, drop_empty, check_files)
 
 
 def make_listing(
@@ -212,8 +211,7 @@ def make_listing(
     Raises:
         UserError: the content is inconsistent, or an image path leaves the folder.
     """
-    options: dict[str, Any] = {"masks": masks, "drop_empty": drop_empty, "check_files": check_files}
-    listing = _listing_of(content, Path(source), folders, categories, **options)
+    listing = _listing_of(content, Path(source), folders, categories, masks, drop_empty, check_files)
     return dataclasses.replace(listing, content=json.dumps(content).encode())
 
 

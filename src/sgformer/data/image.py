@@ -337,6 +337,13 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 LONG_TO_SHORT = 4
 
 
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """An image size as (height, width): one number means a square."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    return image_size[0], image_size[1]
+
+
 def fit_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
     """The size with the short side `short_side * factor`, or the long side 4 times that if this is smaller.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sgformer.data.image import centre
+from sgformer.data.image import centre, height_and_width
 
 #: Of ImageNet's channels.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,9 +80,8 @@ def denormalize(images: torch.Tensor, normalization: Normalization = IMAGENET) -
 
 def preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """`eval_transform`'s arguments as weights remember them."""
-    size = metadata.get("image_size", 224)
     return {
-        "image_size": (size, size) if isinstance(size, int) else tuple(size),
+        "image_size": height_and_width(metadata.get("image_size", 224)),
         "crop_pct": metadata.get("crop_pct", 0.9),
         "interpolation": metadata.get("interpolation", "bicubic"),
         "normalization": Normalization.of(metadata),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sgformer import ops
 from sgformer.core.errors import UserError
+from sgformer.data.image import height_and_width
 from sgformer.exporting.formats import FORMATS, ExportFormat, Runner
 from sgformer.exporting.graphs import Graph
 
@@ -232,10 +233,10 @@ def _fixed_size(graph: Graph, requested: int | tuple[int, int] | None) -> tuple[
         trained = graph.about["image_size"]
         requested = trained if isinstance(trained, int) else max(trained)
         requested = -(-requested // 32) * 32
-    size = (requested, requested) if isinstance(requested, int) else (int(requested[0]), int(requested[1]))
-    if min(size) < 32 or size[0] % 32 or size[1] % 32:
+    height, width = map(int, height_and_width(requested))
+    if min(height, width) < 32 or height % 32 or width % 32:
         raise UserError(f"--image-size must be multiples of 32 pixels, got {requested}")
-    return size
+    return height, width
 
 
 def _shapes(graph: Graph, size: tuple[int, int] | None, step: int) -> Sequence[tuple[int, int, int]]:

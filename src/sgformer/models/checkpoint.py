@@ -118,39 +118,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: its metadata is not readable") from None
 
 
-def load_own(path: str | os.PathLike[str], **overrides: Any) -> SGFormer:
-    """Rebuild a model from a file of ``save_model``, in evaluation mode and in the stored dtype.
-
-    Args:
-        path: a safetensors file.
-        overrides: SGFormerConfig fields to change. Another ``num_classes`` gives a freshly initialised classifier;
-            another ``img_size`` resizes the position table.
-
-    Returns:
-        The model; ``model.metadata`` holds the file's metadata.
-
-    Raises:
-        UserError: the file is of another kind or damaged, or its tensors do not fit its config.
-    """
-    tensors, header = read_safetensors(path)
-    if header.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: holds no SG-Former config; `sgformer.load_model` and `sgformer convert` read other checkpoints"
-        )
-    try:
-        stored = SGFormerConfig.from_dict(json.loads(header["config"]))
-        metadata = json.loads(header.get("metadata", "{}"))
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path}: its config cannot be read ({first_sentence(e)})") from None
-    try:
-        config = stored.replace(**overrides)
-    except (ValueError, TypeError) as e:
-        raise UserError(f"cannot load {path} with {overrides}: {e}") from None
-    model = build_from_tensors(config, tensors, str(path))
-    model.metadata = metadata
-    return model
-
-
 def build_from_tensors(config: SGFormerConfig, tensors: Mapping[str, Tensor], source: str) -> SGFormer:
     """Build a model with these weights; the classifier is freshly initialised if the number of classes differs.
 

@@ -270,14 +270,6 @@ def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn
         raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
 
 
-def load_weights(
-    source: Source, num_classes: int | None = None, model: str | None = None, **options: Any
-) -> tuple[nn.Module, dict[str, Any]]:
-    """`read_weights` and `build_network` in one call: returns the network and its metadata."""
-    weights = read_weights(source, model)
-    return build_network(weights, num_classes, **options), dict(weights.backbone().metadata)
-
-
 def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> Any:
     """Build a backbone with heads from its stored architecture and load the weights; in evaluation mode.
 

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     from sgformer.explaining.base import Explainer, Picture
     from sgformer.exporting.export import Export
+    from sgformer.models.load import Weights
     from sgformer.results import Explanation
     from sgformer.training.config import RunConfig
     from sgformer.training.run_folder import RunFolder
+    from sgformer.training.task import Task
 
 Source = str | os.PathLike[str]
 
@@ -103,6 +105,14 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
     return task_of(stored.task, weights).network(stored)
 
 
+def _read(weights: Source, model: str | None) -> tuple[Weights, Task]:
+    """The content of any weights, and their task."""
+    from sgformer.models.load import read_weights
+
+    stored = read_weights(weights, model)
+    return stored, task_of(stored.task, weights)
+
+
 def evaluate(weights: Source, data: Source, *, model: str | None = None, **options: Any) -> Any:
     """Evaluate trained weights on a split of a data set, counting every image once.
 
@@ -121,10 +131,7 @@ def evaluate(weights: Source, data: Source, *, model: str | None = None, **optio
     """
     for package in ("lightning", "torchmetrics"):
         require(package, extra="train")
-    from sgformer.models.load import read_weights
-
-    stored = read_weights(weights, model)
-    task = task_of(stored.task, weights)
+    stored, task = _read(weights, model)
     task.require()
     refuse_foreign(options, task, "eval_options", weights)
     return task.evaluate(stored, data, **options)
@@ -177,10 +184,7 @@ def predict_images(
             if options.get(name):
                 raise UserError(f"--{dashed(name)} is for weights; {weights} is an exported file")
         return task, task.predict_exported(network, sources, **options), network.metadata, sources
-    from sgformer.models.load import read_weights
-
-    stored = read_weights(weights, model)
-    task = task_of(stored.task, weights)
+    stored, task = _read(weights, model)
     task.require()
     refuse_foreign(options, task, "predict_options", weights)
     return task, task.predict(stored, sources, **options), dict(stored.metadata), sources
@@ -194,41 +198,36 @@ def is_exported(weights: Source) -> bool:
 # -- explaining and exporting -----------------------------------------------------------------------------------------
 
 
-def explainer_for(model: nn.Module, metadata: Any = None) -> Explainer:
+def explainer_for(model: nn.Module) -> Explainer:
     """An explainer of a network in memory.
 
     Args:
         model: an :class:`SGFormer`, or a network of :func:`load_model`.
-        metadata: of its weights; by default the network's own.
 
     Raises:
         UserError: the network is not an SG-Former and has no significance.
     """
-    about = getattr(model, "metadata", None) if metadata is None else metadata
-    about = dict(about or {})
+    about = dict(getattr(model, "metadata", None) or {})
     task = getattr(type(model), "task", None) or about.get("task", "classify")
     return get_task(task).explainer(model, about)
 
 
-def load_explainer(weights: Source, device: str = "auto", model: str | None = None, **metadata: Any) -> Explainer:
+def load_explainer(weights: Source, device: str = "auto", model: str | None = None) -> Explainer:
     """An explainer of trained weights.
 
     Args:
         weights: see the module.
         device: "auto", "cpu", "cuda" ...
         model: the network's name, for a plain state dict.
-        metadata: entries that override those of the weights.
 
     Raises:
         UserError: the weights are unreadable or not of an SG-Former.
     """
     from sgformer.core.device import find_device
-    from sgformer.models.load import read_weights
 
     where = find_device(device)
-    stored = read_weights(weights, model)
-    task = task_of(stored.task, weights)
-    about = {**stored.metadata, **metadata}
+    stored, task = _read(weights, model)
+    about = dict(stored.metadata)
     if stored.architecture is None:
         about.setdefault("image_size", 224)
     try:
@@ -309,10 +308,8 @@ def export(
 
     FORMATS.check(format, "--format")
     from sgformer.exporting.export import export_graph
-    from sgformer.models.load import read_weights
 
-    stored = read_weights(weights, model)
-    task = task_of(stored.task, weights)
+    stored, task = _read(weights, model)
     return export_graph(
         lambda whole: task.graph(stored, whole, features, significance),
         out,

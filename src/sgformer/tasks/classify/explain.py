@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.explaining.base import Explainer, explain_batch
+from sgformer.exporting.onnx_predict import softmax
 from sgformer.results import Explanation
 
 MOST = 5  # classes shown on the page
@@ -38,17 +39,15 @@ class ClassifyExplainer(Explainer):
         """`cat 97 %`, or empty for a network without class names."""
         if logits is None or logits.ndim != 1 or len(self.names) != len(logits):
             return ""
-        shares = np.exp(logits - logits.max())
         best = int(logits.argmax())
-        return f"{self.names[best]}  {100 * shares[best] / shares.sum():.0f} %"
+        return f"{self.names[best]}  {100 * softmax(logits, 0)[best]:.0f} %"
 
 
 def summary(explanation: Explanation, names: Sequence[str]) -> list[dict[str, Any]]:
     """The most probable classes; see `Task.summary`."""
     if explanation.logits is None:
         return []
-    shares = np.exp(explanation.logits - explanation.logits.max())
-    shares = shares / shares.sum()
+    shares = softmax(explanation.logits, 0)
     best = np.argsort(-shares, kind="stable")[:MOST]
     return [{"class": names[i] if names else str(i), "share": float(shares[i])} for i in best]
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import centre, open_image, source_name
+from sgformer.data.image import centre, height_and_width, open_image, source_name
 from sgformer.exporting.onnx_predict import ExportedNetwork, softmax
 from sgformer.results import Prediction
 
@@ -36,8 +36,7 @@ def predict(
         UserError: an image cannot be read, or the size is invalid.
     """
     network.refuse_size(image_size)
-    size = image_size or network.input_size or network.metadata["image_size"]
-    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    size = height_and_width(image_size or network.input_size or network.metadata["image_size"])
     step = network.metadata["multiple"]
     if network.input_size is None and (min(size) < 32 or size[0] % step or size[1] % step):
         steps = f" in steps of {step}" if step > 1 else ""
@@ -55,9 +54,7 @@ def predict(
 
 def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
     """An image as input of an exported classifier: (1, 3, H, W) float32."""
-    size = network.input_size or network.metadata["image_size"]
-    size = (size, size) if isinstance(size, int) else (size[0], size[1])
-    return _prepare(network, image, size)
+    return _prepare(network, image, height_and_width(network.input_size or network.metadata["image_size"]))
 
 
 def _prepare(network: ExportedNetwork, image: Image.Image, size: tuple[int, int]) -> np.ndarray:

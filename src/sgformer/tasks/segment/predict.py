@@ -12,7 +12,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.image import open_image, source_name
+from sgformer.data.image import height_and_width, open_image, source_name
 from sgformer.data.preparing import IMAGENET, Normalization, denormalize
 from sgformer.models.load import Weights, read_weights
 from sgformer.results import Segments
@@ -133,7 +133,7 @@ def inference_settings(
         short = image_size
     elif image_size is not None:
         raise UserError(f"--image-size is one number, the short side, for whole images; got {image_size}")
-    size = (window, window) if isinstance(window, int) else (window[0], window[1])
+    size = height_and_width(window)
     if min(short, *size) < 32:
         raise UserError(f"--image-size must be 32 pixels or more, got {image_size}")
     return InferenceSettings(short, size if sliding else None, MULTI_SCALE if multi_scale else (1.0,), flip)
