@@ -12,7 +12,7 @@ import sgformer
 from sgformer.models.config import VARIANTS, Region, SGFormerConfig, StageConfig
 
 PUBLISHED = {"sgformer_s": 22_545_981, "sgformer_m": 38_689_316, "sgformer_b": 77_950_293}
-BUDGET = {"sgformer_t": ((8e6, 10e6), (1.2e9, 1.6e9)), "sgformer_n": ((1.5e6, 2.5e6), (0, 0.45e9))}
+BUDGET = {"sgformer_t": ((8e6, 10e6), (1.2e9, 1.6e9)), "sgformer_n": ((1.5e6, 2.0e6), (0, 0.6e9))}
 
 
 def small(**options):

@@ -143,7 +143,7 @@ def test_damaged_files_of_ours_are_named(tmp_path):
     path = tmp_path / "m.safetensors"
     sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=2), path)
     whole = path.read_bytes()
-    for damaged in (whole[:-100], whole[:50], b"", b"\xff" * 64, whole.replace(b'\\"dim\\": 48', b'\\"dim\\": 56')):
+    for damaged in (whole[:-100], whole[:50], b"", b"\xff" * 64, whole.replace(b'\\"dim\\": 64', b'\\"dim\\": 56')):
         path.write_bytes(damaged)
         with pytest.raises(UserError) as error:
             sgformer.load_model(path)

@@ -1,5 +1,6 @@
 """A run that stopped and went on is, to the bit, the run that did not stop."""
 
+import dataclasses
 import os
 import signal
 
@@ -133,3 +134,18 @@ def test_a_run_that_never_came_to_a_checkpoint_starts_again(photos, straight, tm
         (run.path / name).unlink()
     train("classify", resume=run.path, max_steps=6)
     assert_same_run(run.path, straight)
+
+
+def test_a_run_keeps_its_network_when_the_size_of_that_name_changes(photos, straight, tmp_path, monkeypatch):
+    from sgformer.models.config import VARIANTS
+    from sgformer.models.load import read_weights
+
+    run = tmp_path / "run"
+    train("classify", data=str(photos), run=str(run), max_steps=4, **QUICK)
+    name = QUICK["model"]
+    stages = VARIANTS[name].stages
+    wider = (*stages[:3], dataclasses.replace(stages[3], dim=2 * stages[3].dim))
+    monkeypatch.setitem(VARIANTS, name, VARIANTS[name].replace(stages=wider))
+    assert read_weights(run).model is None  # its network is no longer the size of that name
+    train("classify", resume=run, max_steps=6)
+    assert_same_run(straight, run)

@@ -240,15 +240,39 @@ REGIONS = (
 )
 
 
-def pyramid(dims: tuple[int, ...], heads: tuple[int, ...], depths: tuple[int, ...], **options: Any) -> SGFormerConfig:
+# SG-Former-N's own: more key/value tokens, as its maps are small (docs/models.md).
+NANO_REDUCTIONS = (4, 2, 2)
+NANO_REGIONS = (
+    (Region(1 / 4, 32), Region(1 / 2, 16), Region(1 / 4, 8)),
+    (Region(1 / 4, 16), Region(1 / 2, 8), Region(1 / 4, 4)),
+    (Region(1 / 2, 2), Region(1 / 2, 1)),
+)
+
+
+def pyramid(
+    dims: tuple[int, ...],
+    heads: tuple[int, ...],
+    depths: tuple[int, ...],
+    reductions: tuple[int, ...] = REDUCTIONS,
+    regions: tuple[tuple[Region, ...], ...] = REGIONS,
+    **options: Any,
+) -> SGFormerConfig:
     """A four-stage SG-Former with the published reductions and regions; ``options`` are SGFormerConfig's fields."""
-    guided = zip(dims[:3], heads[:3], depths[:3], REDUCTIONS, REGIONS, strict=True)
+    guided = zip(dims[:3], heads[:3], depths[:3], reductions, regions, strict=True)
     return SGFormerConfig((*(StageConfig(*s) for s in guided), StageConfig(dims[3], heads[3], depths[3])), **options)
 
 
 # S, M and B are the paper's. T and N are ours, for small machines.
 VARIANTS: dict[str, SGFormerConfig] = {
-    "sgformer_n": pyramid((24, 48, 96, 192), (2, 2, 4, 8), (2, 2, 6, 1), drop_path_rate=0.05),
+    "sgformer_n": pyramid(
+        (32, 64, 128, 256),
+        (2, 2, 4, 8),
+        (2, 2, 4, 1),
+        NANO_REDUCTIONS,
+        NANO_REGIONS,
+        mlp_ratio=2.0,
+        drop_path_rate=0.05,
+    ),
     "sgformer_t": pyramid((32, 64, 192, 384), (2, 2, 6, 12), (2, 2, 10, 1), drop_path_rate=0.1),
     "sgformer_s": pyramid((64, 128, 256, 512), (2, 4, 8, 16), (2, 4, 16, 1), drop_path_rate=0.1),
     "sgformer_m": pyramid((64, 128, 256, 512), (2, 4, 8, 16), (2, 6, 28, 2), drop_path_rate=0.2),

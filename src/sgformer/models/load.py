@@ -129,17 +129,12 @@ def _of_file(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) 
             return Weights(path, tensors, metadata, str(metadata["timm_model"]))
         if kind == checkpoint.FORMAT:
             config = SGFormerConfig.from_dict(json.loads(header["config"]))
-            return Weights(path, tensors, metadata, metadata.get("model") or size_name(config), config)
+            return Weights(path, tensors, metadata, _name(metadata.get("model"), config), config)
         architecture = metadata["architecture"]
         stored = architecture["backbone"].get("config")
-        return Weights(
-            path,
-            tensors,
-            metadata,
-            architecture["backbone"]["model"],
-            SGFormerConfig.from_dict(stored) if stored else None,
-            architecture,
-        )
+        backbone = SGFormerConfig.from_dict(stored) if stored else None
+        name = architecture["backbone"]["model"]
+        return Weights(path, tensors, metadata, _name(name, backbone) if backbone else name, backbone, architecture)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its config cannot be read ({first_sentence(error)})") from None
 
@@ -316,6 +311,11 @@ def network_name(network: nn.Module) -> str:
     if isinstance(network, SGFormer):
         return known or size_name(network.config) or "sgformer"
     return known or type(network).__name__
+
+
+def _name(stored: str | None, config: SGFormerConfig) -> str | None:
+    """The name that a file gives its network, unless the size of that name has other widths, heads or depths."""
+    return stored if stored and stored not in VARIANTS else size_name(config)
 
 
 def size_name(config: SGFormerConfig) -> str | None:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.processes import end_with_parent
-from sgformer.models.load import read_weights
+from sgformer.models.load import Weights, read_weights
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
 from sgformer.training.nan_guard import NanGuard
@@ -46,7 +47,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     world, rank = trainer.world_size, trainer.global_rank
     batch = per_process_batch(config, world)
     L.seed_everything(config.seed, verbose=False)
-    weights = read_weights(config.weights, config.model) if config.weights else None
+    weights = starting_weights(config, resume)
     splits = task.splits(config, weights, batch, rank, world)
     module = task.module(config, splits, weights)
     model = module.model
@@ -182,6 +183,17 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def starting_weights(config: RunConfig, resume: str | os.PathLike[str] | None) -> Weights | None:
+    """The weights to build the network from: those of `config`, or a resumed run's own, once it has written any.
+
+    A run's own weights know its exact network, which a later version of this package may call otherwise, and the file
+    that the run started from may have gone.
+    """
+    if resume and (own := Path(resume) / "last.safetensors").is_file():
+        return read_weights(own)
+    return read_weights(config.weights, config.model) if config.weights else None
 
 
 def use_native_kernels(

@@ -9,11 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from timm.optim import list_optimizers
 from torch import nn
 
 from sgformer.core.errors import UserError
-from sgformer.core.names import nearest
 from sgformer.training.sharded import full, shard
 
 
@@ -116,13 +114,6 @@ class ScheduledModule(TaskModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lr_schedulers"] = []
-
-
-def check_optimizer(name: str) -> None:
-    """Raise UserError unless timm has an optimiser with this name."""
-    known = [str(one) for one in list_optimizers()]
-    if name.lower() not in known:
-        raise UserError(f"unknown --opt {name}{nearest(name, known)}")
 
 
 def readable(batch: Any) -> tuple[Any, Any]:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from timm.data.mixup import Mixup, mixup_target
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
@@ -18,8 +17,9 @@ from sgformer.models.config import VARIANTS
 from sgformer.models.load import Weights, build_model, build_network
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.classify.metrics import Evaluation
+from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
-from sgformer.training.task_module import ScheduledModule, check_optimizer, readable
+from sgformer.training.task_module import ScheduledModule, readable
 
 
 class ClassificationModule(ScheduledModule):
@@ -115,7 +115,7 @@ class ClassificationModule(ScheduledModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        optimizer = create_optimizer_v2(
+        optimizer = create_optimizer(
             self.model,
             opt=config.opt,
             lr=config.scaled(config.lr),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 from sgformer.models.load import Weights
@@ -15,6 +14,7 @@ from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.detect.data import coco_metric
 from sgformer.tasks.detect.metrics import CocoMetric, DetectionEvaluation
 from sgformer.tasks.detect.network import Detector, coco_results, new_detector
+from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
 from sgformer.training.task_module import TaskModule, decay_groups, readable
 
@@ -48,6 +48,7 @@ class DetectionModule(TaskModule):
         super().__init__()
         self.model = model
         self.config = config or DetectConfig()
+        check_optimizer(self.config.opt)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.metric = metric
         self.image_ids = image_ids
@@ -103,9 +104,7 @@ class DetectionModule(TaskModule):
     def configure_optimizers(self) -> Any:
         config = self.config
         groups = decay_groups(self.model, config.weight_decay)
-        return create_optimizer_v2(
-            groups, opt=config.opt, lr=config.scaled(config.lr), weight_decay=config.weight_decay
-        )
+        return create_optimizer(groups, opt=config.opt, lr=config.scaled(config.lr), weight_decay=config.weight_decay)
 
     def on_train_start(self) -> None:
         total = int(self.trainer.estimated_stepping_batches)

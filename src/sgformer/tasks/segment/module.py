@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from timm.optim import create_optimizer_v2
 from timm.scheduler import PolyLRScheduler
 from torch import Tensor
 
@@ -18,8 +17,9 @@ from sgformer.models.load import Weights
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.tasks.segment.metrics import SegmentationEvaluation
 from sgformer.tasks.segment.network import InferenceSettings, Segmenter, class_probabilities, new_segmenter
+from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
-from sgformer.training.task_module import ScheduledModule, check_optimizer, decay_groups, readable
+from sgformer.training.task_module import ScheduledModule, decay_groups, readable
 
 
 class SegmentationModule(ScheduledModule):
@@ -127,7 +127,7 @@ class SegmentationModule(ScheduledModule):
         config = self.config
         rate = config.scaled(config.lr)
         groups = decay_groups(self.model, config.weight_decay)
-        optimizer = create_optimizer_v2(groups, opt=config.opt, lr=rate, weight_decay=config.weight_decay)
+        optimizer = create_optimizer(groups, opt=config.opt, lr=rate, weight_decay=config.weight_decay)
         scheduler = PolyLRScheduler(
             optimizer,
             t_initial=self.total_steps,
