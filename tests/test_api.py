@@ -49,7 +49,7 @@ def api() -> list[str]:
         else:
             options = function_options(getattr(__import__(module, fromlist=[function]), function))
         for o in options:
-            place, default = o.default is REQUIRED, "" if o.default is REQUIRED else f" {o.default!r}"
+            place, default = o.positional, "" if o.default is REQUIRED else f" {o.default!r}"
             lines.append(f"sgformer {command} {o.name if place else '--' + o.name.replace('_', '-')}{default}")
     return lines
 

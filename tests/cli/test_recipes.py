@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from photos import make_photos
 
 from sgformer.cli import main
@@ -26,3 +27,10 @@ def test_starts(recipe, tmp_path):
         arguments += ["--weights", str(tmp_path / "weights.safetensors")]
     assert main(["train", "classify", *arguments]) == 0
     assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_recipes_of_a_size_with_weights_say_what_they_start_from():
+    from sgformer.models.pretrained import PRETRAINED
+
+    recipes = {p.name: yaml.safe_load(p.read_text()) for p in RECIPES[0].parent.glob("*.yaml")}
+    assert [name for name, keys in recipes.items() if keys.get("model") in PRETRAINED and "weights" not in keys] == []

@@ -29,16 +29,17 @@ class HelpShown(Exception):
 
 @dataclass
 class Option:
-    """One option or, without a default, one positional argument.
+    """One option or positional argument.
 
     Attributes:
         name: as in Python, with underscores.
         kind: the type.
-        default: `REQUIRED` makes it positional.
+        default: `REQUIRED`: there is none.
         help: a phrase.
         group: its heading in the help.
         main: whether `--help` gives it a line of its own.
         many: whether it takes one or more values.
+        positional: whether it is an argument, not an option; always so without a default.
     """
 
     name: str
@@ -48,6 +49,10 @@ class Option:
     group: str = "Options"
     main: bool = True
     many: bool = False
+    positional: bool = False
+
+    def __post_init__(self) -> None:
+        self.positional = self.positional or self.default is REQUIRED
 
 
 REQUIRED = object()
@@ -68,17 +73,19 @@ def config_options(config_class: type[RunConfig]) -> list[Option]:
 
 
 def function_options(function: Callable[..., Any]) -> list[Option]:
-    """The options of a function's parameters, with the help of its docstring; positional without a default."""
+    """The options of a function's parameters, with the help of its docstring. A `list` takes one or more values;
+    positional are parameters without a default, and a `tuple[str, ...]`, which may be left out."""
     kinds = get_type_hints(function)
     helps = {
         p.arg_name: " ".join((p.description or "").split()) for p in parse_docstring(function.__doc__ or "").params
     }
     result = []
     for name, p in inspect.signature(function).parameters.items():
-        positional = p.default is inspect.Parameter.empty
-        many = get_origin(kinds[name]) is list
+        default = REQUIRED if p.default is inspect.Parameter.empty else p.default
+        origin = get_origin(kinds[name])
+        many = origin in (list, tuple)
         kind = get_args(kinds[name])[0] if many else kinds[name]
-        result.append(Option(name, kind, REQUIRED if positional else p.default, helps.get(name, ""), many=many))
+        result.append(Option(name, kind, default, helps.get(name, ""), many=many, positional=origin is tuple))
     return result
 
 
@@ -116,7 +123,9 @@ class Parser:
             extra: dict[str, Any] = (
                 {"nargs": "?", "const": True} if o.kind is bool else {"nargs": "+"} if o.many else {}
             )
-            if o.default is REQUIRED:
+            if o.positional and o.default is not REQUIRED:
+                parser.add_argument(o.name, type=o.kind, nargs="*", default=list(o.default))
+            elif o.positional:
                 parser.add_argument(o.name, type=o.kind, **extra)
             else:
                 parser.add_argument(f"--{dashed(o.name)}", type=o.kind, default=o.default, **extra)
@@ -132,7 +141,7 @@ class Parser:
         if any(a in ("-h", "--help", "--help-all") for a in arguments):
             print(self.help(everything="--help-all" in arguments))
             raise HelpShown
-        flags = {f"--{dashed(o.name)}" for o in self.options if o.default is not REQUIRED}
+        flags = {f"--{dashed(o.name)}" for o in self.options if not o.positional}
         for argument in arguments:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in flags and name != "--":
@@ -157,7 +166,7 @@ class Parser:
         """A message of jsonargparse in one line: `--epochs takes an integer, got x`."""
         message = " ".join(message.split())
         for o in self.options:
-            flag = o.name.upper() if o.default is REQUIRED else f"--{dashed(o.name)}"
+            flag = o.name.upper() if o.positional else f"--{dashed(o.name)}"
             if message.startswith(f'Parser key "{o.name}"') and (got := re.search(r"(Got|Given) value: (.*)", message)):
                 return f"{flag} takes {_kind_name(o.kind)}, got {got[2]}"
         if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
@@ -168,14 +177,14 @@ class Parser:
 
     def help(self, everything: bool = False) -> str:
         """Text within `WIDTH` columns: main options one per line, the others listed with their defaults."""
-        positionals = [o for o in self.options if o.default is REQUIRED]
-        usage = " ".join(o.name.upper() + ("..." if o.many else "") for o in positionals)
+        positionals = [o for o in self.options if o.positional]
+        usage = " ".join(_usage(o) for o in positionals)
         lines = [f"usage: sgformer {self.command} {usage} [options]".replace("  ", " "), ""]
         lines += textwrap.wrap(self.about, WIDTH)
         lines += ["", *(f"  {o.name.upper():<20} {o.help}" for o in positionals)] if positionals else []
         by_group: dict[str, list[Option]] = {}
         for o in self.options:
-            if o.default is not REQUIRED:
+            if not o.positional:
                 by_group.setdefault(o.group, []).append(o)
         for group, options in by_group.items():
             lines += ["", f"{group}:"] if everything or any(o.main for o in options) else []
@@ -201,6 +210,11 @@ class Parser:
                 "--help-all explains every option; a --config file can set any, as in `batch_size: 64`.",
             ]
         return "\n".join(lines)
+
+
+def _usage(argument: Option) -> str:
+    text = argument.name.upper() + ("..." if argument.many else "")
+    return text if argument.default is REQUIRED else f"[{text}]"
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from sgformer.core.names import some
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import SGFormerConfig
 from sgformer.models.layers import resize_table
+
+log = logging.getLogger("sgformer")
 
 FORMAT = "sgformer"
 CHECKSUM = "checksum"
@@ -57,7 +60,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], 
         raise UserError(f"{path}: the folder {path.parent} does not exist")
     try:
         with replacing(path, sync=True) as unfinished:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode  # safetensors makes files that only their owner may read
             save_file(tensors, unfinished, {**header, CHECKSUM: checksum(tensors, header)})
+            unfinished.chmod(mode)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
     except SafetensorError as e:
@@ -118,8 +124,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: its metadata is not readable") from None
 
 
-def build_from_tensors(config: SGFormerConfig, tensors: Mapping[str, Tensor], source: str) -> SGFormer:
+def build_from_tensors(
+    config: SGFormerConfig, tensors: Mapping[str, Tensor], source: str, partial: bool = False
+) -> SGFormer:
     """Build a model with these weights; the classifier is freshly initialised if the number of classes differs.
+
+    With `partial`, so is everything else that does not fit, with a warning; at least half of the tensors must.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape; lists them.
@@ -129,6 +139,14 @@ def build_from_tensors(config: SGFormerConfig, tensors: Mapping[str, Tensor], so
     tensors = fit_to_model(tensors, model)
     expected = {name: t.shape for name, t in model.state_dict().items()}
     fresh = [name for name in CLASSIFIER if name in expected and name not in tensors]
+    unfit = [n for n, shape in expected.items() if n not in fresh and (n not in tensors or tensors[n].shape != shape)]
+    if partial and 0 < 2 * len(unfit) < len(expected):
+        counted = f"{len(unfit)} of {len(expected)} tensors"
+        log.warning(f"{source}: {counted} do not fit this network and start fresh: {some(unfit, 4)}")
+        whole = SGFormer(config)
+        own = whole.state_dict()
+        whole.load_state_dict(own | {n: t.to(own[n]) for n, t in tensors.items() if n in own and n not in unfit})
+        return whole.eval()
     check_fit(source, tensors, {name: shape for name, shape in expected.items() if name not in fresh})
     if fresh:
         dtype = next(iter(tensors.values())).dtype

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg
+from torch import Tensor
 
 import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
 from sgformer.core.errors import UserError
@@ -51,7 +54,12 @@ def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwar
         variant,
         pretrained,
         base=config,
-        pretrained_filter_fn=fit_to_model,
+        pretrained_filter_fn=_fit,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
+
+
+def _fit(tensors: Mapping[str, Tensor], model: SGFormer) -> dict[str, Tensor]:
+    """Files store halves; what timm computes from them, as the sum over input channels, is rounded once."""
+    return fit_to_model({n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}, model)

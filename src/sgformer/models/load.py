@@ -20,6 +20,7 @@ from sgformer.core.names import nearest, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
+from sgformer.models.pretrained import FOLDER, PRETRAINED, pretrained_file
 from sgformer.models.released import adapt, is_released, pick_weights, read_pickle
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
@@ -65,7 +66,8 @@ class Weights:
 
 
 def find_weights(source: Source) -> Path:
-    """Resolve a WEIGHTS argument to a file: itself, or a run's `best.safetensors` or else `last.safetensors`.
+    """Resolve a WEIGHTS argument to a file: itself, a run's `best.safetensors` or else `last.safetensors`, or the
+    package's own of a name (`sgformer_n`). A path that exists comes before a name.
 
     Raises:
         UserError: the file does not exist or is of another kind, or the run has no weights yet.
@@ -76,8 +78,11 @@ def find_weights(source: Source) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"{path}: holds no best.safetensors; is it the folder of a run that finished an epoch?")
+    if not path.exists() and (packaged := pretrained_file(str(source))):
+        return packaged
     if not path.is_file():
-        raise UserError(f"{path}: no such file or run folder")
+        known = f"; of the sizes, {', '.join(PRETRAINED)} comes with weights" if str(source) in VARIANTS else ""
+        raise UserError(f"{path}: no such file or run folder{known}")
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"{path}: weights must be a run folder, a .safetensors file or a checkpoint ({', '.join(SUFFIXES[1:])})"
@@ -104,6 +109,8 @@ def read_weights(source: Source, model: str | None = None) -> Weights:
     path = find_weights(source)
     if path.suffix == ".safetensors":
         tensors, header = checkpoint.read_safetensors(path)
+        if path.parent == FOLDER:  # stored in half precision to be small; computing is done in full
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
         weights = _of_file(path, tensors, header) or _of_state_dict(path, tensors, model)
     else:
         loaded = read_pickle(path)
@@ -191,12 +198,16 @@ def _preprocessing(name: str) -> dict[str, Any]:
     }
 
 
-def build_network(weights: Weights, num_classes: int | None = None, **options: Any) -> nn.Module:
+def build_network(
+    weights: Weights, num_classes: int | None = None, *, partial: bool = False, **options: Any
+) -> nn.Module:
     """Build the backbone, with its classifier if it has one, in evaluation mode and in the stored dtype.
 
     Args:
         weights: of a backbone; heads are left out.
         num_classes: if it differs from the stored number, the classifier is freshly initialised.
+        partial: SG-Former: tensors that do not fit under the options are freshly initialised, too, and counted in a
+            warning; to train further.
         options: for SG-Former, fields of its config (`drop_path_rate`, `coarse`, `img_size`); for other models of timm,
             arguments of `timm.create_model`.
 
@@ -214,7 +225,7 @@ def build_network(weights: Weights, num_classes: int | None = None, **options: A
         config = backbone.config.replace(**options)
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot load {weights.path} with {options}: {error}") from None
-    model = checkpoint.build_from_tensors(config, backbone.tensors, str(weights.path))
+    model = checkpoint.build_from_tensors(config, backbone.tensors, str(weights.path), partial)
     model.metadata = dict(backbone.metadata)  # type: ignore[assignment]
     if backbone.model:
         model.pretrained_cfg = {"architecture": backbone.model}  # type: ignore[assignment]

@@ -119,7 +119,7 @@ def pyramid_backbone(
     elif weights is not None:
         name = source if isinstance(source, str) else source["model"]
         loaded = weights if isinstance(weights, Weights) else read_weights(weights, name)
-        network = build_network(loaded, num_classes=0, **_options(name, drop_path, coarse, guidance))
+        network = build_network(loaded, num_classes=0, partial=True, **_options(name, drop_path, coarse, guidance))
     elif isinstance(source, str):
         network = build_model(source, 0, **_options(source, drop_path, coarse, guidance))
     else:

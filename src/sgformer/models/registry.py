@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model, register_notrace_module
 
 from sgformer.models.backbone import (
     HybridScaleAttention,
@@ -20,6 +20,7 @@ from sgformer.models.backbone import (
 )
 from sgformer.models.config import VARIANTS, SGFormerConfig
 from sgformer.models.layers import PositionTable
+from sgformer.models.pretrained import PRETRAINED, TAG, pretrained_file
 
 # Their padding and grouping follow the grid's size, which a symbolic trace cannot know.
 for leaf in (PositionTable, HybridScaleAttention, MultiScaleAttention, SelfGuidedAttention, PlainAttention):
@@ -55,6 +56,10 @@ def _register(variant: str) -> Callable[..., SGFormer]:
     def build_variant(pretrained: bool = False, **kwargs: Any) -> SGFormer:
         from sgformer.models.create import build
 
+        if not pretrained and not kwargs.get("pretrained_cfg"):
+            kwargs["pretrained_cfg"] = PretrainedCfg(**_cfg())  # 1,000 classes at 224, whatever the weights have
+        elif pretrained:
+            kwargs.setdefault("img_size", PRETRAINED.get(variant, {}).get("input_size", (3, 224, 224))[1:])
         return build(variant, VARIANTS[variant], pretrained, **kwargs)
 
     build_variant.__name__ = build_variant.__qualname__ = variant
@@ -77,7 +82,10 @@ def register_size(name: str, config: SGFormerConfig) -> None:
     if VARIANTS.setdefault(name, config) != config:
         raise ValueError(f"there is a size of the name {name!r} already")
     if name not in globals():
-        default_cfgs.update(generate_default_cfgs({name: _cfg()}))
+        known: dict[str, Any] = {name: _cfg()}
+        if name in PRETRAINED:
+            known = {f"{name}.{TAG}": _cfg(file=str(pretrained_file(name)), **PRETRAINED[name])}
+        default_cfgs.update(generate_default_cfgs(known))
         globals()[name] = _register(name)
 
 

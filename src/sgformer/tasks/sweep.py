@@ -327,7 +327,7 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
-    """`NAME.csv`, `NAME.md` and `NAME.png`."""
+    """`NAME.csv`, `NAME.md`, `NAME.png` and `NAME-curves.png`."""
     if not rows:
         return
     table = summary(rows)
@@ -336,11 +336,19 @@ def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
     (folder / f"{ablation.name}.md").write_text(markdown(ablation, table), encoding="utf-8")
-    from sgformer.viz.ablation import draw_ablation
+    from sgformer.viz.ablation import draw_ablation, draw_runs
+    from sgformer.viz.curves import read_metrics
 
     draw_ablation(
         [(row.variant, [100 * v for v in row.scores.values()]) for row in rows],
         folder / f"{ablation.name}.png",
+        ablation.score,
+    )
+    finished = [(row.variant, run_folder(folder, row.variant, seed)) for row in rows for seed in row.scores]
+    curves = [(variant, read_metrics(run / "metrics.csv")[ablation.score]) for variant, run in finished]
+    draw_runs(
+        [(variant, [(epoch, 100 * score) for epoch, score in points]) for variant, points in curves],
+        folder / f"{ablation.name}-curves.png",
         ablation.score,
     )
 

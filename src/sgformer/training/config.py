@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
+from sgformer.models.pretrained import PRETRAINED
 
 # `lr`, `min_lr` and `warmup_lr` refer to this many images per update and scale linearly with the batch size.
 LR_BASE_BATCH = 1024
@@ -42,7 +43,10 @@ class RunConfig:
     data: str | None = option(None, "Run", "folder with the images", main=True)
     model: str = option("sgformer_s", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
     weights: str | None = option(
-        None, "Run", "start from a run, .safetensors, or a released or timm checkpoint", main=True
+        "auto",
+        "Run",
+        "start from a run, .safetensors, or a checkpoint; none; auto: the package's for sgformer_n, else none",
+        main=True,
     )
     run: str | None = option(None, "Run", "output folder [runs/TASK-MODEL-TIME]", main=True)
 
@@ -114,6 +118,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.image_size, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.weights in ("auto", "none"):  # resolved here, so that config.yaml says what the run started from
+            own = self.model if self.weights == "auto" and self.model in PRETRAINED else None
+            object.__setattr__(self, "weights", own)
         for name in (
             "epochs",
             "max_steps",

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.processes import end_with_parent
 from sgformer.models.load import Weights, read_weights
+from sgformer.models.pretrained import PRETRAINED
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
 from sgformer.training.nan_guard import NanGuard
@@ -131,6 +132,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             for line in (
                 f"{'resuming' if resume else 'training'} {config.model}, {parameters / 1e6:.1f} M parameters, "
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
+                *([f"starts from {started_from(config)}"] if not resume else []),
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
@@ -194,6 +196,13 @@ def starting_weights(config: RunConfig, resume: str | os.PathLike[str] | None) -
     if resume and (own := Path(resume) / "last.safetensors").is_file():
         return read_weights(own)
     return read_weights(config.weights, config.model) if config.weights else None
+
+
+def started_from(config: RunConfig) -> str:
+    """What a run's weights are at its start, in words."""
+    if config.weights in PRETRAINED and not Path(config.weights).exists():
+        return f"the weights of {config.weights} that come with the package"
+    return config.weights or "random weights"
 
 
 def use_native_kernels(

@@ -1,4 +1,4 @@
-"""A dot plot of an ablation: one row per variant, one dot per run."""
+"""Pictures of an ablation: a dot per run, and the score of each run over its epochs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def draw_ablation(rows: Sequence[tuple[str, Sequence[float]]], out: str | Path, 
         axes.grid(visible=False, axis="y")
         axes.margins(y=0.12)
         axes.set_xlabel(f"{score}, % (dots: runs; bars: means)")
+
+
+def draw_runs(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]], out: str | Path, score: str) -> None:
+    """Draw the validation score of each run over its epochs; runs of one variant share a colour.
+
+    Args:
+        runs: the variant, and (epoch, score in percent) points.
+        out: the PNG to write.
+        score: its name, for the axis label.
+    """
+    variants = list(dict.fromkeys(variant for variant, _ in runs))
+    with figure(out, 6.4, 3.2) as fig:
+        axes = fig.subplots()
+        for number, variant in enumerate(variants):
+            colour = COLOURS[number % len(COLOURS)]
+            for run, points in enumerate(points for name, points in runs if name == variant):
+                label = variant if run == 0 else None
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"{score}, %")
+        axes.locator_params(axis="x", integer=True)
+        axes.legend(loc="best")

@@ -156,7 +156,7 @@ def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | 
     if weights is None:
         model = build_model(config.model, num_classes, **options)
     else:
-        model = build_network(weights, num_classes=num_classes, **options)
+        model = build_network(weights, num_classes=num_classes, partial=True, **options)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model.train()
