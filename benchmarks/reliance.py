@@ -2,6 +2,7 @@
 
     python benchmarks/reliance.py demo/run --data demo/scenes
     python benchmarks/reliance.py demo/dense/segment --data demo/dense/ade20k
+    python benchmarks/reliance.py runs/n64 --data TINY --image-size 128 --limit 2000
 
 Two kinds of change: tokens ranked by something else, and the key/value tokens of all self-guided blocks replaced by
 what holds less. Weights of a classifier (top-1) or of a semantic segmentation whose images have one size (mIoU).
@@ -20,6 +21,8 @@ import sgformer
 from sgformer.explaining.base import ranked_by
 from sgformer.models.backbone import GuidedBlock
 from sgformer.models.load import find_weights, read_metadata
+
+Measure = Callable[[], tuple[float, Tensor | None]]
 
 RANKINGS = ("coarse", "fine", "uniform", "random", "inverted", "feature-norm")
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,26 +51,27 @@ def changes(model: Any) -> Iterator[str]:
             hook.remove()
 
 
-def classifier(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], float]]:
-    """The network, and what measures it: top-1 in percent."""
+def classifier(weights: str, data: str, batch: int, size: int | None, limit: int | None) -> tuple[Any, Measure]:
+    """The network, and what measures it: top-1 in percent, and which images are right."""
     from sgformer.data.imagefolder import ImageFolderDataset, scan
     from sgformer.data.preparing import eval_transform, preprocessing
 
     model = sgformer.load_model(weights)
     listing = scan(data, "val", model.metadata["classes"])
-    dataset = ImageFolderDataset(listing, eval_transform(**preprocessing(model.metadata)))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # neighbours of any class
+    about = preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {})
+    dataset = ImageFolderDataset(listing, eval_transform(**about))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]  # neighbours of any class
     images = torch.stack([dataset[i].image for i in order.tolist()])
     classes = torch.tensor(listing.targets)[order]
 
-    def score() -> float:
+    def score() -> tuple[float, Tensor]:
         right = torch.cat([model(x).argmax(1) for x in images.split(batch)]) == classes
-        return 100 * right.float().mean().item()
+        return 100 * right.float().mean().item(), right
 
     return model, score
 
 
-def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], float]]:
+def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Measure]:
     """The network, and what measures it: mIoU in percent."""
     from sgformer.data.ade20k import LabelledFolderDataset, scan
     from sgformer.data.dense_transforms import eval_transform
@@ -82,7 +86,7 @@ def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], fl
     samples = [dataset[i] for i in range(len(dataset))]
     n = len(listing.classes)
 
-    def score() -> float:
+    def score() -> tuple[float, None]:
         counts = torch.zeros(n, n, dtype=torch.int64)
         for start in range(0, len(samples), batch):
             part = samples[start : start + batch]
@@ -90,7 +94,7 @@ def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Callable[[], fl
             truth = torch.stack([s.target for s in part])
             known = truth != listing.ignore
             counts += torch.bincount(truth[known] * n + guess[known], minlength=n * n).view(n, n)
-        return 100 * (counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())).nanmean().item()
+        return 100 * (counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())).nanmean().item(), None
 
     return model, score
 
@@ -100,16 +104,35 @@ def main() -> None:
     parser.add_argument("weights", help="a run folder or .safetensors")
     parser.add_argument("--data", required=True, help="the validation data, in the layout of the task")
     parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--image-size", type=int, help="classifiers: pixels; by default as trained")
+    parser.add_argument("--limit", type=int, help="classifiers: so many images, drawn at random")
     given = parser.parse_args()
     weights = str(find_weights(given.weights))
     task = read_metadata(weights).get("task", "classify")
     if task not in ("classify", "segment"):
         parser.error(f"weights for {task}; classifiers and segmentations can be measured here")
-    model, score = (segmenter if task == "segment" else classifier)(weights, given.data, given.batch_size)
-    print(f"| change | {'mIoU' if task == 'segment' else 'top-1'}, % |\n|---|---|")
+    if task == "segment":
+        model, score = segmenter(weights, given.data, given.batch_size)
+        print("| change | mIoU, % |\n|---|---|")
+    else:
+        model, score = classifier(weights, given.data, given.batch_size, given.image_size, given.limit)
+        print("| change | top-1, % | against none, points ± standard error of the paired difference |\n|---|---|---|")
+    own = None
     with torch.no_grad():
         for name in changes(model):
-            print(f"| {name} | {score():.1f} |", flush=True)
+            value, right = score()
+            own = right if own is None else own
+            print(f"| {name} | {value:.1f} |{paired(right, own)}", flush=True)
+
+
+def paired(right: Tensor | None, own: Tensor | None) -> str:
+    """The last column: the mean difference over the same images."""
+    if right is None or own is None:
+        return ""
+    if right is own:
+        return "  |"
+    difference = 100 * (right.float() - own.float())
+    return f" {difference.mean():+.2f} ± {difference.std() / len(difference) ** 0.5:.2f} |"
 
 
 if __name__ == "__main__":
