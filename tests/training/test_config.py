@@ -78,7 +78,7 @@ def test_recipes_hold(recipe):
     config = make_config(kind, read_yaml(recipe, kind))
     written = yaml.safe_load(recipe.read_text())
     values = config.to_dict()
-    assert all(isinstance(values[name], type(value)) for name, value in written.items())
+    assert all(isinstance(values[name], type(value)) for name, value in written.items() if value != "none")
     assert f"recipes/{recipe.name}" in recipe.read_text()  # says how to start it
 
 

@@ -125,7 +125,8 @@ def test_the_seed_decides_a_run(run, photos, tmp_path):
 def test_fine_tune_at_another_size_and_class_count(run, tmp_path):
     others = make_photos(tmp_path / "photos", classes=("a", "b", "c", "d"))
     settings = {**QUICK, "image_size": 64, "max_steps": 1, "lr": 1e-9, "warmup_lr": 0.0, "min_lr": 0.0, "ema": 0.0}
-    tuned = train("classify", data=str(others), weights=str(run), run=str(tmp_path / "run"), **settings).path
+    settings["weights"] = str(run)
+    tuned = train("classify", data=str(others), run=str(tmp_path / "run"), **settings).path
     before, after = read_safetensors(run / "best.safetensors")[0], read_safetensors(tuned / "last.safetensors")[0]
     assert after["head.fc.weight"].shape[0] == 4 and read_metadata(tuned)["classes"] == ["a", "b", "c", "d"]
     same = [name for name in before if before[name].shape == after[name].shape]
@@ -136,7 +137,10 @@ def test_fine_tune_at_another_size_and_class_count(run, tmp_path):
 def test_weights_of_another_model_are_refused(run, photos, tmp_path):
     with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
         train(
-            "classify", data=str(photos), weights=str(run), run=str(tmp_path / "x"), **{**QUICK, "model": "sgformer_t"}
+            "classify",
+            data=str(photos),
+            run=str(tmp_path / "x"),
+            **{**QUICK, "weights": str(run), "model": "sgformer_t"},
         )
     assert not (tmp_path / "x").exists()
 
@@ -146,7 +150,9 @@ def test_any_model_of_timm(photos, tmp_path):
     settings = {**QUICK, "model": "resnet10t", "epochs": 1, "layer_decay": 0.8, "accumulate": 2}
     run = train("classify", data=str(photos), run=str(tmp_path / "run"), **settings).path
     assert evaluate(run, photos, workers=0).top1 == pytest.approx(read_metadata(run)["metrics"]["top1"])
-    tuned = train("classify", data=str(photos), weights=str(run), run=str(tmp_path / "tuned"), max_steps=1, **settings)
+    tuned = train(
+        "classify", data=str(photos), run=str(tmp_path / "tuned"), max_steps=1, **{**settings, "weights": str(run)}
+    )
     assert read_metadata(tuned.path)["timm_model"] == "resnet10t"
 
 

@@ -18,7 +18,7 @@ def app(
     """Serve a page for inspecting networks: drop an image, see the prediction and what they attended to.
 
     Args:
-        weights: one or two of: a run folder, .safetensors, a checkpoint, sgformer_n [sgformer_n]
+        weights: one or two run folders, .safetensors or checkpoints [sgformer_n]
         examples: folder of images to choose from; by default validation images of the run
         host: address to listen on; any but loopback is open to other machines
         port: port to listen on; 0 takes a free one

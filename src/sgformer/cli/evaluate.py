@@ -31,7 +31,7 @@ def evaluate(
     """Evaluate trained weights on validation data, counting every image once.
 
     Args:
-        weights: a run folder, .safetensors, a released or timm checkpoint, or sgformer_n
+        weights: a run folder, .safetensors, a released or timm checkpoint, sgformer_n
         data: data set folder, in the layout of the training
         split: split to evaluate on [val, or validation]
         out: folder for tables and pictures [RUN/eval, or WEIGHTS-eval]

@@ -20,7 +20,7 @@ def explain(
     """Show what a trained network attended to: a sheet per image and a page of all sheets.
 
     Args:
-        weights: a run folder, .safetensors, a released or timm checkpoint, or sgformer_n
+        weights: a run folder, .safetensors, a released or timm checkpoint, sgformer_n
         images: image files, or folders of them
         out: folder for the sheets and index.html
         limit: maximum number of images, spread evenly over those given

@@ -22,7 +22,7 @@ def export(
     """Export a network to another runtime, and compare its outputs there with PyTorch's.
 
     Args:
-        weights: a run folder, .safetensors, a released or timm checkpoint, or sgformer_n
+        weights: a run folder, .safetensors, a released or timm checkpoint, sgformer_n
         out: the file to write: .onnx, .pt2 (torch-export) or .xml (openvino)
         format: one of FORMATS
         image_size: fixed input size, a multiple of 32; by default any multiple of 32 (a detector: as trained)

@@ -18,7 +18,7 @@ def localization(
     """Measure whether a trained network spends its tokens on the objects more often than by chance.
 
     Args:
-        weights: of any task: a run folder, .safetensors, a released or timm checkpoint, or sgformer_n
+        weights: of any task: a run folder, .safetensors, a checkpoint, sgformer_n
         data: COCO or ADE20K layout, or scenes of `sgformer data scenes`
         split: split to measure on
         out: folder for localization.csv, localization.json and localization.png

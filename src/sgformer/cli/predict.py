@@ -29,7 +29,7 @@ def predict(
     """Run a network on images: the most probable classes, a class for every pixel, or objects.
 
     Args:
-        weights: a run folder, .safetensors, a released or timm checkpoint, sgformer_n, or .onnx
+        weights: a run folder, .safetensors, a checkpoint, sgformer_n, or .onnx
         images: image files, or folders of them
         top: classification: classes per image [5]
         score: detection: minimum score [0.5]

@@ -45,7 +45,7 @@ class RunConfig:
     weights: str | None = option(
         "auto",
         "Run",
-        "start from a run, .safetensors, or a checkpoint; none; auto: the package's for sgformer_n, else none",
+        "to start from: a run, a file, none; auto: the package's for N",
         main=True,
     )
     run: str | None = option(None, "Run", "output folder [runs/TASK-MODEL-TIME]", main=True)
