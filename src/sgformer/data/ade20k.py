@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from sgformer.core.errors import StalledError, UserError
 from sgformer.core.progress import track
 from sgformer.data.dense_transforms import DenseTransform
+from sgformer.data.identity import class_differences
 from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
 from sgformer.data.imagefolder import EpochSampler, bad_image, seeded
 
@@ -62,6 +63,11 @@ class LabelledFolder:
     def path(self, index: int) -> Path:
         """The path of image `index`."""
         return self.images[index]
+
+    def entries(self) -> list[tuple[str, str]]:
+        """The name of each image; see `data.identity`."""
+        folder = self.root / "images" / self.split
+        return [(path.relative_to(folder).as_posix(), "") for path in self.images]
 
     @property
     def ignore(self) -> int:
@@ -107,8 +113,8 @@ def scan(
     Args:
         root: folder that holds `images` and `annotations`.
         split: subfolder of both.
-        classes: number of classes, or their names; by default those of `classes.txt` or `objectInfo150.txt` in `root`,
-            or else inferred from the highest label in the split.
+        classes: number of classes, or their names, which a file of names in `root` must agree with; by default those
+            of `classes.txt` or `objectInfo150.txt` in `root`, or else inferred from the highest label in the split.
         reduce_zero_label: treat label 0 as "no class" and n as class n - 1.
 
     Raises:
@@ -135,6 +141,11 @@ def scan(
     paths = tuple(labels[stem] for stem in order)
     if classes is None or isinstance(classes, int):
         classes = _class_names(root, paths, classes, reduce_zero_label)
+    elif source := _names_file(root):
+        names = read_class_names(source, reduce_zero_label)
+        unnamed = list(classes) == [str(i + reduce_zero_label) for i in range(len(names))]
+        if not unnamed and (differing := class_differences(classes, names)):
+            raise UserError(f"{source}: not the classes of the training; {'; '.join(differing)}")
     return LabelledFolder(root, split, tuple(classes), tuple(images[s] for s in order), paths, reduce_zero_label)
 
 
@@ -149,8 +160,12 @@ def _by_stem(folder: Path, extensions: frozenset[str] | set[str]) -> dict[str, P
     return files
 
 
+def _names_file(root: Path) -> Path | None:
+    return next((root / name for name in NAME_FILES if (root / name).is_file()), None)
+
+
 def _class_names(root: Path, labels: Sequence[Path], count: int | None, reduce_zero: bool) -> list[str]:
-    source = next((root / name for name in NAME_FILES if (root / name).is_file()), None)
+    source = _names_file(root)
     if source is not None:
         names = read_class_names(source, reduce_zero)
         if count is not None and count != len(names):

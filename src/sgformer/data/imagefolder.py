@@ -29,6 +29,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from sgformer.core.errors import StalledError, UserError
+from sgformer.core.names import quoted
 from sgformer.data.image import IMAGE_EXTENSIONS, read_image
 
 
@@ -65,6 +66,10 @@ class ImageFolder:
         """Images per class, in the order of `classes`."""
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
 
+    def entries(self) -> list[tuple[str, str]]:
+        """(name, class) of each image; see `data.identity`."""
+        return [(path, self.classes[target]) for path, target in zip(self.paths, self.targets, strict=True)]
+
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]:
         """The files' bytes, or the error for each unreadable file."""
         results: list[bytes | UserError] = []
@@ -100,6 +105,7 @@ class Listing(Protocol):
     def __len__(self) -> int: ...
     def path(self, index: int) -> Any: ...
     def counts(self) -> list[int]: ...
+    def entries(self) -> list[tuple[str, str]]: ...
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]: ...
     def read_many(self, indices: Sequence[int]) -> Iterator[Image.Image | UserError]: ...
 
@@ -171,6 +177,13 @@ def list_split(
             empty.append(name)
     unknown = sorted(set(names) - set(order))
     return ImageFolder(root, split, order, tuple(paths), tuple(targets), ignored), unknown, empty
+
+
+def absent(listing: Listing) -> list[str]:
+    """A line that names the classes without images, if there are any."""
+    names = [name for name, count in zip(listing.classes, listing.counts(), strict=True) if not count]
+    what = f"{len(names)} of {len(listing.classes)} classes {'have' if len(names) > 1 else 'has'} no image"
+    return [f"{listing.split}: {what}: {quoted(names)}"] if names else []
 
 
 def scan_splits(root: str | os.PathLike) -> tuple[ImageFolder, ImageFolder]:

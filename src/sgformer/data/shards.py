@@ -154,6 +154,10 @@ class ShardFolder:
         """Images per class, in the order of `classes`."""
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
 
+    def entries(self) -> list[tuple[str, str]]:
+        """(name, class) of each image; see `data.identity`."""
+        return [(path, self.classes[target]) for path, target in zip(self.paths, self.targets, strict=True)]
+
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]:
         """The files' bytes, or the error for each unreadable file; an unresponsive shard is a `StalledError`."""
         places = self.places[list(indices)].tolist()

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.processes import end_with_parent
+from sgformer.data.identity import Contents
+from sgformer.data.store import is_address
 from sgformer.models.load import read_weights
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
@@ -47,7 +50,15 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     batch = per_process_batch(config, world)
     L.seed_everything(config.seed, verbose=False)
     weights = read_weights(config.weights, config.model) if config.weights else None
-    splits = task.splits(config, weights, batch, rank, world)
+    try:
+        splits = task.splits(config, weights, batch, rank, world)
+    except UserError as error:
+        if resume and config.data and not is_address(config.data) and not Path(config.data).exists():
+            raise UserError(f"{error}; pass --data if the data of this run moved") from None
+        raise
+    contents = {"train": Contents.of(splits.train.listing), "val": Contents.of(splits.val.listing)}
+    if resume:
+        RunFolder.open(resume).check_data(config.data, task.name, contents)
     module = task.module(config, splits, weights)
     model = module.model
     previous_kernels = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
@@ -62,6 +73,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     state, start = folder.usable_checkpoint() if resume else (None, 0)
     if resume:
         folder.clear_unfinished()
+    folder.write_contents(contents)
     splits.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
     train_loader = build_loader(splits.train, splits.train_sampler, config.workers, splits.collate)
     val_loader = build_loader(splits.val, splits.val_sampler, config.workers, splits.val_collate)
@@ -132,6 +144,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
+                *(f"note: {note}" for note in splits.notes),
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
                 f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
