@@ -31,8 +31,9 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line
+from sgformer.core.names import canonical
 from sgformer.data.image import read_image
-from sgformer.data.imagefolder import Listing, scan, scan_splits, some
+from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits, some
 from sgformer.data.store import Store, is_address, printable, unreadable
 
 INDEX = "shards.json"
@@ -270,8 +271,8 @@ class Index:
         if not self.splits.get(split):
             raise UserError(f"{self.store.name(INDEX)}: no split {split!r} (splits: {some(sorted(self.splits))})")
         order = tuple(self.classes if classes is None else classes)
-        place = {name: i for i, name in enumerate(order)}
-        known = [place.get(name, -1) for name in self.classes]
+        place = {canonical(name): i for i, name in enumerate(order)}
+        known = [place.get(canonical(name), -1) for name in self.classes]
         names: list[str] = []
         targets: list[int] = []
         blocks, present = [], set()
@@ -283,7 +284,9 @@ class Index:
             blocks.append(np.array([[number] * len(ranges[0]), *ranges], dtype=np.int64).T)
         places = np.concatenate(blocks)
         # The folder's order. Where names do not determine it (foreign shards), the shards' order is kept.
-        ranked = sorted((i for i in range(len(names)) if targets[i] >= 0), key=lambda i: (targets[i], names[i]))
+        ranked = sorted(
+            (i for i in range(len(names)) if targets[i] >= 0), key=lambda i: (targets[i], *place_of(names[i]))
+        )
         listing = ShardFolder(
             self.store,
             split,

@@ -96,7 +96,7 @@ def evaluate(
         UserError: weights or data are invalid, or do not match.
     """
     from sgformer.data.formats import open_data
-    from sgformer.data.imagefolder import ImageFolderDataset, absent, collate
+    from sgformer.data.imagefolder import ImageFolderDataset, absent, collate, left_out
     from sgformer.tasks.classify.module import ClassificationModule
     from sgformer.training.validate import validate
 
@@ -107,7 +107,7 @@ def evaluate(
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
     module = ClassificationModule(model, class_names=listing.classes)
-    notes = absent(listing)
+    notes = [*left_out(listing), *absent(listing)]
     if "classes" not in weights.metadata:
         notes.append(f"{weights.path} names no classes: class i is the i-th folder in sorted order")
     return validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)[0]
