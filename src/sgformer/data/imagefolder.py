@@ -186,7 +186,7 @@ def list_split(
         if (name := found.get(canonical(name), "")) == "":
             continue
         reasons: dict[str, list[str]] = {}
-        files = sorted(_walk(os.path.join(folder, name), f"{name}/", set(), reasons), key=place_of)
+        files = sorted(walk(os.path.join(folder, name), f"{name}/", set(), reasons), key=place_of)
         images = [file for file in files if _is_image(file)]
         others = Counter(_extension(file) for file in files if not _is_image(file))
         paths.extend(images)
@@ -306,7 +306,7 @@ AGAIN = "link(s) to folders that are listed already"
 
 
 # By hand: os.walk hides what cannot be read, and does not tell broken links from files without a look at each.
-def _walk(folder: str, prefix: str, visited: set[str], left_out: dict[str, list[str]]) -> Iterator[str]:
+def walk(folder: str, prefix: str, visited: set[str], left_out: dict[str, list[str]]) -> Iterator[str]:
     """Non-hidden files below a folder, as `prefix` and their path below it, with forward slashes; follows symlinks,
     each target once. What is passed over is noted in `left_out`, by reason."""
     real = os.path.realpath(folder)
@@ -326,7 +326,7 @@ def _walk(folder: str, prefix: str, visited: set[str], left_out: dict[str, list[
             if entry.name.startswith("."):
                 left_out.setdefault(HIDDEN, []).append(name)
             else:
-                yield from _walk(entry.path, f"{name}/", visited, left_out)
+                yield from walk(entry.path, f"{name}/", visited, left_out)
         elif entry.name.startswith("."):
             if _is_image(entry.name):
                 left_out.setdefault(HIDDEN_IMAGE, []).append(name)

@@ -10,7 +10,8 @@ import torch
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
 from sgformer.data.dense_transforms import eval_transform, train_transform
-from sgformer.data.imagefolder import EpochSampler
+from sgformer.data.imagefolder import EpochSampler, left_out
+from sgformer.data.label_values import check_values
 from sgformer.data.objects import object_pixels
 from sgformer.data.preparing import Normalization, denormalize
 from sgformer.models.load import Weights
@@ -26,8 +27,9 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
         raise UserError("--data is missing: the folder with images/training and annotations/training")
     if config.head == "upernet" and batch == 1:
         raise UserError("upernet's batch norm needs two images at a time: raise --batch-size, or --accumulate less")
-    train = scan(config.data, "training", config.classes, config.reduce_zero_label)
+    train, notes = check_values(scan(config.data, "training", config.classes, config.reduce_zero_label))
     val = scan(config.data, "validation", train.classes, config.reduce_zero_label)
+    val, more = check_values(val, train.binary)
     steps_per_pass = len(train) / config.batch_size
     total = config.total_steps(steps_per_pass)
     augmentation = train_transform(
@@ -57,10 +59,12 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
             "image_size": config.to_dict()["image_size"],
             "short_side": config.short,
             "reduce_zero_label": config.reduce_zero_label,
+            "binary": train.binary,
             **normalization.to_metadata(),
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
+        notes=[*left_out(train), *left_out(val), *notes, *more],
     )
 
 
