@@ -148,7 +148,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
                 f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
-                f"/ {config.base_batch}",
+                f"/ {config.base_batch}{warmup_words(module.warmup_updates, total_steps)}",
             ):
                 log.info(line)
         if config.compile:
@@ -195,6 +195,13 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def warmup_words(warmup: int, total: int) -> str:
+    """What follows the learning rate in the log, for so many updates of warm-up in a run of so many updates."""
+    if warmup >= total:
+        return f"; not reached: the run ends within {warmup} updates of warm-up" if warmup else ""
+    return f", reached after {warmup} updates" if warmup else ""
 
 
 def use_native_kernels(

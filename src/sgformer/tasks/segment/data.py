@@ -32,6 +32,8 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
     val, more = check_values(val, train.binary)
     steps_per_pass = len(train) / config.batch_size
     total = config.total_steps(steps_per_pass)
+    if config.warmup_steps >= total:
+        raise UserError(f"--warmup-steps {config.warmup_steps} must be below the {total} updates of the run")
     augmentation = train_transform(
         config.image_hw,
         short_side=config.short,
