@@ -98,11 +98,8 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
 
 def late_drops(config: DetectConfig) -> list[str]:
     """A line that names the drops of the rate that the run does not reach, if there are any."""
-    late = [str(epoch) for epoch in config.lr_drops if epoch >= config.epochs]
-    what = (
-        f"the run ends with epoch {config.epochs}, before the rate falls after epoch {' and '.join(late)} (--lr-drops)"
-    )
-    return [what] if late else []
+    late = " and ".join(str(epoch) for epoch in config.lr_drops if epoch >= config.epochs)
+    return [f"the run ends with epoch {config.epochs}, before the rate falls after {late} (--lr-drops)"] if late else []
 
 
 def require_truth(listing: CocoListing) -> None:
@@ -137,7 +134,8 @@ def vanishing(listing: CocoListing, image_size: int | tuple[int, int]) -> list[s
     if not gone:
         return []
     names = quoted([f"{listing.classes[label]} {count}" for label, count in gone.most_common()])
-    what = f"{gone.total()} {'objects are' if gone.total() > 1 else 'object is'} smaller than a pixel at {short}x{longest} and not trained on: {names}"
+    number = "1 object is" if gone.total() == 1 else f"{gone.total()} objects are"
+    what = f"{number} smaller than a pixel at {short}x{longest} and not trained on: {names}"
     if not kept:
         raise UserError(f"{listing.json}: all {what}; are the boxes in pixels? Or raise --image-size")
     if lost := [listing.classes[label] for label in gone if label not in kept]:
