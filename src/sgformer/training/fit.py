@@ -74,6 +74,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     if resume:
         folder.clear_unfinished()
     folder.write_contents(contents)
+    del contents  # names of millions of images, which loader processes would inherit
     splits.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
     train_loader = build_loader(splits.train, splits.train_sampler, config.workers, splits.collate)
     val_loader = build_loader(splits.val, splits.val_sampler, config.workers, splits.val_collate)
