@@ -20,7 +20,16 @@ from torch.utils.data import DataLoader
 from sgformer.core.errors import UserError
 from sgformer.data import addons
 from sgformer.data.image import read_image
-from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, left_out, scan, scan_splits, seeded
+from sgformer.data.imagefolder import (
+    EpochSampler,
+    ImageFolderDataset,
+    collate,
+    folders_between,
+    left_out,
+    scan,
+    scan_splits,
+    seeded,
+)
 
 FILES = {
     "train/ant": ["b.png", "a.PNG", "deep/er/c.jpg", "notes.txt", ".hidden.png", ".git/d.png"],
@@ -168,6 +177,17 @@ def test_a_folder_too_many_is_named(root, split):
         UserError, match=rf"{split}: holds one folder, images, .* Bee, ant.*move them up: .*{split}/Bee"
     ):
         scan_splits(root)
+
+
+def test_folders_between_split_and_classes_are_doubted(root):
+    assert folders_between(scan(root)) == []
+    for batch in ("one", "two"):
+        for name in ("ant", "Bee"):
+            shutil.copytree(root / "train" / name, root / f"batches/train/{batch}/{name}")
+    assert folders_between(scan(root / "batches")) == [
+        "train: each of the classes one, two holds the folders Bee, ant and no images itself: "
+        f"if those are the classes, the layout is {root}/batches/train/CLASS"
+    ]
 
 
 def test_the_folder_that_was_meant_is_named(root, tmp_path):

@@ -82,10 +82,10 @@ def remove_image(root):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (rename, r"train: class bee is gone; train: class wasp is new; val: class bee is gone; val: class wasp is new"),
-        (swap, r"train: 1 image added \(cat/z.png\); train: 1 image removed \(cat/0.png\)"),
-        (add_class, r"train: class aardvark is new"),
-        (remove_class, r"train: class bee is gone"),
+        (rename, r"train and val: class bee is gone, class wasp is new\."),
+        (swap, r"train and val: 1 image added \(cat/z.png\), 1 image removed \(cat/0.png\)"),
+        (add_class, r"train and val: class aardvark is new"),
+        (remove_class, r"train and val: class bee is gone"),
         (add_images, r"train: 2 images added \(ant/7.png, ant/8.png\)"),
         (remove_image, r"val: 1 image removed \(cat/2.png\)"),
     ],
@@ -109,7 +109,7 @@ def test_shards_with_other_classes_are_refused(copy):
     index = json.loads((copy / "shards/shards.json").read_text())
     index["classes"][1] = "wasp"
     (copy / "shards/shards.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="class bee is gone; train: class wasp is new"):
+    with pytest.raises(UserError, match="class bee is gone, class wasp is new"):
         resume(copy, "shards")
     with pytest.raises(UserError, match=r"classes unknown to training .*wasp"):
         evaluate(copy / "run", copy / "shards", workers=0)
@@ -160,7 +160,7 @@ def coco(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["categories"][1].update(name="lynx"), "class cat is gone; train: class lynx is new"),
+        (lambda c: c["categories"][1].update(name="lynx"), "class cat is gone, class lynx is new"),
         (lambda c: c["annotations"][0].update(bbox=[5, 5, 23, 20]), r"annotations of 1 image changed \(10.png\)"),
         (lambda c: (c["images"].pop(), c["annotations"].pop()), r"1 image removed \(20.png\)"),
         (lambda c: c["images"].reverse(), "the images are in another order"),
@@ -175,7 +175,7 @@ def test_other_annotations_are_refused(coco, tmp_path, change, said):
     file.write_text(json.dumps(data))
     twin = root / "photos/annotations/instances_val.json"
     twin.write_text(file.read_text())
-    with pytest.raises(UserError, match=f"not the data .*train: {said}"):
+    with pytest.raises(UserError, match=f"not the data .*train and val: {said}"):
         resume(root, task="detect")
 
 

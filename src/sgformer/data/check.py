@@ -19,7 +19,7 @@ from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.formats import find_format, naming_formats, open_data
 from sgformer.data.image import probe_image, read_image
-from sgformer.data.imagefolder import Listing, absent, left_out, list_split, some
+from sgformer.data.imagefolder import Listing, absent, folders_between, left_out, list_split, some
 from sgformer.data.shards import Index
 
 #: The network's stride in pixels: smaller images are enlarged.
@@ -239,7 +239,7 @@ def _check_images(
     result.small = sum(min(probe.width, probe.height) < SMALL for probe in probes)
     if result.small:
         report.notes.append(f"{listing.split}: images with a side below {SMALL} pixels: {result.small}")
-    report.notes += left_out(listing)
+    report.notes += [*folders_between(listing), *left_out(listing)]
     return result, first
 
 

@@ -207,6 +207,23 @@ def left_out(listing: Listing) -> list[str]:
     return [f"{listing.split}: left out: {what}"] if what else []
 
 
+def folders_between(listing: Listing) -> list[str]:
+    """A line if every class folder holds the same folders, two or more, and no images itself: those may be meant."""
+    if not isinstance(listing, ImageFolder) or listing.folder is not None or len(listing.classes) < 2:
+        return []
+    inner: dict[int, set[str]] = {}
+    for path, target in zip(listing.paths, listing.targets, strict=True):
+        parts = path.split("/", 2)
+        inner.setdefault(target, set()).add(parts[1] if len(parts) > 2 else "")
+    first, *others = inner.values()
+    if "" in first or len(first) < 2 or any(names != first for names in others):
+        return []
+    return [
+        f"{listing.split}: each of the classes {quoted(listing.classes)} holds the folders {quoted(sorted(first))} and "
+        f"no images itself: if those are the classes, the layout is {listing.root}/{listing.split}/CLASS"
+    ]
+
+
 def _describe(ignored: Mapping[str, int], reasons: Mapping[str, Sequence[str]]) -> str:
     """`2 .txt, 3 .heic (HEIC needs pip install pillow-heif), 1 broken link (ant/4.jpg)`."""
     parts = []

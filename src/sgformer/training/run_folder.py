@@ -152,7 +152,11 @@ class RunFolder:
 
         before = read_contents(self.contents)
         if before is not None:
-            lines = [f"{name}: {line}" for name, now in splits.items() for line in before[name].differences(now)]
+            found: dict[str, list[str]] = {}
+            for name, now in splits.items():
+                if differing := before[name].differences(now):
+                    found.setdefault(", ".join(differing), []).append(name)
+            lines = [f"{' and '.join(names)}: {what}" for what, names in found.items()]
         else:  # a run of an earlier version
             last = self.path / "last.safetensors"
             known = read_metadata(last).get("classes") if last.is_file() else None

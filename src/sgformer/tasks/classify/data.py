@@ -11,7 +11,7 @@ from PIL import Image
 from sgformer.core.errors import UserError
 from sgformer.core.names import quoted
 from sgformer.data.formats import open_both
-from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, absent, collate, left_out
+from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, absent, collate, folders_between, left_out
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
 from sgformer.data.transforms import Transform, train_transform
 from sgformer.models.load import Weights
@@ -61,7 +61,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
-        notes=[*left_out(train), *left_out(val), *absent(val)],
+        notes=[*folders_between(train), *left_out(train), *left_out(val), *absent(val)],
     )
 
 
