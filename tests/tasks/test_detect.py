@@ -13,7 +13,7 @@ from sgformer.data.imagefolder import EpochSampler
 from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
 from sgformer.tasks.detect.config import DetectConfig
-from sgformer.tasks.detect.data import late_drops, read_splits, vanishing, without_objects
+from sgformer.tasks.detect.data import late_drops, open_data, read_splits, vanishing, without_objects
 from sgformer.tasks.detect.metrics import CocoMetric
 from sgformer.tasks.detect.module import DetectionModule, Detector, coco_results, new_detector
 from sgformer.training.trainer import build_trainer, quiet
@@ -186,7 +186,7 @@ def test_no_truth_is_an_error_and_absent_classes_are_named(tmp_path):
     for split, boxes in (("train", [thing(10, 3, [4, 4, 24, 24])]), ("val", [thing(10, 3, [4, 4, 9, 9], iscrowd=1)])):
         write_coco(tmp_path, content(boxes), split)
     with pytest.raises(UserError, match=r"instances_val\.json: no objects to validate on, so there is no AP"):
-        read_splits(config(data=str(tmp_path)))
+        open_data(config(data=str(tmp_path)), None, 2, 0, 1)
     write_coco(tmp_path, content([thing(10, 3, [4, 4, 9, 9])]), "val")
     assert without_objects(read_splits(config(data=str(tmp_path)))[1]) == [
         "instances_val.json: 1 of 2 classes has no object: dog"

@@ -116,7 +116,7 @@ def test_classes_and_images_stay_what_they_were(whole, shapes, tmp_path):
     data = tmp_path / "shapes"
     shutil.copy(data / "images/training/4.png", data / "images/training/5.png")
     shutil.copy(data / "annotations/training/4.png", data / "annotations/training/5.png")
-    with pytest.raises(UserError, match=r"train: 1 image added \(5.png\).*--weights \S+run --data"):
+    with pytest.raises(UserError, match=r"train: 1 image added \(training/5.png\).*--weights \S+run --data"):
         train("segment", resume=tmp_path / "run", data=str(data))
     (data / "images/training/5.png").unlink()
     (data / "annotations/training/5.png").unlink()

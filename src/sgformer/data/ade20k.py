@@ -75,7 +75,7 @@ class LabelledFolder:
 
     def entries(self) -> list[tuple[str, str]]:
         """The name of each image; see `data.identity`."""
-        folder = self.root / "images" / self.split
+        folder = self.root / "images"
         return [(path.relative_to(folder).as_posix(), "") for path in self.images]
 
     @property

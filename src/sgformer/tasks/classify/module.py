@@ -137,7 +137,7 @@ class ClassificationModule(ScheduledModule):
         # The cosine begins where the warm-up ends, at the full rate: otherwise the rate would drop there.
         scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(1, config.epochs * steps - warmup),
+            t_initial=max(2, config.epochs * steps - warmup),  # timm warns of 1
             lr_min=config.scaled(config.min_lr),
             warmup_t=warmup,
             warmup_lr_init=config.scaled(config.warmup_lr),

@@ -31,6 +31,7 @@ def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: i
     """See `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
     listings = train, val = read_splits(config, named_head(config, weights))
+    require_truth(val)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     if config.warmup_steps is not None and config.warmup_steps >= steps * config.epochs:
@@ -92,7 +93,6 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
     if not any(train.objects_of(i) for i in range(len(train))):
         raise UserError(f"{train.json}: no objects to train on")
     val = open_format("objects", val_data, "val", train.categories, masks=train.has_masks, drop_empty=False, **options)
-    require_truth(val)
     return train, val
 
 

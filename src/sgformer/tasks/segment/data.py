@@ -27,8 +27,9 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
         raise UserError("--data is missing: the folder with images/training and annotations/training")
     if config.head == "upernet" and batch == 1:
         raise UserError("upernet's batch norm needs two images at a time: raise --batch-size, or --accumulate less")
-    train, notes = check_values(scan(config.data, "training", config.classes, config.reduce_zero_label))
+    train = scan(config.data, "training", config.classes, config.reduce_zero_label)
     val = scan(config.data, "validation", train.classes, config.reduce_zero_label)
+    train, notes = check_values(train)
     val, more = check_values(val, train.binary)
     steps_per_pass = len(train) / config.batch_size
     total = config.total_steps(steps_per_pass)
