@@ -67,6 +67,7 @@ def test_everything_wrong_is_named(root, workers, capsys):
         assert needle in text
     assert all("\n" not in line for line in report.problems + report.notes)
     assert len(report.problems) == 6
+    assert "train: left out: 1 .txt" in report.notes
     assert data_check(str(root), json=True, workers=workers) == 1
     assert json.loads(capsys.readouterr().out) == json.loads(report.to_json())
 

@@ -1,18 +1,35 @@
 """The ImageNet layout is listed the same is_global; samples and their order are functions of seed, epoch and index."""
 
+import importlib.machinery
+import os
 import random
+import re
 import shutil
+import sys
+import types
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from sgformer.core.errors import UserError
-from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate, scan, scan_splits, seeded
+from sgformer.data import addons
+from sgformer.data.image import read_image
+from sgformer.data.imagefolder import (
+    EpochSampler,
+    ImageFolderDataset,
+    collate,
+    folders_between,
+    left_out,
+    scan,
+    scan_splits,
+    seeded,
+)
 
 FILES = {
     "train/ant": ["b.png", "a.PNG", "deep/er/c.jpg", "notes.txt", ".hidden.png", ".git/d.png"],
@@ -89,6 +106,133 @@ def test_links_are_followed_but_not_round_and_round(root):
     listing = scan(root)
     assert "Bee/linked/far.png" in listing.paths
     assert listing.counts() == [3, 3]
+    assert "1 link to folders that are listed already (ant/deep/loop)" in left_out(listing)[0]
+
+
+# --- what is left out, and what is not meant -------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_counted_with_its_reason(root):
+    (root / "train/ant/gone.png").symlink_to(root / "nowhere.png")
+    (root / "train/ant/lost").symlink_to(root / "nowhere")
+    (root / "train/ant/._a.PNG").touch()
+    (root / "train/.trash").mkdir()
+    Image.new("RGB", (5, 5)).save(root / "train/loose.png")
+    for name in ("1.heic", "2.HEIC", "3.jxl"):
+        (root / "train/Bee" / name).touch()
+    train, val = scan_splits(root)
+    assert train.counts() == [2, 3]
+    assert left_out(train) == [
+        "train: left out: 2 .heic (HEIC needs pip install pillow-heif), 1 .jxl (JPEG XL needs pip install "
+        "pillow-jxl-plugin), 1 .txt, 2 broken links (ant/gone.png, ant/lost), 2 folders with a leading dot (.trash, "
+        "ant/.git), 1 image in no class folder (loose.png), 2 images with a leading dot (ant/._a.PNG, ant/.hidden.png)"
+    ]
+    assert left_out(val) == ["val: left out: 1 .bin"]
+
+
+def test_a_folder_that_cannot_be_read_is_left_out_and_named(root, monkeypatch):
+    def scandir(path, really=os.scandir):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    listing = scan(root)
+    assert listing.counts() == [2, 2]
+    assert "1 folder that cannot be read ('ant/deep: Permission denied')" in left_out(listing)[0].replace(
+        "(ant/deep: Permission denied)", "('ant/deep: Permission denied')"
+    )
+
+
+def test_a_class_does_not_vanish(root):
+    (root / "train/cow").symlink_to(root / "nowhere")
+    with pytest.raises(UserError, match=r"class folders without images \(1\): cow \(1 folder that cannot be read"):
+        scan(root)
+    (root / "train/cow").unlink()
+    (root / "train/cow").mkdir()
+    (root / "train/cow/1.heic").touch()
+    with pytest.raises(UserError, match=r"\(1\): cow \(1 .heic \(HEIC needs pip install pillow-heif\)\)"):
+        scan(root)
+
+
+def test_accents_match_however_they_are_coded(root):
+    composed, decomposed = (unicodedata.normalize(form, "Ameisenbär") for form in ("NFC", "NFD"))
+    (root / "train/ant").rename(root / "train" / composed)
+    (root / "val/ant").rename(root / "val" / f"{decomposed} ")
+    train, val = scan_splits(root)
+    assert train.classes == val.classes == (composed, "Bee")[::1] and val.counts() == [1, 1]
+    assert val.path(0).is_file() and val.path(1).is_file()
+    (root / "train" / decomposed).mkdir()
+    with pytest.raises(UserError, match=r"look alike: 'Ameisenba\\u0308r', Ameisenbär; merge or rename"):
+        scan(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_too_many_is_named(root, split):
+    (root / "inner").mkdir()
+    for name in ("ant", "Bee"):
+        (root / split / name).rename(root / "inner" / name)
+    (root / "inner").rename(root / split / "images")
+    with pytest.raises(
+        UserError, match=rf"{split}: holds one folder, images, .* Bee, ant.*move them up: .*{split}/Bee"
+    ):
+        scan_splits(root)
+
+
+def test_folders_between_split_and_classes_are_doubted(root):
+    assert folders_between(scan(root)) == []
+    for batch in ("one", "two"):
+        for name in ("ant", "Bee"):
+            shutil.copytree(root / "train" / name, root / f"batches/train/{batch}/{name}")
+    assert folders_between(scan(root / "batches")) == [
+        "train: each of the classes one, two holds the folders Bee, ant and no images itself: "
+        f"if those are the classes, the layout is {root}/batches/train/CLASS"
+    ]
+
+
+def test_the_folder_that_was_meant_is_named(root, tmp_path):
+    with pytest.raises(UserError, match=rf"no folder 'train'.*did you mean {re.escape(str(root))}, the folder that"):
+        scan(root / "train")
+    shutil.copytree(root / "train", tmp_path / "outer/photos/train")
+    with pytest.raises(UserError, match=r"did you mean .*outer/photos\?"):
+        scan(tmp_path / "outer")
+    (root / "train").rename(root / "Train")
+    with pytest.raises(UserError, match=r"is it .*/Train\? Rename it to 'train'"):
+        scan(root)
+    (root / "flat/train").mkdir(parents=True)
+    (root / "flat/train/1.png").touch()
+    with pytest.raises(UserError, match="holds no class folders, but 1 images"):
+        scan(root / "flat")
+
+
+def test_another_package_reads_other_formats_if_it_is_there(tmp_path, monkeypatch):
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64
+    (tmp_path / "a.heic").write_bytes(heic)
+    with pytest.raises(UserError, match=r"a\.heic: HEIC needs pip install pillow-heif$"):
+        read_image(tmp_path / "a.heic")
+
+    class Opener(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            self._size, self._mode, self.tile = (4, 3), "RGB", []
+            self.im = Image.new("RGB", (4, 3), "red").im
+
+        def load(self):
+            return self.im.pixel_access(self.readonly)
+
+    def register():
+        Image.register_open("HEIF", Opener, lambda head: head[4:8] == b"ftyp")
+
+    module = types.ModuleType("pillow_heif")
+    module.register_heif_opener, module.__spec__ = register, importlib.machinery.ModuleSpec("pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    addons.activate.cache_clear()
+    assert addons.PILLOW_HEIF.installed
+    assert read_image(tmp_path / "a.heic").getpixel((0, 0)) == (255, 0, 0)
+    addons.activate.cache_clear()
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -395,6 +395,13 @@ def test_what_the_check_says_of_shards_is_what_it_says_of_the_folder(photos, pac
     assert found.problems
 
 
+def test_what_the_shards_leave_out_is_said(photos, tmp_path, caplog):
+    source = shutil.copytree(photos, tmp_path / "photos")
+    (source / "train/ant/1.heic").touch()
+    make_shards(source, tmp_path / "out")
+    assert any("1 .heic (HEIC needs pip install pillow-heif)" in line for line in caplog.messages)
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(photos, packed, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()

@@ -1,6 +1,7 @@
 """Files: ours round-trip to the bit; released ones load exactly, and nothing in them is ever run."""
 
 import argparse
+import json
 import os
 import pickle
 
@@ -10,7 +11,7 @@ import torch
 
 import sgformer
 from sgformer.core.errors import UserError
-from sgformer.models.checkpoint import read_metadata
+from sgformer.models.checkpoint import read_header, read_metadata
 from sgformer.models.released import convert, load_released, to_released
 
 
@@ -166,3 +167,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=3), path)
     assert path.read_bytes() == whole and os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_metadata_never_hold_a_bare_nan(tmp_path):
+    """Other programs' JSON readers refuse it."""
+    metadata = {"metrics": {"miou": float("nan"), "macc": 0.5}}
+    sgformer.save_model(sgformer.create_model("sgformer_n"), tmp_path / "w.safetensors", metadata)
+    header = read_header(tmp_path / "w.safetensors")["metadata"]
+    assert json.loads(header, parse_constant=pytest.fail) == {"metrics": {"miou": None, "macc": 0.5}}

@@ -6,11 +6,13 @@ import timm
 import torch
 from torch import nn
 
+import sgformer
+from sgformer.core.errors import UserError
 from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
-from sgformer.models.load import build_model  # noqa: E402
-from sgformer.tasks.classify.module import ClassificationModule  # noqa: E402
+from sgformer.models.load import build_model, read_weights  # noqa: E402
+from sgformer.tasks.classify.module import ClassificationModule, classifier_notes  # noqa: E402
 
 
 def stub(classes=7):
@@ -122,14 +124,38 @@ def test_schedule_warms_up_and_ends_low():
     for step in range(50):
         scheduler.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(0.01) and 0.9 < max(rates) <= 1.0
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] == pytest.approx(0.01) and rates[10] == max(rates) == 1.0  # no drop after the warm-up
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[25] == pytest.approx(0.55)  # half-way from 1 to .1, half-way from 10 to 40
     assert rates[40:] == [pytest.approx(0.1)] * 10
 
 
-def test_unknown_models_suggest_the_nearest():
-    from sgformer.core.errors import UserError
+@pytest.mark.parametrize(("epochs", "given", "updates"), [(300, None, 50), (6, None, 30), (1, None, 5), (3, 0.25, 2)])
+def test_the_warm_up_ends_before_the_run(epochs, given, updates):
+    assert ClassifyConfig(epochs=epochs, warmup_epochs=given).warmup_updates(10) == updates
 
+
+@pytest.mark.parametrize("warmup", [3, 5])
+def test_a_warm_up_of_the_whole_run_is_refused(warmup):
+    with pytest.raises(UserError, match=rf"--warmup-epochs must be below --epochs 3, got {warmup}"):
+        ClassifyConfig(epochs=3, warmup_epochs=warmup)
+
+
+def test_what_a_classifier_starts_from_is_said(tmp_path):
+    path = tmp_path / "w.safetensors"
+    sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=2), path, {"classes": ["ant", "bee"]})
+    weights = read_weights(path)
+    assert classifier_notes(weights, ["ant", "bee"]) == []
+    assert classifier_notes(weights, ["a", "b", "c"]) == [
+        f"the classifier starts afresh: {path} has 2 classes, the data 3"
+    ]
+    assert classifier_notes(weights, ["bee", "ant"]) == [
+        f"the classifier of {path} is kept, though its classes are others: "
+        "the classes are in another order: bee, ant instead of ant, bee"
+    ]
+
+
+def test_unknown_models_suggest_the_nearest():
     with pytest.raises(UserError, match="did you mean resnet50"):
         build_model("resnet5O", 10)
     with pytest.raises(UserError, match="sgformer_"):

@@ -13,6 +13,7 @@ from sgformer.data.imagefolder import EpochSampler
 from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
 from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.data import late_drops, open_data, read_splits, vanishing, without_objects
 from sgformer.tasks.detect.metrics import CocoMetric
 from sgformer.tasks.detect.module import DetectionModule, Detector, coco_results, new_detector
 from sgformer.training.trainer import build_trainer, quiet
@@ -152,6 +153,55 @@ def test_a_detector_goes_on_with_other_classes(tmp_path):
     assert not boxes.masks
     with pytest.raises(UserError, match="holds sgformer_n, not --model sgformer_t"):
         started(config(weights=str(path), model="sgformer_t"), 2, True)
+
+
+def test_tensors_that_do_not_fit_are_said_or_refused(tmp_path, caplog):
+    path = tmp_path / "w.safetensors"
+    small().save(path, {})
+    with caplog.at_level("INFO", "sgformer"):
+        started(config(weights=str(path)), 2, True)
+        assert not caplog.messages
+        started(config(weights=str(path)), 5, True)
+        assert "tensors start afresh, as their shape differs or they are new: heads." in caplog.messages[0]
+        started(config(weights=str(path)), 2, False)
+        assert "tensors are left out, as the network has none of the name: heads.roi_heads.mask" in caplog.messages[1]
+    with pytest.raises(UserError, match="heads of width 16, not 32: pass --head-width 16"):
+        started(config(weights=str(path), head_width=32), 2, True)
+
+
+def test_objects_below_a_pixel_are_counted_by_class(tmp_path):
+    boxes = [thing(10, 3, [4, 4, 24, 24]), thing(20, 7, [9, 9, 0.9, 9]), thing(20, 3, [9, 9, 2, 0.4])]
+    listing = read_coco(write_coco(tmp_path, content(boxes)), tmp_path / "train", masks=False)  # 64 x 48 pixels
+    counted = ["instances_train.json: 2 objects are smaller than a pixel at 48x80 and not trained on: dog 1, cat 1"]
+    assert vanishing(listing, 48) == [f"{counted[0]}; nothing is left of dog"]
+    kept = [len(CocoDataset(listing, train_transform(48, False, 0.0))[i].target["boxes"]) for i in range(2)]
+    assert kept == [1, 0]  # as the transform does
+    assert "1 object is smaller" in vanishing(listing, 96)[0] and vanishing(listing, 480) == []
+    tiny = read_coco(write_coco(tmp_path, content(boxes[1:])), tmp_path / "train", masks=False)
+    with pytest.raises(UserError, match=r"all 2 objects are smaller than a pixel.*are the boxes in pixels\?"):
+        vanishing(tiny, 48)
+
+
+def test_no_truth_is_an_error_and_absent_classes_are_named(tmp_path):
+    for split, boxes in (("train", [thing(10, 3, [4, 4, 24, 24])]), ("val", [thing(10, 3, [4, 4, 9, 9], iscrowd=1)])):
+        write_coco(tmp_path, content(boxes), split)
+    with pytest.raises(UserError, match=r"instances_val\.json: no objects to validate on, so there is no AP"):
+        open_data(config(data=str(tmp_path)), None, 2, 0, 1)
+    write_coco(tmp_path, content([thing(10, 3, [4, 4, 9, 9])]), "val")
+    assert without_objects(read_splits(config(data=str(tmp_path)))[1]) == [
+        "instances_val.json: 1 of 2 classes has no object: dog"
+    ]
+    small().save(tmp_path / "w.safetensors", {"classes": ["cat", "dog"], "category_ids": [3, 7], "image_size": 64})
+    write_coco(tmp_path, content([]), "val")
+    with pytest.raises(UserError, match="no objects to validate on"):
+        sgformer.evaluate(tmp_path / "w.safetensors", tmp_path, workers=0)
+
+
+def test_drops_beyond_the_run_are_said():
+    assert late_drops(DetectConfig()) == []
+    assert late_drops(DetectConfig(epochs=10)) == [
+        "the run ends with epoch 10, before the rate falls after 11 (--lr-drops)"
+    ]
 
 
 def test_the_rate_warms_up_and_drops():

@@ -130,3 +130,25 @@ def test_guidance_that_does_not_do_is_named(options, words):
 def test_a_value_of_the_wrong_kind_is_a_line():
     with pytest.raises(UserError, match="wrong type"):
         make_config(ClassifyConfig, {"epochs": "many"})
+
+
+def test_fp16_on_a_cpu_is_refused():
+    """Lightning would take bf16 instead, and config.yaml say otherwise."""
+    from sgformer.training.trainer import build_trainer
+
+    with pytest.raises(UserError, match="--precision fp16 runs on GPUs only; on a CPU, use bf16 or fp32"):
+        build_trainer(device="cpu", precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "words"),
+    [
+        (0, 9, ""),
+        (4, 9, ", reached after 4 updates"),
+        (9, 9, "; not reached: the run ends within 9 updates of warm-up"),
+    ],
+)
+def test_the_rate_is_announced(warmup, total, words):
+    from sgformer.training.fit import warmup_words
+
+    assert warmup_words(warmup, total) == words

@@ -147,7 +147,7 @@ def test_weights_of_another_model_are_refused(run, photos, tmp_path):
 
 @pytest.mark.slow
 def test_any_model_of_timm(photos, tmp_path):
-    settings = {**QUICK, "model": "resnet10t", "epochs": 1, "layer_decay": 0.8, "accumulate": 2}
+    settings = {**QUICK, "model": "resnet10t", "epochs": 1, "warmup_epochs": 0, "layer_decay": 0.8, "accumulate": 2}
     run = train("classify", data=str(photos), run=str(tmp_path / "run"), **settings).path
     assert evaluate(run, photos, workers=0).top1 == pytest.approx(read_metadata(run)["metrics"]["top1"])
     tuned = train(

@@ -1,6 +1,7 @@
 """A segmentation run stopped in the middle and resumed equals one that never stopped, whatever the workers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,3 +108,20 @@ def test_other_backbones_by_name(shapes, tmp_path):
 def test_a_label_beyond_the_classes_stops_before_it_trains_on_it(shapes, tmp_path):
     with pytest.raises(UserError, match=r"annotations/training/\d\.png: label 2 at row 22, column 20"):
         train("segment", data=str(shapes), classes=2, run=str(tmp_path / "run"), **QUICK)
+
+
+def test_classes_and_images_stay_what_they_were(whole, shapes, tmp_path):
+    for source, copy in ((whole, "run"), (shapes, "shapes")):
+        shutil.copytree(source, tmp_path / copy)
+    data = tmp_path / "shapes"
+    shutil.copy(data / "images/training/4.png", data / "images/training/5.png")
+    shutil.copy(data / "annotations/training/4.png", data / "annotations/training/5.png")
+    with pytest.raises(UserError, match=r"train: 1 image added \(training/5.png\).*--weights \S+run --data"):
+        train("segment", resume=tmp_path / "run", data=str(data))
+    (data / "images/training/5.png").unlink()
+    (data / "annotations/training/5.png").unlink()
+    (data / "classes.txt").write_text("grey\nbright\ndark\n")  # names for labels that had none: not another data set
+    evaluate(tmp_path / "run", data, workers=0)
+    (data / "classes.txt").write_text("grey\nbright\ndark\nblue\n")
+    with pytest.raises(UserError, match=r"classes.txt: not the classes of the training; .*blue"):
+        evaluate(tmp_path / "run", data, workers=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 #: Background classes: not objects, and drawn in grey.
@@ -19,6 +20,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def canonical(name: str) -> str:
+    """A name in Unicode's composed form (NFC) without blanks at its ends: equal for names that look alike.
+
+    macOS decomposes the accents of file names (NFD), other systems keep what was typed.
+    """
+    return name.strip() if name.isascii() else unicodedata.normalize("NFC", name).strip()
+
+
+def visible(name: str) -> str:
+    """A name for messages, quoted and escaped where it would be mistaken for another: blanks at its ends, decomposed
+    accents, characters that do not print."""
+    return name if name and name == canonical(name) and name.isprintable() else ascii(name)
+
+
+def quoted(names: Sequence[str], limit: int = 8) -> str:
+    """As `some`, each name as `visible`."""
+    return some([visible(name) for name in names[:limit]] + list(names[limit:]), limit)
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

@@ -9,8 +9,9 @@ shifts the other labels down by one, the convention for ADE20K, whose 0 is "othe
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ import torch
 from torch.utils.data import Dataset
 
 from sgformer.core.errors import StalledError, UserError
+from sgformer.core.names import canonical
 from sgformer.core.progress import track
 from sgformer.data.dense_transforms import DenseTransform
+from sgformer.data.identity import class_differences
 from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
-from sgformer.data.imagefolder import EpochSampler, bad_image, seeded
+from sgformer.data.imagefolder import EpochSampler, bad_image, place_of, seeded, walk
 
 LAYOUT = (
     "expected {root}/images/{{training,validation}}/NAME.jpg and {root}/annotations/{{training,validation}}/NAME.png"
@@ -47,6 +50,9 @@ class LabelledFolder:
         classes: names; the position is the class index.
         images, labels: files, sorted.
         reduce_zero_label: whether label 0 means no class and label n is class n - 1.
+        named: whether the number of classes was given, and not inferred from the labels.
+        binary: whether the files hold 0 and 255 for the two classes, see `label_values.check_values`.
+        ignored, left_out: as of `imagefolder.ImageFolder`.
     """
 
     root: Path
@@ -55,6 +61,10 @@ class LabelledFolder:
     images: tuple[Path, ...]
     labels: tuple[Path, ...]
     reduce_zero_label: bool = False
+    named: bool = True
+    binary: bool = False
+    ignored: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,6 +72,11 @@ class LabelledFolder:
     def path(self, index: int) -> Path:
         """The path of image `index`."""
         return self.images[index]
+
+    def entries(self) -> list[tuple[str, str]]:
+        """The name of each image; see `data.identity`."""
+        folder = self.root / "images"
+        return [(path.relative_to(folder).as_posix(), "") for path in self.images]
 
     @property
     def ignore(self) -> int:
@@ -80,6 +95,14 @@ class LabelledFolder:
         """
         path = self.labels[index]
         values = (read_label_map(path) if values is None else values).astype(np.int64)
+        if self.binary:
+            if (wrong := (values != 0) & (values != 255)).any():
+                row, column = np.argwhere(wrong)[0].tolist()
+                raise UserError(
+                    f"{path}: value {int(values[row, column])} at row {row}, column {column}, but these masks hold 0 "
+                    "and 255 for two classes; is its edge anti-aliased?"
+                )
+            return values // 255
         none = values == self.ignore
         if self.reduce_zero_label:
             none |= values == 0
@@ -107,8 +130,8 @@ def scan(
     Args:
         root: folder that holds `images` and `annotations`.
         split: subfolder of both.
-        classes: number of classes, or their names; by default those of `classes.txt` or `objectInfo150.txt` in `root`,
-            or else inferred from the highest label in the split.
+        classes: number of classes, or their names, which a file of names in `root` must agree with; by default those
+            of `classes.txt` or `objectInfo150.txt` in `root`, or else inferred from the highest label in the split.
         reduce_zero_label: treat label 0 as "no class" and n as class n - 1.
 
     Raises:
@@ -119,11 +142,13 @@ def scan(
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; {LAYOUT.format(root=root)}")
     files = {}
-    for kind, extensions in (("images", IMAGE_EXTENSIONS), ("annotations", {".png"})):
+    ignored: Counter[str] = Counter()
+    left_out: dict[str, list[str]] = {}
+    for kind, extensions in (("images", IMAGE_EXTENSIONS), ("annotations", frozenset([".png"]))):
         folder = root / kind / split
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; {LAYOUT.format(root=root)}")
-        files[kind] = _by_stem(folder, extensions)
+        files[kind] = _by_stem(folder, extensions, f"{kind}/", ignored, left_out)
     images, labels = files["images"], files["annotations"]
     if not images and not labels:
         raise UserError(f"{root / 'images' / split}: no images in it; {LAYOUT.format(root=root)}")
@@ -133,24 +158,50 @@ def scan(
             raise UserError(f"no {what} for {', '.join(unpaired[:5])}{more}; add them, or remove these files")
     order = sorted(images)
     paths = tuple(labels[stem] for stem in order)
+    named = classes is not None or _names_file(root) is not None
     if classes is None or isinstance(classes, int):
         classes = _class_names(root, paths, classes, reduce_zero_label)
-    return LabelledFolder(root, split, tuple(classes), tuple(images[s] for s in order), paths, reduce_zero_label)
+    elif source := _names_file(root):
+        names = read_class_names(source, reduce_zero_label)
+        unnamed = list(classes) == [str(i + reduce_zero_label) for i in range(len(names))]
+        if not unnamed and (differing := class_differences(classes, names)):
+            raise UserError(f"{source}: not the classes of the training; {'; '.join(differing)}")
+    return LabelledFolder(
+        root,
+        split,
+        tuple(classes),
+        tuple(images[s] for s in order),
+        paths,
+        reduce_zero_label,
+        named,
+        ignored=ignored,
+        left_out=left_out,
+    )
 
 
-def _by_stem(folder: Path, extensions: frozenset[str] | set[str]) -> dict[str, Path]:
+def _by_stem(
+    folder: Path, extensions: frozenset[str], place: str, ignored: Counter[str], left_out: dict[str, list[str]]
+) -> dict[str, Path]:
+    """The files with these extensions by stem, which pairs them; the others go to `ignored` and `left_out`."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in extensions and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in files:
-                raise UserError(f"{files[stem]} and {path.name} have the same stem: keep only one of them")
-            files[stem] = path
+    for name in sorted(walk(str(folder), place, set(), left_out), key=place_of):
+        path = folder / name.removeprefix(place)
+        if path.suffix.lower() not in extensions:
+            ignored[path.suffix.lower()] += 1
+            continue
+        stem = canonical(path.relative_to(folder).with_suffix("").as_posix())
+        if stem in files:
+            raise UserError(f"{files[stem]} and {path.name} have the same stem: keep only one of them")
+        files[stem] = path
     return files
 
 
+def _names_file(root: Path) -> Path | None:
+    return next((root / name for name in NAME_FILES if (root / name).is_file()), None)
+
+
 def _class_names(root: Path, labels: Sequence[Path], count: int | None, reduce_zero: bool) -> list[str]:
-    source = next((root / name for name in NAME_FILES if (root / name).is_file()), None)
+    source = _names_file(root)
     if source is not None:
         names = read_class_names(source, reduce_zero)
         if count is not None and count != len(names):

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json
+from sgformer.core.names import quoted
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.formats import find_format, naming_formats, open_data
 from sgformer.data.image import probe_image, read_image
-from sgformer.data.imagefolder import Listing, list_split, some
+from sgformer.data.imagefolder import Listing, absent, folders_between, left_out, list_split, some
 from sgformer.data.shards import Index
 
 #: The network's stride in pixels: smaller images are enlarged.
@@ -38,6 +39,7 @@ class SplitReport:
         small: number of images with a side below 32 pixels.
         unreadable: path relative to the root -> reason.
         ignored: extension -> number of files without an image extension.
+        left_out: reason -> names of what else was left out.
     """
 
     images: int
@@ -49,6 +51,7 @@ class SplitReport:
     small: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,8 +96,6 @@ class CheckReport:
                 lines.append(f"  pixels      width {w0} to {w2}, median {w1}; height {h0} to {h2}, median {h1}")
                 lines.append(f"  kinds       {_tally(split.modes)}; rotated by EXIF: {split.rotated}")
             lines.append(f"  unreadable  {len(split.unreadable)}")
-            if split.ignored:
-                lines.append(f"  ignored     {sum(split.ignored.values())} other files ({_tally(split.ignored)})")
         for title, items in (("problems", self.problems), ("notes", self.notes)):
             if items:
                 lines += ["", f"{title} ({len(items)}):", *(f"  {item}" for item in items[:limit])]
@@ -134,6 +135,8 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
     with naming_formats("classes", unless=found is not None):
         listings = LISTERS.get(found.name if found else "image-folder", _list_any)(report, root)
 
+    if "train" in listings and len(listings["train"].classes) < 2:
+        report.problems.append(f"train: one class only ({quoted(listings['train'].classes)}): nothing to tell apart")
     digests: dict[str, dict[bytes, int]] = {}
     for split, listing in listings.items():
         report.splits[split], digests[split] = _check_images(report, listing, decode, workers)
@@ -178,11 +181,11 @@ def _list_folders(report: CheckReport, root: str | os.PathLike) -> dict[str, Lis
             failures.append(error)
             continue
         if unknown:
-            report.problems.append(f"{split}: classes missing from train ({len(unknown)}): {some(unknown)}")
+            report.problems.append(f"{split}: classes missing from train ({len(unknown)}): {quoted(unknown)}")
         if empty:
             report.problems.append(f"{split}: class folders without images ({len(empty)}): {some(empty)}")
-        if missing := [name for name in known or () if not (root / split / name).is_dir()]:
-            report.notes.append(f"{split}: train classes that are missing ({len(missing)}): {some(missing)}")
+        if known:
+            report.notes += absent(listings[split])
     if not listings:
         raise failures[0]
     report.problems += [str(error) for error in failures]
@@ -215,6 +218,7 @@ def _check_images(
     """Read the images of one split. Returns its report, and digest -> index of the first file with that content."""
     result = SplitReport(len(listing), dict(zip(listing.classes, listing.counts(), strict=True)))
     result.ignored = dict(sorted(listing.ignored.items()))
+    result.left_out = dict(getattr(listing, "left_out", {}))
     probes: list[_Probe] = []
     first: dict[bytes, int] = {}
     for index, probe in enumerate(track(_probes(listing, decode, workers), len(listing), listing.split)):
@@ -235,9 +239,7 @@ def _check_images(
     result.small = sum(min(probe.width, probe.height) < SMALL for probe in probes)
     if result.small:
         report.notes.append(f"{listing.split}: images with a side below {SMALL} pixels: {result.small}")
-    if result.ignored:
-        count = sum(result.ignored.values())
-        report.notes.append(f"{listing.split}: files without an image extension, left out: {count}")
+    report.notes += [*folders_between(listing), *left_out(listing)]
     return result, first
 
 

@@ -12,6 +12,7 @@ By hand: pycocotools does not validate, and its C code crashes on malformed mask
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,11 @@ class CocoListing:
     def path(self, index: int) -> Path:
         """The path of image `index`."""
         return self.folder / self.images[index].file_name
+
+    def entries(self) -> list[tuple[str, str]]:
+        """(name, digest of its objects) of each image; see `data.identity`."""
+        digests = (hashlib.blake2b(objects, digest_size=8).hexdigest() for objects in self.objects)
+        return [(image.file_name, digest) for image, digest in zip(self.images, digests, strict=True)]
 
     def objects_of(self, index: int) -> list[tuple[int, list[float], Any]]:
         """Objects of image `index`: (class index, [x1, y1, x2, y2] in pixels, COCO segmentation or None)."""

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sgformer.core.errors import StalledError, UserError
+from sgformer.data.addons import ADDONS, HEAD, activate, addon_of
 
 #: File name extensions (lower case) of images in listed folders.
 IMAGE_EXTENSIONS = frozenset(
@@ -37,6 +38,7 @@ IMAGE_EXTENSIONS = frozenset(
         ".pgm",
         ".pbm",
         ".pnm",
+        *(extension for extension, addon in ADDONS.items() if addon.installed),
     ]
 )
 
@@ -262,9 +264,14 @@ def opened(
 
 
 def _checked(file: IO[bytes], formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
-    if not file.read(1):
+    head = file.read(HEAD)
+    if not head:
         raise EOFError("0 bytes")
     file.seek(0)
+    if formats is None and (addon := addon_of(head)):
+        if not addon.installed:
+            raise UnidentifiedImageError(addon.advice)
+        activate(addon)
     image = Image.open(file, formats=None if formats is None else tuple(formats))
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
@@ -281,6 +288,8 @@ def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) ->
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
+        if text in {addon.advice for addon in ADDONS.values()}:
+            return text
         return "not an image, or not of a format " + (
             "that Pillow supports" if formats is None else f"accepted here: {', '.join(formats)}"
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from sgformer.core.errors import StalledError, UserError
+from sgformer.core.names import canonical, quoted, visible
+from sgformer.data.addons import ADDONS
 from sgformer.data.image import IMAGE_EXTENSIONS, read_image
 
 
@@ -43,6 +45,7 @@ class ImageFolder:
         paths: image paths relative to `folder`, with forward slashes, sorted by class index, then by name.
         targets: class index of each path.
         ignored: number of other files by extension; hidden files are not counted.
+        left_out: what else was left out, names by reason.
         folder: what the paths are relative to; None: `root / split`.
     """
 
@@ -53,6 +56,7 @@ class ImageFolder:
     targets: tuple[int, ...]
     ignored: Counter[str] = field(default_factory=Counter)
     folder: Path | None = None
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -64,6 +68,10 @@ class ImageFolder:
     def counts(self) -> list[int]:
         """Images per class, in the order of `classes`."""
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
+
+    def entries(self) -> list[tuple[str, str]]:
+        """(name, class) of each image; see `data.identity`."""
+        return [(path, self.classes[target]) for path, target in zip(self.paths, self.targets, strict=True)]
 
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]:
         """The files' bytes, or the error for each unreadable file."""
@@ -100,6 +108,7 @@ class Listing(Protocol):
     def __len__(self) -> int: ...
     def path(self, index: int) -> Any: ...
     def counts(self) -> list[int]: ...
+    def entries(self) -> list[tuple[str, str]]: ...
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]: ...
     def read_many(self, indices: Sequence[int]) -> Iterator[Image.Image | UserError]: ...
 
@@ -112,8 +121,9 @@ def is_image_folder(root: str | os.PathLike) -> bool:
 def scan(root: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None) -> ImageFolder:
     """List a split of an image folder without opening images.
 
-    Every folder in `root/split` is a class and may contain nested folders. Hidden files and folders are skipped; files
-    without an image extension are left out and counted.
+    Every folder in `root/split` is a class and may contain nested folders. Files without an image extension, hidden
+    files and folders, broken links and unreadable folders are left out and counted: see `left_out`. Names of classes
+    are matched to `classes` by `core.names.canonical`.
 
     Args:
         root: folder with the splits.
@@ -122,12 +132,13 @@ def scan(root: str | os.PathLike, split: str = "train", classes: Sequence[str] |
             folder names, sorted by code point.
 
     Raises:
-        UserError: a folder is missing, or a class has no images or is not among `classes`.
+        UserError: a folder is missing, a class has no images or is not among `classes`, two class folders have names
+            that look alike, or there is a folder too many between split and classes.
     """
     listing, unknown, empty = list_split(root, split, classes)
     folder = listing.root / split
     if unknown:
-        raise UserError(f"{folder}: classes unknown to training ({len(unknown)}): {some(unknown)}")
+        raise UserError(f"{folder}: classes unknown to training ({len(unknown)}): {quoted(unknown)}")
     if empty:
         raise UserError(f"{folder}: class folders without images ({len(empty)}): {some(empty)}; fill or remove them")
     return listing
@@ -139,38 +150,96 @@ def list_split(
     """As `scan`, but returns unusable class folders instead of raising.
 
     Returns:
-        The listing, the folders that are not among `classes` (not listed), the class folders without images.
+        The listing, the folders that are not among `classes` (not listed), the class folders without images, with the
+        reason if there is one besides that they are empty.
 
     Raises:
-        UserError: a folder is missing, or holds no class folders.
+        UserError: a folder is missing, holds no class folders or one too many above them, or two look alike.
     """
     root = Path(root)
     folder = root / split
+    left_out: dict[str, list[str]] = {}
     layout = f"expected the ImageNet layout, {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; {layout}")
     if not folder.is_dir():
-        raise UserError(f"{root}: no folder {split!r} (folders: {some(_folders(root)) or 'none'}); {layout}")
-    names = _folders(folder)
+        meant = _meant(root, split)
+        raise UserError(f"{root}: no folder {split!r} (folders: {some(_folders(root)) or 'none'}); {meant}{layout}")
+    names, loose = _class_folders(folder, left_out)
     if not names:
-        raise UserError(f"{folder}: holds no class folders; {layout}")
+        few = f", but {len(loose)} images" if (loose := [file for file in loose if _is_image(file)]) else ""
+        raise UserError(f"{folder}: holds no class folders{few}; {layout}")
+    found = {canonical(name): name for name in names}
+    if len(found) < len(names):
+        alike = [name for name in names if sum(canonical(name) == canonical(other) for other in names) > 1]
+        raise UserError(f"{folder}: class folders whose names look alike: {quoted(alike)}; merge or rename them")
     order = tuple(names if classes is None else classes)
+    known = {canonical(name) for name in order}
+    _refuse_extra_level(folder, names, () if classes is None else known)
     paths: list[str] = []
     targets: list[int] = []
     empty: list[str] = []
-    ignored = Counter(_extension(file) for file in _files(folder, recurse=False))
+    ignored = Counter(_extension(file) for file in loose if not _is_image(file))
+    if images := [file for file in loose if _is_image(file)]:
+        left_out[LOOSE] = sorted(images)
     for index, name in enumerate(order):
-        if name not in names:
+        if (name := found.get(canonical(name), "")) == "":
             continue
-        files = sorted(_files(folder / name))
-        images = [file for file in files if _extension(file) in IMAGE_EXTENSIONS]
-        ignored.update(extension for file in files if (extension := _extension(file)) not in IMAGE_EXTENSIONS)
-        paths.extend(f"{name}/{image}" for image in images)
+        reasons: dict[str, list[str]] = {}
+        files = sorted(walk(os.path.join(folder, name), f"{name}/", set(), reasons), key=place_of)
+        images = [file for file in files if _is_image(file)]
+        others = Counter(_extension(file) for file in files if not _is_image(file))
+        paths.extend(images)
         targets.extend([index] * len(images))
+        ignored.update(others)
+        for reason, where in reasons.items():
+            left_out.setdefault(reason, []).extend(where)
         if not images:
-            empty.append(name)
-    unknown = sorted(set(names) - set(order))
-    return ImageFolder(root, split, order, tuple(paths), tuple(targets), ignored), unknown, empty
+            why = _describe(others, reasons)
+            empty.append(f"{visible(name)} ({why})" if why else visible(name))
+    unknown = [name for name in names if canonical(name) not in known]
+    return ImageFolder(root, split, order, tuple(paths), tuple(targets), ignored, left_out=left_out), unknown, empty
+
+
+def left_out(listing: Listing) -> list[str]:
+    """A line that says what is in the folders but not in a listing, with count and reason, if there is anything."""
+    what = _describe(listing.ignored, getattr(listing, "left_out", {}))
+    return [f"{listing.split}: left out: {what}"] if what else []
+
+
+def folders_between(listing: Listing) -> list[str]:
+    """A line if every class folder holds the same folders, two or more, and no images itself: those may be meant."""
+    if not isinstance(listing, ImageFolder) or listing.folder is not None or len(listing.classes) < 2:
+        return []
+    inner: dict[int, set[str]] = {}
+    for path, target in zip(listing.paths, listing.targets, strict=True):
+        parts = path.split("/", 2)
+        inner.setdefault(target, set()).add(parts[1] if len(parts) > 2 else "")
+    first, *others = inner.values()
+    if "" in first or len(first) < 2 or any(names != first for names in others):
+        return []
+    return [
+        f"{listing.split}: each of the classes {quoted(listing.classes)} holds the folders {quoted(sorted(first))} and "
+        f"no images itself: if those are the classes, the layout is {listing.root}/{listing.split}/CLASS"
+    ]
+
+
+def _describe(ignored: Mapping[str, int], reasons: Mapping[str, Sequence[str]]) -> str:
+    """`2 .txt, 3 .heic (HEIC needs pip install pillow-heif), 1 broken link (ant/4.jpg)`."""
+    parts = []
+    for extension, count in sorted(ignored.items()):
+        addon = ADDONS.get(extension)
+        parts.append(f"{count} {extension or 'without extension'}" + (f" ({addon.advice})" if addon else ""))
+    for reason, names in sorted(reasons.items()):
+        parts.append(f"{len(names)} {reason.replace('(s)', 's' * (len(names) > 1))} ({quoted(sorted(names), 3)})")
+    return ", ".join(parts)
+
+
+def absent(listing: Listing) -> list[str]:
+    """A line that names the classes without images, if there are any."""
+    names = [name for name, count in zip(listing.classes, listing.counts(), strict=True) if not count]
+    what = f"{len(names)} of {len(listing.classes)} classes {'have' if len(names) > 1 else 'has'} no image"
+    return [f"{listing.split}: {what}: {quoted(names)}"] if names else []
 
 
 def scan_splits(root: str | os.PathLike) -> tuple[ImageFolder, ImageFolder]:
@@ -187,20 +256,101 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
+def _class_folders(folder: Path, left_out: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """The names of a split's class folders, sorted, and of its other files. A broken link without an extension counts
+    as a class folder: a class must not vanish."""
+    names, files = [], []
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            if entry.name.startswith(".") or _extension(entry.name):
+                left_out.setdefault(BROKEN, []).append(entry.name)
+            else:
+                names.append(entry.name)
+        elif entry.is_dir():
+            if entry.name.startswith("."):
+                left_out.setdefault(HIDDEN, []).append(entry.name)
+            else:
+                names.append(entry.name)
+        elif not entry.name.startswith("."):
+            files.append(entry.name)
+    return sorted(names, key=place_of), files
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """What names are sorted by: the same order however accents are coded."""
+    return canonical(name), name
+
+
+def _refuse_extra_level(folder: Path, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise UserError if the only folder in a split holds folders and no images: those are the classes."""
+    if len(names) > 1 or canonical(names[0]) in known or not (folder / names[0]).is_dir():
+        return
+    inner, files = _class_folders(folder / names[0], {})
+    if inner and not any(map(_is_image, files)):
+        raise UserError(
+            f"{folder}: holds one folder, {visible(names[0])}, and that holds {quoted(inner)}: if these are the "
+            f"classes, move them up: {folder}/{visible(inner[0])}"
+        )
+
+
+def _meant(root: Path, split: str) -> str:
+    """Advice on the folder that was probably meant by one that lacks a split; "" if there is none."""
+    if root.name in ("train", "val") and (root.parent / split).is_dir():
+        return f"did you mean {root.parent}, the folder that holds {split!r}? "
+    for name in _folders(root):
+        if (root / name / "train").is_dir() and (root / name / split).is_dir():
+            return f"did you mean {root / name}? "
+    names = {"train": ("training",), "val": ("validation", "valid", "test", "testing", "dev")}.get(split, ())
+    close = [name for name in _folders(root) if name.lower() in (split.lower(), *names)]
+    return f"is it {root / close[0]}? Rename it to {split!r}; " if close else ""
+
+
 def _extension(file: str) -> str:
     return os.path.splitext(file)[1].lower()
 
 
-def _files(folder: Path, recurse: bool = True) -> Iterator[str]:
-    """Non-hidden files below a folder, relative to it, with forward slashes; follows symlinks, each target once."""
-    visited: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [name for name in folders if not name.startswith(".")] if recurse and real not in visited else []
-        if real not in visited:
-            prefix = Path(here).relative_to(folder).as_posix() + "/"
-            yield from (prefix.removeprefix("./") + name for name in files if not name.startswith("."))
-        visited.add(real)
+def _is_image(file: str) -> bool:
+    return _extension(file) in IMAGE_EXTENSIONS
+
+
+# Reasons, besides a file's extension, to leave something out.
+LOOSE = "image(s) in no class folder"
+HIDDEN = "folder(s) with a leading dot"
+HIDDEN_IMAGE = "image(s) with a leading dot"
+BROKEN = "broken link(s)"
+UNREADABLE = "folder(s) that cannot be read"
+AGAIN = "link(s) to folders that are listed already"
+
+
+# By hand: os.walk hides what cannot be read, and does not tell broken links from files without a look at each.
+def walk(folder: str, prefix: str, visited: set[str], left_out: dict[str, list[str]]) -> Iterator[str]:
+    """Non-hidden files below a folder, as `prefix` and their path below it, with forward slashes; follows symlinks,
+    each target once. What is passed over is noted in `left_out`, by reason."""
+    real = os.path.realpath(folder)
+    if real in visited:
+        left_out.setdefault(AGAIN, []).append(prefix[:-1])
+        return
+    visited.add(real)
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        left_out.setdefault(UNREADABLE, []).append(f"{prefix[:-1]}: {error.strerror}")
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        broken = entry.is_symlink() and not os.path.exists(entry.path)
+        if not broken and entry.is_dir():
+            if entry.name.startswith("."):
+                left_out.setdefault(HIDDEN, []).append(name)
+            else:
+                yield from walk(entry.path, f"{name}/", visited, left_out)
+        elif entry.name.startswith("."):
+            if _is_image(entry.name):
+                left_out.setdefault(HIDDEN_IMAGE, []).append(name)
+        elif broken:
+            left_out.setdefault(BROKEN, []).append(name)
+        else:
+            yield name
 
 
 def bad_image(error: UserError) -> UserError:

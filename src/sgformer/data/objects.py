@@ -48,8 +48,9 @@ def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjec
     root = Path(data)
     if (root / "images").is_dir() and (root / "annotations").is_dir() and not list(root.glob("annotations/*.json")):
         from sgformer.data.ade20k import scan
+        from sgformer.data.label_values import check_values
 
-        listing = scan(root, "validation" if split == "val" else split)
+        listing, _ = check_values(scan(root, "validation" if split == "val" else split))
         return KnownObjects(len(listing), lambda i: _labelled(listing, i), "label maps")
     scenes = (root / "scenes.json").is_file()
     if root.is_file() or (root / "annotations").is_dir() or (find_format("objects", root) and not scenes):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -20,10 +21,11 @@ import numpy as np
 from sgformer.core.errors import UserError, first_line
 from sgformer.core.progress import track
 from sgformer.data.image import IMAGE_EXTENSIONS
-from sgformer.data.imagefolder import ImageFolder, scan_splits, some
+from sgformer.data.imagefolder import ImageFolder, left_out, scan_splits, some
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
 from sgformer.data.store import Store, appearing, is_address, printable, unreadable
 
+log = logging.getLogger("sgformer")
 BLOCK = tarfile.BLOCKSIZE
 #: Class indices from this on require classes.txt.
 MAX_UNNAMED = 1_000_000
@@ -56,7 +58,8 @@ class _Hashed:
 def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: int = 512) -> Path:
     """Pack a folder in the ImageNet layout into tar shards; the same folder gives the same bytes.
 
-    Files are copied byte for byte, unreadable images included. `out` appears when it is complete.
+    Files are copied byte for byte, unreadable images included; what is left out is logged. `out` appears when it is
+    complete.
 
     Args:
         source: folder with `train/CLASS/*` and `val/CLASS/*`.
@@ -78,6 +81,8 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
     train, val = scan_splits(source)
+    for line in (*left_out(train), *left_out(val)):
+        log.warning(f"note: {line}")
     with appearing(out) as part:
         splits = {listing.split: _write_split(listing, part / listing.split, shard_size) for listing in (train, val)}
         write_index(Store(part), train.classes, splits)

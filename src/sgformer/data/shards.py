@@ -31,8 +31,9 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line
+from sgformer.core.names import canonical
 from sgformer.data.image import read_image
-from sgformer.data.imagefolder import Listing, scan, scan_splits, some
+from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits, some
 from sgformer.data.store import Store, is_address, printable, unreadable
 
 INDEX = "shards.json"
@@ -154,6 +155,10 @@ class ShardFolder:
         """Images per class, in the order of `classes`."""
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
 
+    def entries(self) -> list[tuple[str, str]]:
+        """(name, class) of each image; see `data.identity`."""
+        return [(path, self.classes[target]) for path, target in zip(self.paths, self.targets, strict=True)]
+
     def read_bytes(self, indices: Sequence[int]) -> list[bytes | UserError]:
         """The files' bytes, or the error for each unreadable file; an unresponsive shard is a `StalledError`."""
         places = self.places[list(indices)].tolist()
@@ -266,8 +271,8 @@ class Index:
         if not self.splits.get(split):
             raise UserError(f"{self.store.name(INDEX)}: no split {split!r} (splits: {some(sorted(self.splits))})")
         order = tuple(self.classes if classes is None else classes)
-        place = {name: i for i, name in enumerate(order)}
-        known = [place.get(name, -1) for name in self.classes]
+        place = {canonical(name): i for i, name in enumerate(order)}
+        known = [place.get(canonical(name), -1) for name in self.classes]
         names: list[str] = []
         targets: list[int] = []
         blocks, present = [], set()
@@ -279,7 +284,9 @@ class Index:
             blocks.append(np.array([[number] * len(ranges[0]), *ranges], dtype=np.int64).T)
         places = np.concatenate(blocks)
         # The folder's order. Where names do not determine it (foreign shards), the shards' order is kept.
-        ranked = sorted((i for i in range(len(names)) if targets[i] >= 0), key=lambda i: (targets[i], names[i]))
+        ranked = sorted(
+            (i for i in range(len(names)) if targets[i] >= 0), key=lambda i: (targets[i], *place_of(names[i]))
+        )
         listing = ShardFolder(
             self.store,
             split,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sgformer.core.errors import UserError, first_sentence
-from sgformer.core.files import replacing
+from sgformer.core.files import replacing, to_json
 from sgformer.core.names import some
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import SGFormerConfig
@@ -46,7 +46,7 @@ def save_model(model: SGFormer, path: str | os.PathLike[str], metadata: Mapping[
         UserError: the folder does not exist or cannot be written.
     """
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    header = {"format": FORMAT, "config": json.dumps(model.config.to_dict()), "metadata": json.dumps(metadata or {})}
+    header = {"format": FORMAT, "config": json.dumps(model.config.to_dict()), "metadata": to_json(metadata or {}, None)}
     return write_safetensors(tensors, path, header)
 
 

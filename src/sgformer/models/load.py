@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_sentence
+from sgformer.core.files import to_json
 from sgformer.core.names import nearest, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
@@ -29,6 +31,7 @@ DENSE = "sgformer-dense"  # the "format" of files with a backbone and its heads
 BACKBONE = "backbone.network."  # the backbone's prefix in those
 
 Source = str | os.PathLike[str]
+log = logging.getLogger("sgformer")
 
 
 @dataclass(frozen=True)
@@ -290,16 +293,23 @@ def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> A
     return model.eval()
 
 
-def take_fitting(model: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Load those tensors whose name and shape match the model's; returns the model."""
+def take_fitting(model: Any, weights: Weights) -> Any:
+    """Load those tensors whose name and shape match the model's, and log which do not; returns the model."""
     own = model.state_dict()
-    fitting = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
+    fitting = {name: t for name, t in weights.tensors.items() if name in own and own[name].shape == t.shape}
     model.load_state_dict({**own, **fitting})
+    for what, names in (
+        ("start afresh, as their shape differs or they are new", [name for name in own if name not in fitting]),
+        ("are left out, as the network has none of the name", [name for name in weights.tensors if name not in own]),
+    ):
+        if names:
+            total = len(own if names[0] in own else weights.tensors)
+            log.info(f"note: of {weights.path}: {len(names)} of {total} tensors {what}: {some(names, 4)}")
     return model
 
 
 def save_weights(model: nn.Module, path: Source, metadata: Mapping[str, Any]) -> None:
-    """Write weights and JSON-serialisable metadata to a safetensors file, atomically.
+    """Write weights and JSON-serialisable metadata (NaN as null) to a safetensors file, atomically.
 
     A network with an `architecture` is a backbone with heads; the dict is stored, so that `load_dense` can rebuild it.
     """
@@ -313,7 +323,7 @@ def save_weights(model: nn.Module, path: Source, metadata: Mapping[str, Any]) ->
         known: Any = model.pretrained_cfg
         kind, about = TIMM, {"timm_model": known["architecture"], "num_classes": model.num_classes, **about}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    checkpoint.write_safetensors(tensors, path, {"format": kind, "metadata": json.dumps(about)})
+    checkpoint.write_safetensors(tensors, path, {"format": kind, "metadata": to_json(about, None)})
 
 
 def network_name(network: nn.Module) -> str:

@@ -391,7 +391,8 @@ class Checkpoints(Callback):
         if best.exists():
             about = read_metadata(best)
             if about["step"] <= self._step:  # otherwise they are from after the checkpoint, and will be repeated
-                self.best = about["metrics"][task.monitor]
+                best_score = about["metrics"][task.monitor]
+                self.best = -math.inf if best_score is None else best_score
         try:
             self._handlers = {name: signal.signal(name, self._on_signal) for name in SIGNALS}
         except ValueError:  # not in the main thread, whose program handles signals

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.processes import end_with_parent
+from sgformer.data.identity import Contents
+from sgformer.data.store import is_address
 from sgformer.models.load import Weights, read_weights
 from sgformer.models.pretrained import PRETRAINED
 from sgformer.training import callbacks as cb
@@ -49,7 +51,15 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     batch = per_process_batch(config, world)
     L.seed_everything(config.seed, verbose=False)
     weights = starting_weights(config, resume)
-    splits = task.splits(config, weights, batch, rank, world)
+    try:
+        splits = task.splits(config, weights, batch, rank, world)
+    except UserError as error:
+        if resume and config.data and not is_address(config.data) and not Path(config.data).exists():
+            raise UserError(f"{error}; pass --data if the data of this run moved") from None
+        raise
+    contents = {"train": Contents.of(splits.train.listing), "val": Contents.of(splits.val.listing)}
+    if resume:
+        RunFolder.open(resume).check_data(config.data, task.name, contents)
     module = task.module(config, splits, weights)
     model = module.model
     previous_kernels = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
@@ -64,6 +74,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     state, start = folder.usable_checkpoint() if resume else (None, 0)
     if resume:
         folder.clear_unfinished()
+    folder.write_contents(contents)
+    del contents  # names of millions of images, which loader processes would inherit
     splits.train_sampler.resume_at(start // steps, start % steps * config.accumulate)
     train_loader = build_loader(splits.train, splits.train_sampler, config.workers, splits.collate)
     val_loader = build_loader(splits.val, splits.val_sampler, config.workers, splits.val_collate)
@@ -135,10 +147,11 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 *([f"starts from {started_from(config)}"] if not resume else []),
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
+                *(f"note: {note}" for note in splits.notes),
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
                 f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
-                f"/ {config.base_batch}",
+                f"/ {config.base_batch}{warmup_words(module.warmup_updates, total_steps)}",
             ):
                 log.info(line)
         if config.compile:
@@ -203,6 +216,13 @@ def started_from(config: RunConfig) -> str:
     if config.weights in PRETRAINED and not Path(config.weights).exists():
         return f"the weights of {config.weights} that come with the package"
     return config.weights or "random weights"
+
+
+def warmup_words(warmup: int, total: int) -> str:
+    """What follows the learning rate in the log, for so many updates of warm-up in a run of so many updates."""
+    if warmup >= total:
+        return f"; not reached: the run ends within {warmup} updates of warm-up" if warmup else ""
+    return f", reached after {warmup} updates" if warmup else ""
 
 
 def use_native_kernels(

@@ -21,6 +21,7 @@ from sgformer._version import __version__
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json, write_text
 from sgformer.core.names import dashed
+from sgformer.data.identity import Contents, class_differences, read_contents, write_contents
 from sgformer.training.config import Config, RunConfig, make_config, read_yaml, to_yaml
 
 log = logging.getLogger("sgformer")
@@ -28,7 +29,8 @@ TIME = "%Y-%m-%d %H:%M:%S"
 CONFIG = "config.yaml"
 
 # Settings that may change when a run is resumed.
-RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "native", "run")
+PLACES = ("data", "val_data", "images")  # where the data are: they may move, but not change
+RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "native", "run", *PLACES)
 
 
 class RunFolder:
@@ -52,6 +54,11 @@ class RunFolder:
     def previous(self) -> Path:
         """The preceding training state, a fallback if the last is damaged."""
         return self.path / "checkpoints" / "previous.ckpt"
+
+    @property
+    def contents(self) -> Path:
+        """The names in the data that the run began with, see `data.identity`."""
+        return self.path / "data.json.gz"
 
     @classmethod
     def create(cls, config: RunConfig, task: str, writes: bool = True) -> RunFolder:
@@ -130,6 +137,41 @@ class RunFolder:
         if self.writes:
             write_text(self.path / name, text)
 
+    def check_data(self, data: str | None, task: str, splits: Mapping[str, Contents]) -> None:
+        """Compare the data with those that the run began with.
+
+        Args:
+            data: what messages name.
+            task: the run's task, for the advice.
+            splits: the contents now.
+
+        Raises:
+            UserError: classes, images or annotations were added, removed, renamed or changed; names them.
+        """
+        from sgformer.models.load import read_metadata  # not at the head: it imports torch
+
+        before = read_contents(self.contents)
+        if before is not None:
+            found: dict[str, list[str]] = {}
+            for name, now in splits.items():
+                if differing := before[name].differences(now):
+                    found.setdefault(", ".join(differing), []).append(name)
+            lines = [f"{' and '.join(names)}: {what}" for what, names in found.items()]
+        else:  # a run of an earlier version
+            last = self.path / "last.safetensors"
+            known = read_metadata(last).get("classes") if last.is_file() else None
+            lines = class_differences(known, splits["train"].classes) if known else []
+        if lines:
+            raise UserError(
+                f"{data}: not the data that {self.path} began with; {'; '.join(lines)}. Undo this to resume, or start "
+                f"a new run from it: sgformer train {task} --weights {self.path} --data {data}"
+            )
+
+    def write_contents(self, splits: Mapping[str, Contents]) -> None:
+        """Record the data for `check_data`."""
+        if self.writes:
+            write_contents(self.contents, splits)
+
     def write_environment(self, **facts: Any) -> None:
         """`environment.json`: versions, commit, machine, command line, and the given facts."""
         self.write("environment.json", to_json({**environment(), **facts}) + "\n")
@@ -169,7 +211,8 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
     config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **options}), run=str(folder.path))
     for name in (field.name for field in dataclasses.fields(config)):
         if name not in RESUME_MAY_CHANGE and getattr(config, name) != getattr(stored, name):
-            allowed = ", ".join(f"--{dashed(n)}" for n in RESUME_MAY_CHANGE if n != "run")
+            known = [field.name for field in dataclasses.fields(config)]
+            allowed = ", ".join(f"--{dashed(n)}" for n in RESUME_MAY_CHANGE if n != "run" and n in known)
             current = f"--{dashed(name)} is {getattr(stored, name)} in {folder.path}"
             raise UserError(f"{current} and cannot change on resuming (only {allowed} can)")
     return config

@@ -53,6 +53,7 @@ class Splits:
         metadata: stored with the weights: `task`, `model`, `classes`, and the settings that evaluation needs.
         about: a one-line description for the log and the report.
         size: the image size, for the log.
+        notes: what the user has to know of the data, one line each, for the log: files left out, absent classes.
     """
 
     train: Any
@@ -66,6 +67,7 @@ class Splits:
     metadata: Mapping[str, Any]
     about: str
     size: str
+    notes: Sequence[str] = ()
 
 
 class Task:

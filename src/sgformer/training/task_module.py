@@ -41,6 +41,11 @@ class TaskModule(L.LightningModule):
         self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
 
     @property
+    def warmup_updates(self) -> int:
+        """Updates until the full learning rate is reached; 0: from the first on."""
+        return 0
+
+    @property
     def eval_model(self) -> nn.Module:
         """The network that is validated and saved: the averaged weights if there are any."""
         if self.unsharded is not None:

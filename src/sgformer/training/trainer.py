@@ -72,9 +72,11 @@ def build_trainer(
         callbacks, options: passed to `lightning.Trainer`.
 
     Raises:
-        UserError: the device is not available.
+        UserError: the device is not available, or cannot compute in this precision.
     """
     resolved = find_device(device)
+    if resolved.type == "cpu" and precision == "fp16":  # Lightning would take bf16 instead
+        raise UserError("--precision fp16 runs on GPUs only; on a CPU, use bf16 or fp32")
     if resolved.type == "cpu" and devices == "auto":
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if resolved.type == "cuda":

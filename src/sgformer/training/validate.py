@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sgformer.core.errors import UserError
@@ -12,6 +13,8 @@ from sgformer.training.fit import build_loader
 from sgformer.training.run_folder import shown_log
 from sgformer.training.trainer import build_trainer, quiet
 from sgformer.training.worker_errors import worker_errors
+
+log = logging.getLogger("sgformer")
 
 
 def validate(
@@ -24,6 +27,7 @@ def validate(
     device: str = "auto",
     devices: int | str = "auto",
     precision: str = "fp32",
+    notes: Sequence[str] = (),
 ) -> tuple[Any, bool]:
     """Run a module's validation over a data set.
 
@@ -34,6 +38,7 @@ def validate(
         batch_size: images per forward pass on each process.
         workers: data loading processes; 0: load in the main process.
         device, devices, precision: see `build_trainer`.
+        notes: what the user has to know of the data, one line each, for the log.
 
     Returns:
         The module's `Evaluation`, and whether this is the main process, which writes files.
@@ -49,6 +54,8 @@ def validate(
         sampler = EpochSampler(
             len(dataset), batch_size, train=False, rank=trainer.global_rank, world=trainer.world_size
         )
+        for note in notes if trainer.is_global_zero else ():
+            log.warning(f"note: {note}")
         with worker_errors():
             trainer.validate(module, build_loader(dataset, sampler, workers, collate), verbose=False)
     return module.evaluation(sorted(skipped.lines)), trainer.is_global_zero

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sgformer.backends.traceable import traceable
 from sgformer.core.errors import require
+from sgformer.core.files import to_json
 from sgformer.exporting.formats import ExportFormat, Runner, register_export
 from sgformer.exporting.graphs import Graph
 from sgformer.exporting.quiet import quiet
@@ -88,5 +88,5 @@ def set_onnx_metadata(model: Any, about: dict[str, Any]) -> None:
     values = {"sgformer": about, **{key: about[key] for key in ("task", "classes", "mean", "std", "image_size")}}
     del model.metadata_props[:]
     for key, value in values.items():
-        model.metadata_props.add(key=key, value=json.dumps(value))
+        model.metadata_props.add(key=key, value=to_json(value, None))
     model.producer_name = "sgformer"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sgformer.core.errors import require
+from sgformer.core.files import to_json
 from sgformer.exporting.formats import ExportFormat, Runner, register_export
 from sgformer.exporting.formats.onnx import OnnxFormat
 from sgformer.exporting.graphs import Graph
@@ -35,7 +35,7 @@ class OpenVinoFormat(ExportFormat):
             model = openvino.convert_model(between)
         finally:
             between.unlink(missing_ok=True)
-        model.set_rt_info(json.dumps(about), ["sgformer"])
+        model.set_rt_info(to_json(about, None), ["sgformer"])
         openvino.save_model(model, path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sgformer.backends.traceable import traceable
+from sgformer.core.files import to_json
 from sgformer.exporting.formats import ExportFormat, Runner, register_export
 from sgformer.exporting.graphs import Graph
 from sgformer.exporting.quiet import quiet
@@ -30,7 +30,7 @@ class TorchFormat(ExportFormat):
         with quiet(), torch.no_grad():
             copy = traceable(graph, fixed=bool(size))
             program = torch.export.export(copy, (example,), dynamic_shapes=(axes,), strict=False)
-            torch.export.save(program, path, extra_files={"sgformer.json": json.dumps(about)})
+            torch.export.save(program, path, extra_files={"sgformer.json": to_json(about, None)})
         return [path]
 
     def open(self, path: Path) -> Runner:

@@ -17,7 +17,7 @@ class ClassifyConfig(RunConfig):
     )
 
     layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer, from the classifier down")
-    warmup_epochs: float = option(5, "Optimiser", "linear warm-up")
+    warmup_epochs: float | None = option(None, "Optimiser", "linear warm-up; default: 5, at most half of the run")
     warmup_lr: float = option(1e-6, "Optimiser", "rate that the warm-up starts from, scaled like --lr")
     min_lr: float = option(1e-5, "Optimiser", "rate that the cosine ends at, scaled like --lr")
     cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
@@ -41,10 +41,16 @@ class ClassifyConfig(RunConfig):
         self._check("layer_decay", lambda v: 0 < v <= 1, "must be in (0, 1]")
         for name in ("hflip", "reprob", "mix_prob", "smoothing"):
             self._check(name, lambda v: 0 <= v <= 1, "must be in [0, 1]")
+        self._check("warmup_epochs", lambda v: v < self.epochs, f"must be below --epochs {self.epochs}")
         for name in ("crop_scale", "crop_pct"):
             self._check(name, lambda v: 0 < v <= 1, "must be in (0, 1]")
         for name in ("mixup", "cutmix", "color_jitter"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
+
+    def warmup_updates(self, steps_per_epoch: int) -> int:
+        """Updates of warm-up."""
+        epochs = min(5, self.epochs / 2) if self.warmup_epochs is None else self.warmup_epochs
+        return round(epochs * steps_per_epoch)
 
 
 Config = ClassifyConfig

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from sgformer.core.errors import UserError
+from sgformer.core.names import quoted
 from sgformer.data.formats import open_both
-from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
+from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, absent, collate, folders_between, left_out
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
 from sgformer.data.transforms import Transform, train_transform
 from sgformer.models.load import Weights
@@ -27,6 +28,9 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
     train, val = open_both(config.data)
+    if len(train.classes) < 2:
+        only = quoted(train.classes)
+        raise UserError(f"{config.data}: one class only, {only}: a classifier tells two or more apart; add a folder")
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
@@ -57,6 +61,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
+        notes=[*folders_between(train), *left_out(train), *left_out(val), *absent(val)],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from timm.data.mixup import Mixup, mixup_target
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
+from sgformer.data.identity import class_differences
 from sgformer.models.config import VARIANTS
 from sgformer.models.load import Weights, build_model, build_network
 from sgformer.tasks.classify.config import ClassifyConfig
@@ -20,6 +22,8 @@ from sgformer.tasks.classify.metrics import Evaluation
 from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
 from sgformer.training.task_module import ScheduledModule, readable
+
+log = logging.getLogger("sgformer")
 
 
 class ClassificationModule(ScheduledModule):
@@ -113,6 +117,10 @@ class ClassificationModule(ScheduledModule):
         assert self.confusion is not None
         return Evaluation(top1, top5, loss, self.confusion, tuple(self.class_names), tuple(skipped))
 
+    @property
+    def warmup_updates(self) -> int:
+        return self.config.warmup_updates(self.steps_per_epoch or 0)
+
     def configure_optimizers(self) -> Any:
         config = self.config
         optimizer = create_optimizer(
@@ -125,16 +133,16 @@ class ClassificationModule(ScheduledModule):
         steps = self.steps_per_epoch
         if steps is None:
             steps = -(-int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or 1))
-        scheduler, _ = create_scheduler_v2(
+        warmup = config.warmup_updates(steps)
+        # The cosine begins where the warm-up ends, at the full rate: otherwise the rate would drop there.
+        scheduler = CosineLRScheduler(
             optimizer,
-            sched="cosine",
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-            warmup_lr=config.scaled(config.warmup_lr),
-            min_lr=config.scaled(config.min_lr),
-            cooldown_epochs=config.cooldown_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
+            t_initial=max(2, config.epochs * steps - warmup),  # timm warns of 1
+            lr_min=config.scaled(config.min_lr),
+            warmup_t=warmup,
+            warmup_lr_init=config.scaled(config.warmup_lr),
+            warmup_prefix=True,
+            t_in_epochs=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -143,7 +151,20 @@ def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> Cl
     """See `Task.module`."""
     classes = splits.metadata["classes"]
     model = new_classifier(config, len(classes), weights)
+    for line in classifier_notes(weights, classes) if weights else ():
+        log.info(f"note: {line}")
     return ClassificationModule(model, config, int(splits.steps_per_pass), classes)
+
+
+def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:
+    """What the user has to know of the classifier in some weights, on data with these classes."""
+    names = weights.metadata.get("classes") if weights.architecture is None else None
+    stored = len(names) if names else weights.config.num_classes if weights.config and not weights.architecture else 0
+    if stored and stored != len(classes):
+        return [f"the classifier starts afresh: {weights.path} has {stored} classes, the data {len(classes)}"]
+    if names and (lines := class_differences(names, classes)):
+        return [f"the classifier of {weights.path} is kept, though its classes are others: {'; '.join(lines)}"]
+    return []
 
 
 def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | None = None) -> nn.Module:

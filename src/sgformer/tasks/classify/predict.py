@@ -96,7 +96,7 @@ def evaluate(
         UserError: weights or data are invalid, or do not match.
     """
     from sgformer.data.formats import open_data
-    from sgformer.data.imagefolder import ImageFolderDataset, collate
+    from sgformer.data.imagefolder import ImageFolderDataset, absent, collate, left_out
     from sgformer.tasks.classify.module import ClassificationModule
     from sgformer.training.validate import validate
 
@@ -107,7 +107,10 @@ def evaluate(
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
     module = ClassificationModule(model, class_names=listing.classes)
-    return validate(module, dataset, collate, batch_size=batch_size, **machine)[0]
+    notes = [*left_out(listing), *absent(listing)]
+    if "classes" not in weights.metadata:
+        notes.append(f"{weights.path} names no classes: class i is the i-th folder in sorted order")
+    return validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)[0]
 
 
 def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:

@@ -65,9 +65,13 @@ class DetectConfig(RunConfig):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "lr_drops": list(self.lr_drops)}
 
+    def warmup_updates(self, total_steps: int) -> int:
+        """Updates of warm-up."""
+        return min(1000, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
     def rate(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """The learning rate of an update, as a fraction of `scaled(lr)`."""
-        warmup = min(1000, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
+        warmup = self.warmup_updates(total_steps)
         warm = min(1.0, self.warmup_factor + (1 - self.warmup_factor) * step / warmup) if warmup else 1.0
         return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in self.lr_drops)
 

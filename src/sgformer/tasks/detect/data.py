@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from sgformer.core.errors import UserError
+from sgformer.core.names import quoted
 from sgformer.data.coco import CocoDataset, CocoListing, collate, ground_truth
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.formats import open_data as open_format
@@ -29,8 +31,13 @@ def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: i
     """See `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
     listings = train, val = read_splits(config, named_head(config, weights))
+    require_truth(val)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
+    if config.warmup_steps is not None and config.warmup_steps >= steps * config.epochs:
+        raise UserError(
+            f"--warmup-steps {config.warmup_steps} must be below the {steps * config.epochs} updates of the run"
+        )
     transforms = train_transform(config.image_size, config.multi_scale, config.hflip), eval_transform(config.image_size)
     train_data, val_data = (
         CocoDataset(listing, transform, seed=config.seed, bad_images=config.bad_images, objects=listing is train)
@@ -56,6 +63,7 @@ def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: i
         },
         about=f"{config.data}: {len(train.classes)} classes; " + "; ".join(listing.describe() for listing in listings),
         size=f"{short}x{longest}",
+        notes=[*vanishing(train, config.image_size), *without_objects(val), *late_drops(config)],
     )
 
 
@@ -86,6 +94,53 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
         raise UserError(f"{train.json}: no objects to train on")
     val = open_format("objects", val_data, "val", train.categories, masks=train.has_masks, drop_empty=False, **options)
     return train, val
+
+
+def late_drops(config: DetectConfig) -> list[str]:
+    """A line that names the drops of the rate that the run does not reach, if there are any."""
+    late = " and ".join(str(epoch) for epoch in config.lr_drops if epoch >= config.epochs)
+    return [f"the run ends with epoch {config.epochs}, before the rate falls after {late} (--lr-drops)"] if late else []
+
+
+def require_truth(listing: CocoListing) -> None:
+    """Raise UserError if there is nothing to measure detections against."""
+    if not any(listing.objects_of(i) for i in range(len(listing))):
+        raise UserError(f"{listing.json}: no objects to validate on, so there is no AP; annotate some, or use predict")
+
+
+def without_objects(listing: CocoListing) -> list[str]:
+    """A line that names the classes without objects, if there are any."""
+    present = {label for i in range(len(listing)) for label, _, _ in listing.objects_of(i)}
+    names = [name for label, name in enumerate(listing.classes) if label not in present]
+    what = f"{len(names)} of {len(listing.classes)} classes {'have' if len(names) > 1 else 'has'} no object"
+    return [f"{listing.json.name}: {what}: {quoted(names)}"] if names else []
+
+
+def vanishing(listing: CocoListing, image_size: int | tuple[int, int]) -> list[str]:
+    """A line that counts, by class, the objects that are not trained on because a side of their box is below a pixel
+    after resizing, if there are any; other scales of `--multi-scale` may lose more.
+
+    Raises:
+        UserError: all objects are.
+    """
+    short, longest = short_and_longest(image_size)
+    gone: Counter[int] = Counter()
+    kept: Counter[int] = Counter()
+    for i, about in enumerate(listing.images):
+        ratio = min(short / min(about.height, about.width), longest / max(about.height, about.width))
+        factors = int(about.width * ratio) / about.width, int(about.height * ratio) / about.height
+        for label, (x1, y1, x2, y2), _ in listing.objects_of(i):
+            (kept if (x2 - x1) * factors[0] >= 1 and (y2 - y1) * factors[1] >= 1 else gone)[label] += 1
+    if not gone:
+        return []
+    names = quoted([f"{listing.classes[label]} {count}" for label, count in gone.most_common()])
+    number = "1 object is" if gone.total() == 1 else f"{gone.total()} objects are"
+    what = f"{number} smaller than a pixel at {short}x{longest} and not trained on: {names}"
+    if not kept:
+        raise UserError(f"{listing.json}: all {what}; are the boxes in pixels? Or raise --image-size")
+    if lost := [listing.classes[label] for label in gone if label not in kept]:
+        what += f"; nothing is left of {quoted(lost)}"
+    return [f"{listing.json.name}: {what}"]
 
 
 def coco_metric(listing: CocoListing) -> CocoMetric:

@@ -101,6 +101,10 @@ class DetectionModule(TaskModule):
         assert self.result is not None
         return dataclasses.replace(self.result, skipped=tuple(skipped))
 
+    @property
+    def warmup_updates(self) -> int:
+        return self.config.warmup_updates(self.total_steps or 0)
+
     def configure_optimizers(self) -> Any:
         config = self.config
         groups = decay_groups(self.model, config.weight_decay)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from sgformer.core.errors import UserError
 from sgformer.data.preparing import MEAN, STD, Normalization
 from sgformer.heads.mask_rcnn import paste_masks
 from sgformer.heads.registry import DETECTORS
@@ -164,9 +165,13 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: W
     With the latter, layers that depend on the number of classes are initialised anew if it differs.
 
     Raises:
-        UserError: weights of another network.
+        UserError: weights of another network, or with heads of another width.
     """
     whole = weights is not None and weights.task == "detect"
+    if whole and (width := weights.architecture["width"]) != config.head_width:  # type: ignore[union-attr, index]
+        raise UserError(
+            f"{config.weights} has heads of width {width}, not {config.head_width}: pass --head-width {width}"
+        )
     backbone = pyramid_backbone(
         weights.architecture["backbone"] if whole else config.model,  # type: ignore[union-attr, index]
         weights=None if whole else weights,
@@ -180,7 +185,7 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: W
     model = Detector(backbone, num_classes, masks, config.head_width, head, rois=config.rois)
     if weights is not None:
         model.normalize_as(Normalization.of(weights.metadata))
-    return take_fitting(model, weights.tensors if whole else {}).train()  # type: ignore[union-attr]
+    return (take_fitting(model, weights) if whole else model).train()  # type: ignore[arg-type]
 
 
 def coco_results(

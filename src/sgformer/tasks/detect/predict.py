@@ -21,7 +21,7 @@ from sgformer.data.formats import open_data
 from sgformer.data.image import open_image, source_name
 from sgformer.models.load import Weights
 from sgformer.results import SHOWN, Detections, named
-from sgformer.tasks.detect.data import coco_metric, reading
+from sgformer.tasks.detect.data import coco_metric, reading, require_truth, without_objects
 from sgformer.tasks.detect.network import Detector, coco_results
 from sgformer.training.task import Splits
 
@@ -109,6 +109,7 @@ def evaluate(
         drop_empty=False,
         check_files=bad_images == "stop",
     )
+    require_truth(listing)
     dataset = CocoDataset(listing, eval_transform(reading(metadata, image_size)), bad_images=bad_images, objects=False)
     module = DetectionModule(
         model,
@@ -116,7 +117,8 @@ def evaluate(
         image_ids=[image.id for image in listing.images],
         category_ids=listing.own_ids,
     )
-    result, first = validate(module, dataset, collate, batch_size=batch_size, **machine)
+    notes = without_objects(listing)
+    result, first = validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)
     if out is not None and first:
         result.write(out)
         draw_examples(Path(out), listing)

@@ -39,7 +39,7 @@ class SegmentConfig(RunConfig):
 
     weight_decay: float = option(1e-4, "Optimiser", "except on norms and the position table")
     warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up")
-    power: float = option(0.9, "Optimiser", "rate = lr * (1 - step/steps) ^ power")
+    power: float = option(0.9, "Optimiser", "after the warm-up, rate = lr * (1 - share done) ^ power")
 
     scale_min: float = option(0.5, "Augmentation", "smallest factor on --short-side")
     scale_max: float = option(2.0, "Augmentation", "largest factor on --short-side")

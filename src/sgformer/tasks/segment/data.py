@@ -10,7 +10,8 @@ import torch
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
 from sgformer.data.dense_transforms import eval_transform, train_transform
-from sgformer.data.imagefolder import EpochSampler
+from sgformer.data.imagefolder import EpochSampler, left_out
+from sgformer.data.label_values import check_values
 from sgformer.data.objects import object_pixels
 from sgformer.data.preparing import Normalization, denormalize
 from sgformer.models.load import Weights
@@ -28,8 +29,12 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
         raise UserError("upernet's batch norm needs two images at a time: raise --batch-size, or --accumulate less")
     train = scan(config.data, "training", config.classes, config.reduce_zero_label)
     val = scan(config.data, "validation", train.classes, config.reduce_zero_label)
+    train, notes = check_values(train)
+    val, more = check_values(val, train.binary)
     steps_per_pass = len(train) / config.batch_size
     total = config.total_steps(steps_per_pass)
+    if config.warmup_steps >= total:
+        raise UserError(f"--warmup-steps {config.warmup_steps} must be below the {total} updates of the run")
     augmentation = train_transform(
         config.image_hw,
         short_side=config.short,
@@ -57,10 +62,12 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
             "image_size": config.to_dict()["image_size"],
             "short_side": config.short,
             "reduce_zero_label": config.reduce_zero_label,
+            "binary": train.binary,
             **normalization.to_metadata(),
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
+        notes=[*left_out(train), *left_out(val), *notes, *more],
     )
 
 

@@ -123,6 +123,10 @@ class SegmentationModule(ScheduledModule):
         self.best_by_image = dict(self.by_image)  # called when these weights are the best so far
         return dataclasses.replace(self.result, skipped=tuple(skipped))
 
+    @property
+    def warmup_updates(self) -> int:
+        return self.config.warmup_steps
+
     def configure_optimizers(self) -> Any:
         config = self.config
         rate = config.scaled(config.lr)
@@ -130,10 +134,11 @@ class SegmentationModule(ScheduledModule):
         optimizer = create_optimizer(groups, opt=config.opt, lr=rate, weight_decay=config.weight_decay)
         scheduler = PolyLRScheduler(
             optimizer,
-            t_initial=self.total_steps,
+            t_initial=max(1, self.total_steps - config.warmup_steps),
             power=config.power,
             warmup_t=config.warmup_steps,
             warmup_lr_init=1e-6 * rate,
+            warmup_prefix=True,  # the decay begins where the warm-up ends, at the full rate
             t_in_epochs=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -96,11 +96,10 @@ def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | No
         UserError: weights of another network or head.
     """
     source: Any = config.model
-    tensors: Mapping[str, Tensor] = {}
     whole = weights is not None and weights.task == "segment"
     if whole:
         assert weights is not None and weights.architecture is not None
-        arch, tensors = weights.architecture, weights.tensors
+        arch = weights.architecture
         source = arch["backbone"]
         if (arch["head"], arch["width"]) != (config.head, config.head_width):
             raise UserError(
@@ -115,7 +114,8 @@ def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | No
         guidance=config.guidance,
         grad_checkpointing=config.grad_checkpointing,
     )
-    return take_fitting(Segmenter(backbone, config.head, num_classes, config.head_width), tensors)
+    model = Segmenter(backbone, config.head, num_classes, config.head_width)
+    return take_fitting(model, weights) if whole else model  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -88,17 +88,29 @@ def evaluate(
     """
     from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
     from sgformer.data.dense_transforms import eval_transform
+    from sgformer.data.imagefolder import left_out
+    from sgformer.data.label_values import check_values
     from sgformer.tasks.segment.module import SegmentationModule
     from sgformer.training.validate import validate
 
     metadata = weights.metadata
     how = inference_settings(metadata, image_size=image_size, multi_scale=multi_scale, flip=flip, sliding=sliding)
     listing = scan(data, split, metadata["classes"], metadata["reduce_zero_label"])
+    listing, notes = check_values(listing, bool(metadata.get("binary")))
+    notes = [*left_out(listing), *notes]
     normalization = Normalization.of(metadata)
     dataset = LabelledFolderDataset(listing, eval_transform(normalization), bad_images=bad_images)
     model = Segmenter.from_weights(weights)
     module = SegmentationModule(model, class_names=listing.classes, ignore=listing.ignore, inference=how)
-    result, first = validate(module, dataset, collate_sizes, batch_size=batch_size, device=device, **machine)
+    result, first = validate(
+        module,
+        dataset,
+        collate_sizes,
+        batch_size=batch_size,
+        device=device,
+        notes=[*left_out(listing), *notes],
+        **machine,
+    )
     if out is not None and first:
         Path(out).mkdir(parents=True, exist_ok=True)
         examples = Path(out) / "examples.png"
