@@ -21,7 +21,7 @@ QUICK = {"model": "sgformer_n", "image_size": 64, "batch_size": 2, "head_width":
 
 
 def config(**more):
-    return DetectConfig(**{**QUICK, **more})
+    return DetectConfig(**{**QUICK, **more}).resolved()
 
 
 def started(settings, *shape):
@@ -155,7 +155,7 @@ def test_a_detector_goes_on_with_other_classes(tmp_path):
 
 
 def test_the_rate_warms_up_and_drops():
-    settings = DetectConfig(lr_drops=(8, 11))
+    settings = DetectConfig(lr_drops=(8, 11)).resolved()
     rate = [settings.rate(step, 7000, 84000) for step in (0, 500, 1000, 55999, 56000, 76999, 77000)]
     assert rate == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
     assert DetectConfig(batch_size=4).scaled(1e-4) == pytest.approx(0.25e-4)

@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -20,9 +22,10 @@ from sgformer.models.load import read_weights
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
 from sgformer.training.nan_guard import NanGuard
+from sgformer.training.planning import Cost, Stopwatch, chosen, data_facts, plan
 from sgformer.training.run_folder import RunFolder
-from sgformer.training.task import Task
-from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
+from sgformer.training.task import Splits, Task
+from sgformer.training.trainer import build_trainer, machine_options, per_process_batch, trainer_options
 from sgformer.training.worker_errors import worker_errors
 from sgformer.viz.curves import draw_curves
 
@@ -41,21 +44,32 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
         UserError: a setting, the data or the machine is unsuitable; raised before the folder is created if possible.
         Interrupted: a signal stopped the run; the checkpoint is written.
     """
+    began = time.monotonic()
     is_main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    trainer = build_trainer(**trainer_options(config))
-    world, rank = trainer.world_size, trainer.global_rank
-    batch = per_process_batch(config, world)
-    L.seed_everything(config.seed, verbose=False)
+    trainer = build_trainer(**machine_options(config))
+    world, device = trainer.world_size, trainer.strategy.root_device
     weights = read_weights(config.weights, config.model) if config.weights else None
-    splits = task.splits(config, weights, batch, rank, world)
-    module = task.module(config, splits, weights)
-    model = module.model
-    previous_kernels = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
-    kernels, why = use_native_kernels(config, model, trainer.strategy.root_device, previous_kernels)
+    if config.freeze and weights is None:
+        raise UserError("--freeze trains a head on the backbone of some weights: add --weights, or leave it out")
+    listings = task.listings(config, weights)
+    data = data_facts(listings[0], weights, task.name, device.type, world * config.accumulate) if listings else None
+    given, planned = config, None
+    if config.minutes is not None and not resume:
+        if is_main:
+            log.info(f"measuring how much of the training {config.minutes:g} minutes allow")
+        config, planned = plan(config, data, partial(measure, task, weights, listings, began))
+    config = config.resolved(data)
+    splits, module = prepare(config, task, weights, listings, trainer)
+    batch, model = per_process_batch(config, world), module.model
+    previous = RunFolder.open(resume).environment() if resume else {}
+    previous_kernels = previous.get("kernels", "torch") if resume else None
+    kernels, why = use_native_kernels(config, model, device, previous_kernels)
 
     steps = len(splits.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
         raise UserError(f"--accumulate {config.accumulate} is too large for {len(splits.train)} training images")  # type: ignore[arg-type]
+    if not resume:
+        config.check_schedule(splits.total_steps, splits.steps_per_pass)
     total_steps = min(splits.total_steps, config.max_steps or splits.total_steps)
 
     folder = RunFolder(resume, is_main) if resume else RunFolder.create(config, task.name, is_main)
@@ -86,6 +100,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             from sgformer.training.recorder import SignificanceRecorder
 
             recorder = [SignificanceRecorder(folder, config.record_significance, task, splits)]
+        patience = [cb.Patience(module.monitor, config.patience)] if config.patience else []
         bar = [cb.ProgressBar(batch * world)] if is_main and sys.stdout.isatty() else []
         trainer = build_trainer(
             **trainer_options(config),
@@ -114,6 +129,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                     ),
                 ),
                 *unsharded,
+                *patience,
             ],
         )
         parameters = sum(p.numel() for p in model.parameters())
@@ -124,6 +140,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 kernels=kernels,
                 processes=world,
                 resumed_at_step=start,
+                **({"planned": planned} if (planned := planned or previous.get("planned")) else {}),
             )
             if resume:
                 folder.write("config.yaml", to_yaml(config.to_dict()))
@@ -132,6 +149,9 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
+                *([f"chosen for {data}:", *chosen(given, config)] if data and not resume and given != config else []),
+                *([f"frozen: {module.frozen_share()}"] if config.freeze else []),
+                *([f"planned for {planned['minutes']:g} minutes: {planned['updates']} updates"] if planned else []),
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
                 f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
@@ -145,6 +165,9 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 trainer.fit(module, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
         else:
             log.info("nothing left to train; increase --epochs or --max-steps to continue")
+        stopped = patience[0].reason() if patience else None
+        if stopped:
+            log.info(f"stopped after {trainer.global_step} of {total_steps} updates: {stopped}")
         if is_main:
             result = task.read_evaluation(folder.path / "validation")
             result.write(folder.path / "validation")
@@ -153,7 +176,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             facts = {
                 "Parameters": f"{parameters / 1e6:.2f} M",
                 "Data": splits.about,
-                "Updates": total_steps,
+                "Updates": f"{trainer.global_step} of {total_steps}: {stopped}" if stopped else total_steps,
+                **({"Planned for": f"{planned['minutes']:g} minutes"} if planned else {}),
                 "Time": cb.clock(run_log.seconds),
                 "Throughput": f"{run_log.images_per_second:.0f} training images/s",
                 "Skipped images": len(skipped.lines),
@@ -182,6 +206,62 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def prepare(config: RunConfig, task: Task, weights: Any, listings: Any, trainer: L.Trainer) -> tuple[Splits, Any]:
+    """The data and the module of a run, the same whenever the settings are.
+
+    Raises:
+        UserError: the data or a setting is unsuitable.
+    """
+    batch = per_process_batch(config, trainer.world_size)
+    L.seed_everything(config.seed, verbose=False)
+    splits = task.splits(config, weights, batch, trainer.global_rank, trainer.world_size, listings)
+    module = task.module(config, splits, weights)
+    if config.freeze:
+        module.freeze_backbone()
+    return splits, module
+
+
+def measure(
+    task: Task, weights: Any, listings: Any, began: float, config: RunConfig, seconds: float
+) -> tuple[Cost, float, float]:
+    """Train with some settings for a few seconds, validate on a few batches, and throw the result away.
+
+    Args:
+        task, weights, listings: of the run.
+        began: the time, on `time.monotonic`, at which the run began.
+        config: the settings.
+        seconds: the time that the training may take.
+
+    Returns:
+        The costs, the updates per pass over the images, and the seconds since the run began.
+    """
+    trainer = build_trainer(**machine_options(config))
+    splits, module = prepare(config, task, weights, listings, trainer)
+    use_native_kernels(config, module.model, trainer.strategy.root_device)
+    if config.compile:
+        module.model.compile()
+    loaders = [
+        build_loader(data, sampler, config.workers, collate)
+        for data, sampler, collate in (
+            (splits.train, splits.train_sampler, splits.collate),
+            (splits.val, splits.val_sampler, splits.val_collate),
+        )
+    ]
+    watch = Stopwatch(seconds, 3, len(splits.val_sampler), began)
+    averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+    unsharded = [cb.UnshardedCopy()] if config.strategy == "fsdp" else []
+    trainer = build_trainer(
+        **trainer_options(config),
+        max_epochs=-1,
+        limit_val_batches=4,
+        sync_batchnorm=trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda",
+        callbacks=[cb.StepSeeds(config.seed), *averaging, *unsharded, watch],
+    )
+    with worker_errors():
+        trainer.fit(module, *loaders)
+    return (watch.result[0], splits.steps_per_pass, watch.result[1])
 
 
 def use_native_kernels(

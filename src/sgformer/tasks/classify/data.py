@@ -10,7 +10,7 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.data.formats import open_both
-from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
+from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, Listing, collate
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
 from sgformer.data.transforms import Transform, train_transform
 from sgformer.models.load import Weights
@@ -21,13 +21,33 @@ from sgformer.viz.sheets import draw_batch as draw_sheet
 AUGMENTATION = ("auto_augment", "color_jitter", "interpolation", "crop_scale", "hflip", "reprob")
 
 
-def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
-    """See `Task.splits`."""
-    normalization = Normalization.of(weights.metadata if weights else {})
+def read_listings(config: ClassifyConfig, weights: Weights | None) -> tuple[Listing, Listing]:
+    """See `Task.listings`."""
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
-    train, val = open_both(config.data)
-    sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
+    return open_both(config.data)
+
+
+def open_data(
+    config: ClassifyConfig,
+    weights: Weights | None,
+    batch: int,
+    rank: int,
+    world: int,
+    listings: tuple[Listing, Listing] | None = None,
+) -> Splits:
+    """See `Task.splits`."""
+    normalization = Normalization.of(weights.metadata if weights else {})
+    train, val = listings or read_listings(config, weights)
+    sampler = EpochSampler(
+        len(train),
+        batch,
+        train=True,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        balance=train.targets if config.balance == "sampling" else None,
+    )
     steps = len(sampler) // config.accumulate
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     transforms: tuple[Transform, Transform] = (
@@ -43,7 +63,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
         val=datasets[1],
         train_sampler=sampler,
         val_sampler=EpochSampler(len(val), max(1, config.batch_size // world), train=False, rank=rank, world=world),
-        total_steps=steps * (config.epochs + config.cooldown_epochs),
+        total_steps=config.total_steps(steps),
         steps_per_pass=steps,
         collate=collate,
         val_collate=collate,

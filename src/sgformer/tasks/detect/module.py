@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgformer.models.load import Weights
 from sgformer.tasks.detect.config import DetectConfig
@@ -47,7 +47,7 @@ class DetectionModule(TaskModule):
     ):
         super().__init__()
         self.model = model
-        self.config = config or DetectConfig()
+        self.config = (config or DetectConfig()).resolved()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.metric = metric
         self.image_ids = image_ids
@@ -56,6 +56,9 @@ class DetectionModule(TaskModule):
         self.result: DetectionEvaluation | None = None
         self.results: list[dict[str, Any]] = []
         self.seen: list[int] = []  # positions of the images validated
+
+    def heads(self) -> list[nn.Module]:
+        return [self.model.heads]
 
     def forward(self, images: Sequence[Tensor], sizes: Any = None) -> Any:
         return self.model(images, sizes=sizes)
