@@ -154,6 +154,17 @@ def test_a_detector_goes_on_with_other_classes(tmp_path):
         started(config(weights=str(path), model="sgformer_t"), 2, True)
 
 
+def test_with_a_frozen_backbone_the_heads_learn():
+    task = DetectionModule(small(), config())
+    task.freeze_backbone()
+    task.train()
+    learns = {name.split(".")[0] for name, p in task.model.named_parameters() if p.requires_grad}
+    assert learns == {"heads"} and all(p.requires_grad for p in task.model.heads.parameters())
+    assert task.model.heads.training and not any(m.training for m in task.model.backbone.network.stages.modules())
+    with pytest.raises(UserError, match="leave out --freeze-stages"):
+        config(freeze=True, freeze_stages=1)
+
+
 def test_the_rate_warms_up_and_drops():
     settings = DetectConfig(lr_drops=(8, 11)).resolved()
     rate = [settings.rate(step, 7000, 84000) for step in (0, 500, 1000, 55999, 56000, 76999, 77000)]

@@ -284,6 +284,15 @@ def test_a_whole_segmenter_goes_on_with_other_classes(tmp_path):
         started(dataclasses.replace(config, head="upernet"), 3)
 
 
+def test_with_a_frozen_backbone_the_head_learns():
+    task = SegmentationModule(small("upernet"))
+    task.freeze_backbone()
+    task.train()
+    learns = {name.split(".")[0] for name, p in task.model.named_parameters() if p.requires_grad}
+    assert learns == {"head"} and all(p.requires_grad for p in task.model.head.parameters())
+    assert task.model.head.training and not any(m.training for m in task.model.backbone.network.stages.modules())
+
+
 def test_one_class_is_refused():
     with pytest.raises(UserError, match="two classes"):
         SegmentationModule(small(classes=1))

@@ -57,7 +57,8 @@ class DataFacts:
         device: "cpu", "cuda" or "mps".
         parts: processes x accumulation, which the batch size must be a multiple of.
         pretrained: whether the run starts from weights.
-        weights_size: the shorter side of the images that those weights were trained on; None if unknown.
+        weights_size: the shorter side of the images that those weights were trained on, in pixels; None if it is
+            unknown or was for another task.
         weights_coarse: the reach of their coarse heads; None if they are of no SG-Former.
         architecture: that of the weights if they are a whole network of this task, heads included; else None.
     """

@@ -52,8 +52,11 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     if config.freeze and weights is None:
         raise UserError("--freeze trains a head on the backbone of some weights: add --weights, or leave it out")
     listings = task.listings(config, weights)
-    data = data_facts(listings[0], weights, task.name, device.type, world * config.accumulate) if listings else None
-    given, planned = config, None
+    data = None
+    if listings and not resume and any(map(config.is_auto, config.automatic())):
+        data = data_facts(listings[0], weights, task.name, device.type, world * config.accumulate)
+    given = config
+    planned: dict[str, Any] | None = None
     if config.minutes is not None and not resume:
         if is_main:
             log.info(f"measuring how much of the training {config.minutes:g} minutes allow")
@@ -62,6 +65,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     splits, module = prepare(config, task, weights, listings, trainer)
     batch, model = per_process_batch(config, world), module.model
     previous = RunFolder.open(resume).environment() if resume else {}
+    planned = planned or previous.get("planned")
     previous_kernels = previous.get("kernels", "torch") if resume else None
     kernels, why = use_native_kernels(config, model, device, previous_kernels)
 
@@ -140,7 +144,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 kernels=kernels,
                 processes=world,
                 resumed_at_step=start,
-                **({"planned": planned} if (planned := planned or previous.get("planned")) else {}),
+                **({"planned": planned} if planned else {}),
             )
             if resume:
                 folder.write("config.yaml", to_yaml(config.to_dict()))
@@ -149,7 +153,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
-                *([f"chosen for {data}:", *chosen(given, config)] if data and not resume and given != config else []),
+                *([f"chosen for {data}:", *chosen(given, config)] if data else []),
                 *([f"frozen: {module.frozen_share()}"] if config.freeze else []),
                 *([f"planned for {planned['minutes']:g} minutes: {planned['updates']} updates"] if planned else []),
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
@@ -254,7 +258,7 @@ def measure(
     unsharded = [cb.UnshardedCopy()] if config.strategy == "fsdp" else []
     trainer = build_trainer(
         **trainer_options(config),
-        max_epochs=-1,
+        max_epochs=10**6,  # the stopwatch ends it
         limit_val_batches=4,
         sync_batchnorm=trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda",
         callbacks=[cb.StepSeeds(config.seed), *averaging, *unsharded, watch],

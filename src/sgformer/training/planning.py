@@ -48,13 +48,16 @@ def data_facts(listing: Any, weights: Any, task: str, device: str, parts: int) -
     """
     about: dict[str, Any] = {}
     if weights is not None:
-        size = weights.metadata.get("image_size")
         about = {
             "pretrained": True,
-            "weights_size": min(size) if isinstance(size, list | tuple) else size,
             "weights_coarse": weights.config.coarse if weights.config is not None else None,
-            "architecture": weights.architecture if weights.task == task else None,
         }
+        if weights.task == task:
+            size = weights.metadata.get("image_size")
+            about |= {
+                "weights_size": min(size) if isinstance(size, list | tuple) else size,
+                "architecture": weights.architecture,
+            }
     return DataFacts(len(listing), typical_side(listing), len(listing.classes), device, parts, **about)
 
 
@@ -94,7 +97,7 @@ class Cost:
             seconds: the time.
             per_validation: the updates from one validation to the next of a run of so many updates.
         """
-        least, most = 0, int(max(0.0, seconds) / self.update) + 1
+        least, most = 0, int(max(0.0, seconds) / max(self.update, 1e-6)) + 1
         while least < most - 1:
             tried = (least + most) // 2
             fits = self.total(tried, per_validation(tried)) <= seconds
