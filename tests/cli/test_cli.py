@@ -90,7 +90,7 @@ def test_overview_and_version(capsys):
         (["train", "clasify"], "did you mean train classify"),
         (["train", "classify"], "--data is missing"),
         (["train", "classify", "--bacth-size", "3"], "did you mean --batch-size"),
-        (["train", "classify", "--epochs", "many"], "--epochs takes an integer, got many"),
+        (["train", "classify", "--epochs", "many"], "--epochs takes a number or auto, got many"),
         (["train", "classify", "--epochs", "-1"], "--epochs must be above 0"),
         (["train", "classify", "--image-size", "3,4"], "--image-size takes an integer or [HEIGHT,WIDTH]"),
         (["train", "classify", "--precision", "fp8"], "fp32, bf16 or fp16, got fp8"),
@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line(arguments, words, photos, tmp_path, monkeypatch, 
     ("text", "words"),
     [
         ("bacth_size: 3", "did you mean batch_size"),
-        ("epochs: many", "--epochs takes an integer, got many"),
+        ("epochs: many", "--epochs takes a number or auto, got many"),
         ("[", "YAML"),
     ],
 )
@@ -203,7 +203,8 @@ def test_a_terminal_that_shows_only_what_matters(photos, tmp_path):
     process = sgformer("train", "classify", "--data", photos, "--run", tmp_path / "run", *QUICK, "--workers", 1)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == ""
-    assert sum(line.startswith("epoch ") for line in out.splitlines()) == 1 and len(out.splitlines()) == 6
+    assert sum(line.startswith("epoch ") for line in out.splitlines()) == 1
+    assert len(out.splitlines()) <= 11  # five of them say what follows from the data
     assert not (ROOT / "lightning_logs").exists()
 
 

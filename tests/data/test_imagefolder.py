@@ -397,6 +397,29 @@ def test_order_changes_with_epoch_and_seed():
     assert flat(served(50, 5, 1, False)[0]) == list(range(50))
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_balanced_epochs_show_all_classes_equally_often(world):
+    targets = [0] * 50 + [1] * 6 + [2] * 5 + [4]  # 3 has no images
+    epochs = []
+    for epoch in (0, 1):
+        ranks = [
+            EpochSampler(62, 2, train=True, seed=3, rank=r, world=world, epoch=epoch, balance=targets)
+            for r in range(world)
+        ]
+        # As the ranks take turns within a global batch, whatever their number: the same order.
+        steps = zip(*(list(rank) for rank in ranks), strict=True)
+        pairs = [one[i] for step in steps for i in range(2) for one in step]
+        shown = np.bincount([targets[index] for _, index in pairs], minlength=5)
+        assert shown[3] == 0 and max(shown) - min(shown[[0, 1, 2, 4]]) <= 3  # an incomplete batch is dropped
+        assert len(set(pairs)) == len(pairs)  # repeated images are augmented anew
+        assert len({index for _, index in pairs if targets[index] == 0}) == shown[0]  # no common image comes twice
+        epochs.append(pairs)
+        resumed = EpochSampler(62, 2, train=True, seed=3, world=world, balance=targets)
+        resumed.resume_at(epoch, 4)
+        assert list(resumed) == list(ranks[0])[4:]
+    assert {index for _, index in epochs[0]} != {index for _, index in epochs[1]}
+
+
 def test_bad_arguments_say_what_they_are(root):
     with pytest.raises(ValueError, match="batch_size 0"):
         EpochSampler(5, 0, train=True)

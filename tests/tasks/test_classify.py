@@ -12,7 +12,8 @@ from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
 from sgformer.models.load import build_model, read_weights  # noqa: E402
-from sgformer.tasks.classify.module import ClassificationModule, classifier_notes  # noqa: E402
+from sgformer.tasks.classify.metrics import Evaluation, report  # noqa: E402
+from sgformer.tasks.classify.module import ClassificationModule, balanced_weights, classifier_notes  # noqa: E402
 
 
 def stub(classes=7):
@@ -68,7 +69,7 @@ def test_learns_in_a_plain_trainer(tmp_path):
     before = trainer.validate(task, loader, verbose=False)[0]["top1"]
     trainer.fit(task, loader, loader)
     assert before < 0.4 < 0.8 < trainer.callback_metrics["top1"]
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(config.scaled(config.min_lr), rel=0.05)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(config.scaled(task.config.min_lr), rel=0.05)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
@@ -166,3 +167,61 @@ def test_drop_path_reaches_the_network():
     rates = [m.drop_prob for m in build_model("pvt_v2_b0", 10, drop_path_rate=0.3).modules() if hasattr(m, "drop_prob")]
     assert max(rates) == pytest.approx(0.3)
     assert isinstance(build_model("resnet10t", 4), timm.models.ResNet)
+
+
+# -- classes of unequal size ------------------------------------------------------------------------------------------
+
+
+def test_balanced_weights_give_every_class_the_same_part_of_the_loss():
+    counts = [90, 9, 1, 0]
+    weights = balanced_weights(counts)
+    assert (weights * torch.tensor(counts)).tolist() == pytest.approx([100 / 3] * 3 + [0], rel=1e-6)
+    task = ClassificationModule(
+        stub(4), ClassifyConfig(balance="weights", mixup=0, cutmix=0, smoothing=0), class_counts=counts
+    )
+    [(images, labels)] = batches(1, 9, 3)
+    losses = nn.functional.cross_entropy(task.model(images), labels, reduction="none")
+    expected = (losses * weights[labels]).mean()
+    assert task.training_step((images, labels), 0).item() == pytest.approx(expected.item(), rel=1e-6)
+    # The mean over a batch is that of its parts: processes and accumulation change nothing.
+    parts = [task.training_step((images[i : i + 3], labels[i : i + 3]), 0).item() for i in (0, 3, 6)]
+    assert np.mean(parts) == pytest.approx(expected.item(), rel=1e-6)
+    assert not [name for name in task.state_dict() if "class_weights" in name]
+
+
+def test_balanced_accuracy_is_the_mean_recall():
+    confusion = np.array([[90, 10, 0], [5, 5, 0], [0, 0, 0]])  # of the last class there are no images
+    result = Evaluation(95 / 110, 1.0, 0.5, confusion, ("a", "b", "c"))
+    assert result.balanced_accuracy == pytest.approx((0.9 + 0.5) / 2)
+    assert result.summary()["balanced_accuracy"] == result.balanced_accuracy
+    assert "balanced accuracy 70.00 %" in result.table()
+    assert "| Balanced accuracy (mean over classes) | 70.00 % |" in report("n", result, {}, [])
+
+
+def test_balanced_training_keeps_the_weights_of_the_best_balanced_accuracy():
+    assert ClassificationModule(stub()).monitor == "top1"
+    for balance in ("weights", "sampling"):
+        task = ClassificationModule(stub(), ClassifyConfig(balance=balance), class_counts=[1] * 7)
+        assert task.monitor == "balanced_accuracy"
+
+
+# -- a frozen backbone ------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_backbone_keeps_weights_and_statistics():
+    model = timm.create_model("resnet10t", num_classes=3, drop_path_rate=0.5)
+    task = ClassificationModule(model.train(), ClassifyConfig(mixup=0, cutmix=0, lr=10.0), steps_per_epoch=4)
+    task.freeze_backbone()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = task.configure_optimizers()["optimizer"]
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(3, (4,))
+    for mode in (False, True):  # as around a validation
+        task.train(mode)
+    task.training_step((images, labels), 0).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert task.training and model.training and model.fc.training and not model.layer1.training
+    assert task.frozen_share().endswith("M parameters, all but those of fc")

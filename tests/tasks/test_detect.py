@@ -22,7 +22,7 @@ QUICK = {"model": "sgformer_n", "image_size": 64, "batch_size": 2, "head_width":
 
 
 def config(**more):
-    return DetectConfig(**{**QUICK, **more})
+    return DetectConfig(**{**QUICK, **more}).resolved()
 
 
 def started(settings, *shape):
@@ -204,8 +204,19 @@ def test_drops_beyond_the_run_are_said():
     ]
 
 
+def test_with_a_frozen_backbone_the_heads_learn():
+    task = DetectionModule(small(), config())
+    task.freeze_backbone()
+    task.train()
+    learns = {name.split(".")[0] for name, p in task.model.named_parameters() if p.requires_grad}
+    assert learns == {"heads"} and all(p.requires_grad for p in task.model.heads.parameters())
+    assert task.model.heads.training and not any(m.training for m in task.model.backbone.network.stages.modules())
+    with pytest.raises(UserError, match="leave out --freeze-stages"):
+        config(freeze=True, freeze_stages=1)
+
+
 def test_the_rate_warms_up_and_drops():
-    settings = DetectConfig(lr_drops=(8, 11))
+    settings = DetectConfig(lr_drops=(8, 11)).resolved()
     rate = [settings.rate(step, 7000, 84000) for step in (0, 500, 1000, 55999, 56000, 76999, 77000)]
     assert rate == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
     assert DetectConfig(batch_size=4).scaled(1e-4) == pytest.approx(0.25e-4)

@@ -1,5 +1,6 @@
 """Numbers on scenes solved by hand; inference that covers, averages and mirrors as it says; weights that come back."""
 
+import dataclasses
 import itertools
 import json
 
@@ -260,7 +261,7 @@ def test_every_parameter_learns():
 def test_backbone_weights_from_a_classifier(tmp_path):
     classifier = sgformer.create_model("sgformer_n", num_classes=7)
     sgformer.save_model(classifier, tmp_path / "c.safetensors", {"model": "sgformer_n", "task": "classify"})
-    config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "c.safetensors"))
+    config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "c.safetensors")).resolved()
     model = started(config, 5)
     own = dict(classifier.named_parameters())
     for name, parameter in model.backbone.network.named_parameters():
@@ -270,7 +271,7 @@ def test_backbone_weights_from_a_classifier(tmp_path):
 def test_a_whole_segmenter_goes_on_with_other_classes(tmp_path):
     model = small("semantic-fpn", 3)
     model.save(tmp_path / "s.safetensors", {})
-    config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "s.safetensors"))
+    config = SegmentConfig(model="sgformer_n", head="semantic-fpn", weights=str(tmp_path / "s.safetensors")).resolved()
     same, other = started(config, 3), started(config, 5)
     for new in (same, other):
         for name, tensor in model.state_dict().items():
@@ -280,7 +281,16 @@ def test_a_whole_segmenter_goes_on_with_other_classes(tmp_path):
     with pytest.raises(
         UserError, match=r"holds sgformer_n with semantic-fpn of .*, not --model sgformer_n --head upernet"
     ):
-        started(SegmentConfig(model="sgformer_n", head="upernet", weights=str(tmp_path / "s.safetensors")), 3)
+        started(dataclasses.replace(config, head="upernet"), 3)
+
+
+def test_with_a_frozen_backbone_the_head_learns():
+    task = SegmentationModule(small("upernet"))
+    task.freeze_backbone()
+    task.train()
+    learns = {name.split(".")[0] for name, p in task.model.named_parameters() if p.requires_grad}
+    assert learns == {"head"} and all(p.requires_grad for p in task.model.head.parameters())
+    assert task.model.head.training and not any(m.training for m in task.model.backbone.network.stages.modules())
 
 
 def test_one_class_is_refused():

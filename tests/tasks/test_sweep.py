@@ -92,7 +92,7 @@ def pretended(monkeypatch):
     def train(ablation, variant, seed, place):
         made.append((variant, seed))
         place.mkdir()
-        (place / "config.yaml").write_text(to_yaml(ablation.config(variant, seed).to_dict()))
+        (place / "config.yaml").write_text(to_yaml(ablation.config(variant, seed).resolved().to_dict()))
         score = {"a": 0.5, "b": 0.6}[variant] + 0.1 * seed
         (place / "metrics.csv").write_text(f"epoch,top1\n1,0.9\n2,{score}\n3,\n")
         (place / "cost.json").write_text('{"seconds": 9, "processor_seconds": 60}')

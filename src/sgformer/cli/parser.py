@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
@@ -66,8 +66,16 @@ def given(**options: Any) -> dict[str, Any]:
 def config_options(config_class: type[RunConfig]) -> list[Option]:
     """The options of a config's fields."""
     kinds = get_type_hints(config_class)
+    automatic = config_class.automatic()
     return [
-        Option(f.name, kinds[f.name], f.default, f.metadata["help"], f.metadata["group"], f.metadata["main"])
+        Option(
+            f.name,
+            Union[kinds[f.name], Literal["auto"]] if f.name in automatic else kinds[f.name],  # noqa: UP007
+            f.default,
+            f.metadata["help"],
+            f.metadata["group"],
+            f.metadata["main"],
+        )
         for f in fields(config_class)
     ]
 
@@ -207,7 +215,7 @@ class Parser:
         if any(not o.main for o in self.options) and not everything:
             lines += [
                 "",
-                "--help-all explains every option; a --config file can set any, as in `batch_size: 64`.",
+                "--help-all explains all options; a --config file sets any (`batch_size: 64`); auto: from the data.",
             ]
         return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from typing import Any
 from sgformer.cli.parser import Option, Parser, config_options
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.tasks.registry import get_task
-from sgformer.training.config import RunConfig, read_yaml
+from sgformer.training.config import AUTO, RunConfig, read_yaml
 
 FILES = [
     Option("config", str | None, None, "recipe: a YAML file of options; the command line overrides it", "Run"),
@@ -36,10 +36,21 @@ def train(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def overruled(given: dict[str, Any]) -> tuple[str, ...]:
+    """The lines of a recipe that the command line overrules under another name: its --minutes or its number of epochs
+    or steps take the place of the recipe's."""
+    lengths = {"epochs": (None, AUTO), "steps": (None, AUTO)}
+    if given["minutes"] is not None:
+        return tuple(lengths)
+    return ("minutes",) if any(given.get(name) not in unset for name, unset in lengths.items()) else ()
+
+
 def read_options(
     parser: Parser, arguments: Sequence[str], config_class: type[RunConfig]
 ) -> tuple[RunConfig, str | None]:
     """Merge recipe and command line into the config, and the run to resume if any.
+
+    The recipe's number of epochs or steps gives way to --minutes on the command line, and the other way round.
 
     Raises:
         UserError: both --config and --resume, an unknown key or option, or an invalid value.
@@ -55,7 +66,10 @@ def read_options(
         source = RunFolder.open(resume).path / "config.yaml"
     if source:
         try:
-            given = parser.parse(arguments, read_yaml(source, config_class))
+            stored = read_yaml(source, config_class)
+            if recipe:
+                stored = {name: value for name, value in stored.items() if name not in overruled(given)}
+            given = parser.parse(arguments, stored)
         except UserError as error:
             raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     values = {name: value for name, value in given.items() if name not in ("config", "resume")}

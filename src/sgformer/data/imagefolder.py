@@ -201,7 +201,7 @@ def list_split(
     return ImageFolder(root, split, order, tuple(paths), tuple(targets), ignored, left_out=left_out), unknown, empty
 
 
-def left_out(listing: Listing) -> list[str]:
+def left_out(listing: Any) -> list[str]:
     """A line that says what is in the folders but not in a listing, with count and reason, if there is anything."""
     what = _describe(listing.ignored, getattr(listing, "left_out", {}))
     return [f"{listing.split}: left out: {what}"] if what else []
@@ -497,22 +497,42 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     fill one), so all ranks have the same number of batches. In evaluation the order is that of the data set, rank r
     takes every world-th image, and nothing is dropped or repeated: ranks may differ by one batch.
 
+    With `balance`, every class gets the same number of places in a training epoch, of as many places as there are
+    images: of a common class some images are left out, those of a rare one repeat. A repetition comes as (epoch +
+    REPEAT * n, index), so that it is augmented differently.
+
     Args:
         length: number of images.
         batch_size: images per batch on this rank.
         train: shuffle and drop incomplete batches, or yield everything once in order.
         seed: for the permutations.
         rank, world: this process's index, and the number of processes.
+        balance: in training, the class index of each image, to draw all classes equally often.
     """
 
+    REPEAT = 2**20
+
     def __init__(
-        self, length: int, batch_size: int, *, train: bool, seed: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        epoch: int = 0,
+        balance: Sequence[int] | None = None,
     ):
         if length < 1 or batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"got length {length}, batch_size {batch_size}, rank {rank} of {world}")
         self.length, self.batch_size, self.train, self.seed = length, batch_size, train, seed
         self.rank, self.world, self.epoch = rank, world, epoch
         self._resume = (epoch, 0)
+        self._by_class: list[np.ndarray] = []
+        if balance is not None:
+            targets = np.asarray(balance, dtype=np.int64)
+            self._by_class = [np.flatnonzero(targets == label) for label in np.unique(targets)]
 
     @property
     def sampler(self) -> EpochSampler:
@@ -537,13 +557,33 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return -(-len(range(self.rank, self.length, self.world)) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
+        epoch, repeats = self.epoch, np.zeros(self.length, dtype=np.int64)
         if self.train:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            order = np.resize(order, len(self) * self.batch_size * self.world)
+            generator = np.random.default_rng((self.seed, epoch))
+            if self._by_class:
+                order, repeats = self._balanced(generator)
+            else:
+                order = generator.permutation(self.length)
+            places = len(self) * self.batch_size * self.world
+            order, repeats = np.resize(order, places), np.resize(repeats, places)
         else:
             order = np.arange(self.length)
-        mine = order[self.rank :: self.world].tolist()
+        mine, again = order[self.rank :: self.world].tolist(), repeats[self.rank :: self.world].tolist()
         first = self._resume[1] if epoch == self._resume[0] else 0
         for start in range(first * self.batch_size, len(mine), self.batch_size):
-            yield [(epoch, index) for index in mine[start : start + self.batch_size]]
+            part = slice(start, start + self.batch_size)
+            yield [(epoch + self.REPEAT * n, index) for n, index in zip(again[part], mine[part], strict=True)]
+
+    def _balanced(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order with all classes equally often, and for each place how often its image came before."""
+        share, rest = divmod(self.length, len(self._by_class))
+        extra = np.zeros(len(self._by_class), dtype=np.int64)
+        extra[generator.permutation(len(self._by_class))[:rest]] = 1
+        indices, repeats = [], []
+        for images, more in zip(self._by_class, extra.tolist(), strict=True):
+            rounds = -(-(share + more) // len(images))
+            indices.append(np.concatenate([generator.permutation(images) for _ in range(rounds)] or [images[:0]]))
+            repeats.append(np.repeat(np.arange(rounds), len(images)))
+            indices[-1], repeats[-1] = indices[-1][: share + more], repeats[-1][: share + more]
+        mixed = generator.permutation(self.length)
+        return np.concatenate(indices)[mixed], np.concatenate(repeats)[mixed]

@@ -61,10 +61,7 @@ class Pyramid(nn.Module):
     def train(self, mode: bool = True) -> Pyramid:
         """Set training mode, except for frozen modules: their batch statistics stay and drop path is off."""
         super().train(mode)
-        for module in self.network.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+        keep_frozen(self.network)
         return self
 
     def no_weight_decay(self) -> set[str]:
@@ -87,6 +84,14 @@ class Pyramid(nn.Module):
         for name, parameter in network.named_parameters():
             if layers[name] <= stages:
                 parameter.requires_grad_(False)
+
+
+def keep_frozen(network: nn.Module) -> None:
+    """Set evaluation mode for the modules of a network whose weights are all frozen."""
+    for module in network.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
 
 
 def pyramid_backbone(

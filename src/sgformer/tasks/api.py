@@ -45,7 +45,8 @@ def train(task: str, config: RunConfig | None = None, *, resume: Source | None =
             "segment" (`data/images/training`, `data/annotations/training` ...).
         config: all settings; or give them as keywords, named as on the command line with underscores.
         resume: folder of a run to resume at the exact step it reached, with its own settings; `options` may only
-            change `epochs`, `max_steps`, `workers`, `device`, `devices`, `native`, and the place of the same data.
+            change `epochs`, `max_steps`, `patience`, `workers`, `device`, `devices`, `native`, and where the same data
+            are.
         options: settings of the task, e.g. `data`, `model`, `epochs`; see `sgformer train TASK --help-all`.
 
     Returns:

@@ -254,8 +254,10 @@ def _run(command: list[str], output: Any) -> int:
 
 def _check_same(place: Path, config: RunConfig) -> None:
     stored = read_yaml(place / "config.yaml", type(config))
-    settings = {**type(config)().to_dict(), **stored}  # options newer than the run have their defaults
+    settings = {**type(config)().resolved().to_dict(), **stored}  # options newer than the run have their defaults
     for name, value in config.to_dict().items():
+        if config.is_auto(name):  # follows from the others and the data
+            continue
         if name not in ("run", "workers", "device", "devices") and settings[name] != value:
             raise UserError(f"{place} was trained with {name} {settings[name]}, not {value}: pass another --out")
 
@@ -285,7 +287,9 @@ def collect(ablation: Ablation, folder: Path) -> list[Row]:
         if cost.exists():
             row.seconds.append(json.loads(cost.read_text(encoding="utf-8"))["processor_seconds"])
         if not row.parameters:
-            row.parameters, row.macs = network_cost(place, ablation.task, ablation.config(variant, seed).image_hw)
+            kind = get_task(ablation.task).Config
+            stored = make_config(kind, read_yaml(place / "config.yaml", kind))
+            row.parameters, row.macs = network_cost(place, ablation.task, stored.image_hw)
     return [row for row in rows.values() if row.scores]
 
 

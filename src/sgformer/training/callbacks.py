@@ -21,7 +21,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -292,8 +292,8 @@ class RunLog(Callback):
     def _progress(self) -> str:
         if self.unit == "step":
             return f"step {self._step:>{len(str(self.schedule))}}/{self.schedule}"
-        epochs = round(self.schedule / self.steps_per_pass)
-        return f"epoch {self._epoch():>{len(str(epochs))}g}/{epochs}"
+        epochs = f"{round(self.schedule / self.steps_per_pass, 2):g}"
+        return f"epoch {round(self._epoch(), 2):>{len(epochs)}g}/{epochs}"
 
     def _epoch(self) -> float:
         return round(self._step / self.steps_per_pass, 4)
@@ -475,6 +475,31 @@ class Checkpoints(Callback):
         for name, handler in self._handlers.items():
             signal.signal(name, handler)
         self._handlers = {}
+
+
+class Patience(EarlyStopping):
+    """Stops a run whose score has not improved for some validations in a row; counts on when the run resumes.
+
+    Args:
+        monitor: the logged score; higher is better.
+        patience: number of validations.
+    """
+
+    def __init__(self, monitor: str, patience: int):
+        # Checked at the end of the validation: the checkpoint that follows it must hold the count.
+        super().__init__(monitor, patience=patience, mode="max", check_finite=False, check_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})  # which may change on resuming
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+    def reason(self) -> str | None:
+        """Why it has stopped the run; None if it has not."""
+        if self.wait_count < self.patience:
+            return None
+        return f"{self.monitor} had not improved for {self.wait_count} validations (--patience {self.patience})"
 
 
 class FirstBatches(StepSeeds):

@@ -10,15 +10,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
 from sgformer.models.pretrained import PRETRAINED
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # `lr`, `min_lr` and `warmup_lr` refer to this many images per update and scale linearly with the batch size.
 LR_BASE_BATCH = 1024
+
+# The value of an option that a run derives from its data; see `RunConfig.resolved`.
+AUTO = "auto"
 
 # Element-wise optimisers, whose update of a shard equals that of the full tensor. Others (muon, lamb, adafactor ...)
 # need norms or products of full tensors.
@@ -28,9 +34,65 @@ ELEMENTWISE = ("sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "
 GUIDANCE = ("significance", "aggregation", "attention", "pairs", "regions", "scales")
 
 
-def option(default: Any, group: str, help: str, *, main: bool = False) -> Any:
-    """A dataclass field with command-line help; `main` options get a line of their own in `--help`."""
-    return field(default=default, metadata={"group": group, "help": help, "main": main})
+def option(default: Any, group: str, help: str, *, main: bool = False, auto: bool = False) -> Any:
+    """A dataclass field with command-line help.
+
+    Args:
+        default: the value where the option is not given.
+        group, help: its heading and its phrase in the help.
+        main: give it a line of its own in `--help`.
+        auto: the default is `auto`: derived from the data (`RunConfig.choose`); `default` is for what has no data.
+    """
+    about = {"group": group, "help": help, "main": main, "auto": auto}
+    return field(default=AUTO if auto else default, metadata={**about, "standard": default} if auto else about)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the automatic settings of a run follow from.
+
+    Attributes:
+        images: number of training images.
+        pixels: their typical short side, the median of a sample; None if unknown.
+        classes: number of classes.
+        device: "cpu", "cuda" or "mps".
+        parts: processes x accumulation, which the batch size must be a multiple of.
+        pretrained: whether the run starts from weights.
+        weights_size: the shorter side of the images that those weights were trained on, in pixels; None if it is
+            unknown or was for another task.
+        weights_coarse: the reach of their coarse heads; None if they are of no SG-Former.
+        architecture: that of the weights if they are a whole network of this task, heads included; else None.
+    """
+
+    images: int
+    pixels: int | None
+    classes: int
+    device: str = "cpu"
+    parts: int = 1
+    pretrained: bool = False
+    weights_size: int | None = None
+    weights_coarse: str | None = None
+    architecture: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        size = f" of {self.pixels} pixels" if self.pixels else ""
+        start = "from weights" if self.pretrained else "from scratch"
+        return f"{self.images} images{size}, {self.classes} classes, {start}, on {self.device}"
+
+    def side(self, least: int, most: int) -> int:
+        """The images' typical short side, down to a multiple of 32 and within limits; `most` if it is unknown.
+
+        Args:
+            least: pixels.
+            most: pixels; that of the weights if it is larger.
+        """
+        most = max(most, (self.weights_size or 0) // 32 * 32)
+        return most if self.pixels is None else min(max(self.pixels // 32 * 32, least), most)
+
+    def batch(self, least: int, most: int) -> int:
+        """A batch size, a power of two that gives some 16 updates per pass, within limits; a multiple of `parts`."""
+        power = 1 << max(0, (self.images // 16).bit_length() - 1)
+        return max(1, round(min(max(power, least), most) / self.parts)) * self.parts
 
 
 @dataclass(frozen=True)
@@ -41,7 +103,7 @@ class RunConfig:
     former_names: ClassVar[Mapping[str, str]] = {}  # keys in the config.yaml of older runs -> current names
 
     data: str | None = option(None, "Run", "folder with the images", main=True)
-    model: str = option("sgformer_s", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
+    model: str = option("sgformer_n", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
     weights: str | None = option(
         "auto",
         "Run",
@@ -50,17 +112,27 @@ class RunConfig:
     )
     run: str | None = option(None, "Run", "output folder [runs/TASK-MODEL-TIME]", main=True)
 
-    epochs: int = option(100, "Schedule", "passes over the training images", main=True)
+    epochs: float = option(100, "Schedule", "passes over the training images", main=True, auto=True)
+    minutes: float | None = option(
+        None, "Schedule", "instead of --epochs: as many as these minutes allow, measured at the start", main=True
+    )
+    patience: int | None = option(None, "Schedule", "stop after this many validations without a better score")
     max_steps: int | None = option(
         None, "Schedule", "stop after this many updates; does not change the schedule", main=True
     )
-    batch_size: int = option(128, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
+    batch_size: int = option(
+        128, "Schedule", "images per update, over all devices and --accumulate parts", main=True, auto=True
+    )
     accumulate: int = option(1, "Schedule", "gradient accumulation: split each batch into this many parts")
     image_size: int | tuple[int, int] = option(
-        224, "Schedule", "pixels: a number, or [HEIGHT,WIDTH] as one word", main=True
+        224, "Schedule", "pixels: a number, or [HEIGHT,WIDTH] as one word", main=True, auto=True
     )
     lr: float = option(
-        1e-3, "Schedule", f"peak learning rate for {LR_BASE_BATCH} images; x batch-size/{LR_BASE_BATCH}", main=True
+        1e-3,
+        "Schedule",
+        f"peak learning rate for {LR_BASE_BATCH} images; x batch-size/{LR_BASE_BATCH}",
+        main=True,
+        auto=True,
     )
     seed: int = option(0, "Schedule", "random seed; runs with the same seed are the same", main=True)
 
@@ -82,8 +154,11 @@ class RunConfig:
     grad_checkpointing: bool = option(False, "Machine", "less memory, more time")
     deterministic: bool = option(False, "Machine", "bit-for-bit reproducible on a GPU, too; slower")
 
-    drop_path: float = option(0.1, "Network", "stochastic depth rate", main=True)
-    coarse: Literal["global", "window"] = option("global", "Network", "reach of the coarse heads (sgformer)")
+    freeze: bool = option(False, "Network", "train the head alone, on the backbone of --weights", main=True)
+    drop_path: float = option(0.1, "Network", "stochastic depth rate", auto=True)
+    coarse: Literal["global", "window"] = option(
+        "global", "Network", "reach of the coarse heads (sgformer); auto: as in --weights, or by image size", auto=True
+    )
     significance: str | None = option(
         None, "Network", f"ranking of tokens: {', '.join(SIGNIFICANCE)} [hybrid, or as in --weights]"
     )
@@ -104,9 +179,11 @@ class RunConfig:
     scales: str | None = option(None, "Network", "reductions of the head groups per guided stage, e.g. 8,4,1/4,1/2,1")
     ema: float = option(0.9998, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
-    opt: str = option("adamw", "Optimiser", "any of timm's optimisers")
+    opt: str = option(
+        "adamw", "Optimiser", "any of timm's optimisers; auto: muon, or adamw if --lr is given", auto=True
+    )
     weight_decay: float = option(0.05, "Optimiser", "except on norms, biases and the position table")
-    clip_grad: float | None = option(None, "Optimiser", "clip gradients to this norm")
+    clip_grad: float | None = option(None, "Optimiser", "clip gradients to this norm", auto=True)
 
     bad_images: Literal["stop", "skip"] = option("stop", "Logging", "on an unreadable image: stop, or skip and count")
     log_every: int = option(50, "Logging", "updates between rows of metrics.csv")
@@ -121,8 +198,12 @@ class RunConfig:
         if self.weights in ("auto", "none"):  # resolved here, so that config.yaml says what the run started from
             own = self.model if self.weights == "auto" and self.model in PRETRAINED else None
             object.__setattr__(self, "weights", own)
+        if isinstance(self.epochs, float) and self.epochs.is_integer():
+            object.__setattr__(self, "epochs", int(self.epochs))
         for name in (
             "epochs",
+            "minutes",
+            "patience",
             "max_steps",
             "batch_size",
             "accumulate",
@@ -138,7 +219,8 @@ class RunConfig:
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
         self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")
         self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
-        if self.coarse != "global" and not self.model.startswith("sgformer_"):
+        self._check_minutes("epochs")
+        if self.coarse not in ("global", AUTO) and not self.model.startswith("sgformer_"):
             raise UserError(f"--coarse {self.coarse} is for sgformer models; {self.model} has no coarse heads")
         for name, known in (("significance", SIGNIFICANCE), ("aggregation", AGGREGATION)):
             value = getattr(self, name)
@@ -157,11 +239,11 @@ class RunConfig:
             raise UserError("--native on requires --device cpu and --precision fp32, without --compile")
         if self.strategy == "fsdp":
             self._check_fsdp()
-        if self.batch_size % self.accumulate:
+        if self.batch_size != AUTO and self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
 
     def _check_fsdp(self) -> None:
-        if self.opt.lower() not in ELEMENTWISE:
+        if self.opt.lower() not in (*ELEMENTWISE, AUTO):
             raise UserError(
                 f"--strategy fsdp supports --opt {', '.join(ELEMENTWISE)}; {self.opt} needs unsharded tensors "
                 "(use --strategy ddp)"
@@ -176,8 +258,75 @@ class RunConfig:
     # Not jsonargparse.typing: its errors take two lines, and it does not check the options of sgformer.train.
     def _check(self, name: str, holds: Any, rule: str) -> None:
         value = getattr(self, name)
-        if value is not None and not holds(value):
+        if value is not None and not self.is_auto(name) and not holds(value):
             raise UserError(f"--{dashed(name)} {rule}, got {value}")
+
+    def _check_minutes(self, *names: str) -> None:
+        given = [name for name in names if not self.is_auto(name) and getattr(self, name) is not None]
+        if self.minutes is not None and given:
+            raise UserError(f"--minutes plans the number of {given[0]}: leave out --{dashed(given[0])}, or --minutes")
+
+    # -- what follows from the data -----------------------------------------------------------------------------------
+
+    def is_auto(self, name: str) -> bool:
+        """Whether an option is yet to be derived from the data."""
+        return bool(getattr(self, name) == AUTO) and name in self.automatic()
+
+    @classmethod
+    def automatic(cls) -> dict[str, Any]:
+        """The options that may be `auto`, with their values where there is no data to derive them from."""
+        return {f.name: f.metadata["standard"] for f in dataclasses.fields(cls) if f.metadata["auto"]}
+
+    def fill(self, **values: Any) -> Self:
+        """The settings with these values where they are still `auto`."""
+        return dataclasses.replace(self, **{name: value for name, value in values.items() if self.is_auto(name)})
+
+    def resolved(self, data: DataFacts | None = None) -> Self:
+        """The settings without any `auto`: as the data suggest or, without data, standard values.
+
+        Raises:
+            UserError: a value that was given does not fit those that follow from the data.
+        """
+        config = self if data is None or not any(map(self.is_auto, self.automatic())) else self.choose(data)
+        return config.fill(**self.automatic())
+
+    def choose(self, data: DataFacts) -> Self:
+        """The settings with what the data suggest for `auto`; a task may leave options to their standard values."""
+        return self
+
+    def for_updates(self, updates: int, steps_per_pass: float) -> Self:
+        """The settings with a schedule of so many updates."""
+        return self.fill(epochs=round(updates / steps_per_pass, 6))
+
+    def per_validation(self, updates: int, steps_per_pass: float) -> int:
+        """Updates from one validation to the next in a run of so many updates."""
+        return int(steps_per_pass)
+
+    def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
+        """Raise UserError if the warm-up does not end within the run, or the schedule is otherwise cut off."""
+
+    def choose_coarse(self, data: DataFacts) -> Self:
+        """The reach of SG-Former's coarse heads: as in the weights; or windows below 224 pixels, where the coarse term
+        of a global one would drown the fine one in significance."""
+        if not self.model.startswith("sgformer_"):
+            return self.fill(coarse="global")
+        return self.fill(coarse=data.weights_coarse or ("window" if max(self.image_hw) < 224 else "global"))
+
+    def choose_optimiser(self, muon: float, adam: float, most_adam: float) -> Self:
+        """The optimiser and its peak rate: Muon, or AdamW if a rate is given, which refers to AdamW, or for FSDP.
+
+        Args:
+            muon, adam: peak rates at a batch of 32 images; they grow with the square root of the batch.
+            most_adam: the peak rate of AdamW does not exceed this; that of Muon three times this.
+        """
+        config = self.fill(opt="muon" if self.is_auto("lr") and self.strategy != "fsdp" else "adamw")
+        name = config.opt.lower()
+        peak = {"muon": muon, "adam": adam, "adamw": adam, "nadam": adam, "nadamw": adam}.get(name)
+        if peak is None:  # other optimisers have rates of their own
+            return config
+        most = 3 * most_adam if name == "muon" else most_adam
+        wanted = min(peak * (config.batch_size / 32) ** 0.5, most)
+        return config.fill(lr=_short(wanted * config.base_batch / config.batch_size))
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -213,9 +362,14 @@ class RunConfig:
         return rate * self.batch_size / self.base_batch
 
     def to_dict(self) -> dict[str, Any]:
+        """Every setting by name, in types that YAML has."""
         values = dataclasses.asdict(self)
-        values["image_size"] = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _short(value: float) -> float:
+    """Three significant digits."""
+    return float(f"{value:.3g}")
 
 
 def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ from sgformer.models.pretrained import PRETRAINED
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
 from sgformer.training.nan_guard import NanGuard
+from sgformer.training.planning import Cost, Stopwatch, chosen, data_facts, plan
 from sgformer.training.run_folder import RunFolder
-from sgformer.training.task import Task
-from sgformer.training.trainer import build_trainer, per_process_batch, trainer_options
+from sgformer.training.task import Splits, Task
+from sgformer.training.trainer import build_trainer, machine_options, per_process_batch, trainer_options
 from sgformer.training.worker_errors import worker_errors
 from sgformer.viz.curves import draw_curves
 
@@ -45,29 +49,42 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
         UserError: a setting, the data or the machine is unsuitable; raised before the folder is created if possible.
         Interrupted: a signal stopped the run; the checkpoint is written.
     """
+    began = time.monotonic()
     is_main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    trainer = build_trainer(**trainer_options(config))
-    world, rank = trainer.world_size, trainer.global_rank
-    batch = per_process_batch(config, world)
-    L.seed_everything(config.seed, verbose=False)
+    trainer = build_trainer(**machine_options(config))
+    world, device = trainer.world_size, trainer.strategy.root_device
     weights = starting_weights(config, resume)
-    try:
-        splits = task.splits(config, weights, batch, rank, world)
-    except UserError as error:
-        if resume and config.data and not is_address(config.data) and not Path(config.data).exists():
-            raise UserError(f"{error}; pass --data if the data of this run moved") from None
-        raise
+    if config.freeze and weights is None:
+        raise UserError("--freeze trains a head on the backbone of some weights: add --weights, or leave it out")
+    with resumed_data(config, resume):
+        listings = task.listings(config, weights)
+    data = None
+    if listings and not resume and any(map(config.is_auto, config.automatic())):
+        data = data_facts(listings[0], weights, task.name, device.type, world * config.accumulate)
+    given = config
+    planned: dict[str, Any] | None = None
+    if config.minutes is not None and not resume:
+        if is_main:
+            log.info(f"measuring how much of the training {config.minutes:g} minutes allow")
+        config, planned = plan(config, data, partial(measure, task, weights, listings, began))
+    config = config.resolved(data)
+    with resumed_data(config, resume):
+        splits = open_splits(config, task, weights, listings, trainer)
     contents = {"train": Contents.of(splits.train.listing), "val": Contents.of(splits.val.listing)}
     if resume:
         RunFolder.open(resume).check_data(config.data, task.name, contents)
-    module = task.module(config, splits, weights)
-    model = module.model
-    previous_kernels = RunFolder.open(resume).environment().get("kernels", "torch") if resume else None
-    kernels, why = use_native_kernels(config, model, trainer.strategy.root_device, previous_kernels)
+    module = new_module(config, task, splits, weights)
+    batch, model = per_process_batch(config, world), module.model
+    previous = RunFolder.open(resume).environment() if resume else {}
+    planned = planned or previous.get("planned")
+    previous_kernels = previous.get("kernels", "torch") if resume else None
+    kernels, why = use_native_kernels(config, model, device, previous_kernels)
 
     steps = len(splits.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
         raise UserError(f"--accumulate {config.accumulate} is too large for {len(splits.train)} training images")  # type: ignore[arg-type]
+    if not resume:
+        config.check_schedule(splits.total_steps, splits.steps_per_pass)
     total_steps = min(splits.total_steps, config.max_steps or splits.total_steps)
 
     folder = RunFolder(resume, is_main) if resume else RunFolder.create(config, task.name, is_main)
@@ -100,6 +117,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             from sgformer.training.recorder import SignificanceRecorder
 
             recorder = [SignificanceRecorder(folder, config.record_significance, task, splits)]
+        patience = [cb.Patience(module.monitor, config.patience)] if config.patience else []
         bar = [cb.ProgressBar(batch * world)] if is_main and sys.stdout.isatty() else []
         trainer = build_trainer(
             **trainer_options(config),
@@ -128,6 +146,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                     ),
                 ),
                 *unsharded,
+                *patience,
             ],
         )
         parameters = sum(p.numel() for p in model.parameters())
@@ -138,6 +157,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 kernels=kernels,
                 processes=world,
                 resumed_at_step=start,
+                **({"planned": planned} if planned else {}),
             )
             if resume:
                 folder.write("config.yaml", to_yaml(config.to_dict()))
@@ -148,6 +168,9 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
                 *(f"note: {note}" for note in splits.notes),
+                *([f"chosen for {data}:", *chosen(given, config)] if data else []),
+                *([f"frozen: {module.frozen_share()}"] if config.freeze else []),
+                *([f"planned for {planned['minutes']:g} minutes: {planned['updates']} updates"] if planned else []),
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
                 f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
@@ -161,6 +184,9 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 trainer.fit(module, train_loader, val_loader, ckpt_path=state, weights_only=bool(state) or None)
         else:
             log.info("nothing left to train; increase --epochs or --max-steps to continue")
+        stopped = patience[0].reason() if patience else None
+        if stopped:
+            log.info(f"stopped after {trainer.global_step} of {total_steps} updates: {stopped}")
         if is_main:
             result = task.read_evaluation(folder.path / "validation")
             result.write(folder.path / "validation")
@@ -169,7 +195,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
             facts = {
                 "Parameters": f"{parameters / 1e6:.2f} M",
                 "Data": splits.about,
-                "Updates": total_steps,
+                "Updates": f"{trainer.global_step} of {total_steps}: {stopped}" if stopped else total_steps,
+                **({"Planned for": f"{planned['minutes']:g} minutes"} if planned else {}),
                 "Time": cb.clock(run_log.seconds),
                 "Throughput": f"{run_log.images_per_second:.0f} training images/s",
                 "Skipped images": len(skipped.lines),
@@ -223,6 +250,82 @@ def warmup_words(warmup: int, total: int) -> str:
     if warmup >= total:
         return f"; not reached: the run ends within {warmup} updates of warm-up" if warmup else ""
     return f", reached after {warmup} updates" if warmup else ""
+
+
+@contextmanager
+def resumed_data(config: RunConfig, resume: Any) -> Iterator[None]:
+    """Add to errors that the data of a resumed run may have moved."""
+    try:
+        yield
+    except UserError as error:
+        if resume and config.data and not is_address(config.data) and not Path(config.data).exists():
+            raise UserError(f"{error}; pass --data if the data of this run moved") from None
+        raise
+
+
+def open_splits(config: RunConfig, task: Task, weights: Any, listings: Any, trainer: L.Trainer) -> Splits:
+    """The data of a run, the same whenever the settings are.
+
+    Raises:
+        UserError: the data is unsuitable.
+    """
+    batch = per_process_batch(config, trainer.world_size)
+    L.seed_everything(config.seed, verbose=False)
+    return task.splits(config, weights, batch, trainer.global_rank, trainer.world_size, listings)
+
+
+def new_module(config: RunConfig, task: Task, splits: Splits, weights: Any) -> Any:
+    """The module of a run, with what `--freeze` freezes.
+
+    Raises:
+        UserError: a setting or the weights are unsuitable.
+    """
+    module = task.module(config, splits, weights)
+    if config.freeze:
+        module.freeze_backbone()
+    return module
+
+
+def measure(
+    task: Task, weights: Any, listings: Any, began: float, config: RunConfig, seconds: float
+) -> tuple[Cost, float, float]:
+    """Train with some settings for a few seconds, validate on a few batches, and throw the result away.
+
+    Args:
+        task, weights, listings: of the run.
+        began: the time, on `time.monotonic`, at which the run began.
+        config: the settings.
+        seconds: the time that the training may take.
+
+    Returns:
+        The costs, the updates per pass over the images, and the seconds since the run began.
+    """
+    trainer = build_trainer(**machine_options(config))
+    splits = open_splits(config, task, weights, listings, trainer)
+    module = new_module(config, task, splits, weights)
+    use_native_kernels(config, module.model, trainer.strategy.root_device)
+    if config.compile:
+        module.model.compile()
+    train_loader, val_loader = (
+        build_loader(data, sampler, config.workers, collate)
+        for data, sampler, collate in (
+            (splits.train, splits.train_sampler, splits.collate),
+            (splits.val, splits.val_sampler, splits.val_collate),
+        )
+    )
+    watch = Stopwatch(seconds, 3, len(splits.val_sampler), began)
+    averaging = [cb.WeightAverage(config.ema)] if config.ema else []
+    unsharded = [cb.UnshardedCopy()] if config.strategy == "fsdp" else []
+    trainer = build_trainer(
+        **trainer_options(config),
+        max_epochs=10**6,  # the stopwatch ends it
+        limit_val_batches=4,
+        sync_batchnorm=trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda",
+        callbacks=[cb.StepSeeds(config.seed), *averaging, *unsharded, watch],
+    )
+    with worker_errors():
+        trainer.fit(module, train_loader, val_loader)
+    return (watch.result[0], splits.steps_per_pass, watch.result[1])
 
 
 def use_native_kernels(

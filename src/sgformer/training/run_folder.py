@@ -22,7 +22,7 @@ from sgformer.core.errors import UserError
 from sgformer.core.files import to_json, write_text
 from sgformer.core.names import dashed
 from sgformer.data.identity import Contents, class_differences, read_contents, write_contents
-from sgformer.training.config import Config, RunConfig, make_config, read_yaml, to_yaml
+from sgformer.training.config import AUTO, Config, RunConfig, make_config, read_yaml, to_yaml
 
 log = logging.getLogger("sgformer")
 TIME = "%Y-%m-%d %H:%M:%S"
@@ -30,7 +30,7 @@ CONFIG = "config.yaml"
 
 # Settings that may change when a run is resumed.
 PLACES = ("data", "val_data", "images")  # where the data are: they may move, but not change
-RESUME_MAY_CHANGE = ("epochs", "max_steps", "workers", "device", "devices", "native", "run", *PLACES)
+RESUME_MAY_CHANGE = ("epochs", "max_steps", "patience", "workers", "device", "devices", "native", "run", *PLACES)
 
 
 class RunFolder:
@@ -207,8 +207,10 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
         UserError: an option that must not change differs from the run's.
     """
     folder = RunFolder.open(run)
-    stored = make_config(config_class, read_yaml(folder.path / "config.yaml", config_class))
-    config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **options}), run=str(folder.path))
+    # Nothing is derived from the data again: what an older run did not know has its standard value.
+    stored = make_config(config_class, read_yaml(folder.path / "config.yaml", config_class)).resolved()
+    given = {name: value for name, value in options.items() if value != AUTO or name not in stored.automatic()}
+    config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **given}), run=str(folder.path))
     for name in (field.name for field in dataclasses.fields(config)):
         if name not in RESUME_MAY_CHANGE and getattr(config, name) != getattr(stored, name):
             known = [field.name for field in dataclasses.fields(config)]

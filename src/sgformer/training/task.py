@@ -77,7 +77,7 @@ class Task:
     which the methods here call:
 
         config.py        Config
-        data.py          open_data, and optionally draw_batch, and objects (the objects of a sample)
+        data.py          open_data, and optionally read_listings, draw_batch, and objects (the objects of a sample)
         module.py        build
         metrics.py       read, and optionally report
         predict.py       network, predict, evaluate, and optionally finish (pictures at the end of a run)
@@ -136,7 +136,24 @@ class Task:
         """The settings of a run: the source of options, help and `config.yaml`."""
         return self.part("config").Config
 
-    def splits(self, config: Any, weights: Any, batch: int, rank: int, world: int) -> Splits:
+    def listings(self, config: Any, weights: Any) -> tuple[Any, Any] | None:
+        """The training and validation listings of a run, which its `auto` settings follow from.
+
+        None for a task that does not list its data beforehand: its `auto` settings have their standard values.
+
+        Args:
+            config: all settings, `auto` ones included.
+            weights: the initial `models.load.Weights`, or None.
+
+        Raises:
+            UserError: as `splits`.
+        """
+        read = getattr(self.part("data"), "read_listings", None)
+        return read(config, weights) if read else None
+
+    def splits(
+        self, config: Any, weights: Any, batch: int, rank: int, world: int, listings: tuple[Any, Any] | None = None
+    ) -> Splits:
         """Open the data of a run.
 
         Args:
@@ -144,11 +161,13 @@ class Task:
             weights: the initial `models.load.Weights`, or None.
             batch: images per forward pass on one process.
             rank, world: this process's index, and the number of processes.
+            listings: from `listings`, if they have been read.
 
         Raises:
             UserError: the data is missing or invalid; names the file or folder.
         """
-        return self.part("data").open_data(config, weights, batch, rank, world)
+        read = {} if listings is None else {"listings": listings}
+        return self.part("data").open_data(config, weights, batch, rank, world, **read)
 
     def module(self, config: Any, splits: Splits, weights: Any) -> Any:
         """The network to train, as a `TaskModule`; freshly initialised, or from `weights`.

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import nn
 
 from sgformer.core.errors import UserError
+from sgformer.models.pyramid import keep_frozen
 from sgformer.training.sharded import full, shard
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TaskModule(L.LightningModule):
@@ -55,6 +59,30 @@ class TaskModule(L.LightningModule):
     def evaluate_with(self, model: nn.Module) -> None:
         """Validate `model` instead of the network being trained."""
         self._eval_model = [model]
+
+    def heads(self) -> list[nn.Module]:
+        """What `--freeze` trains: by default the classifier of a network with timm's interface."""
+        return [self.model.get_classifier()]
+
+    def freeze_backbone(self) -> None:
+        """Freeze everything but the heads: weights, batch statistics and drop path."""
+        trained = {id(p) for head in self.heads() for p in head.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        self.train(self.training)
+
+    def frozen_share(self) -> str:
+        """What is frozen, in words."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        names = [name for name, module in self.model.named_modules() if any(module is head for head in self.heads())]
+        return f"{(total - trained) / 1e6:.2f} of {total / 1e6:.2f} M parameters, all but those of {', '.join(names)}"
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for frozen modules: their batch statistics stay and drop path is off."""
+        super().train(mode)
+        keep_frozen(self.model)
+        return self
 
     def mix(self, images: Any, targets: Any) -> tuple[Any, Any]:
         """Mix a batch for training; by default unchanged."""

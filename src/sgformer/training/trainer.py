@@ -100,13 +100,15 @@ def build_trainer(
     )
 
 
+def machine_options(config: RunConfig) -> dict[str, Any]:
+    """The arguments of `build_trainer` in a config that say where it runs."""
+    return {name: getattr(config, name) for name in ("device", "devices", "precision", "strategy")}
+
+
 def trainer_options(config: RunConfig) -> dict[str, Any]:
     """The arguments of `build_trainer` in a config."""
     return {
-        "device": config.device,
-        "devices": config.devices,
-        "precision": config.precision,
-        "strategy": config.strategy,
+        **machine_options(config),
         "accumulate_grad_batches": config.accumulate,
         "gradient_clip_val": config.clip_grad,
         "deterministic": config.deterministic or None,

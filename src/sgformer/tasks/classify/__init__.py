@@ -12,7 +12,7 @@ class Classify(Task):
     title = "classification"
     about = "train an image classifier on a folder of images"
     description = "Train an image classifier on DATA/train/CLASS/*, validate it on DATA/val/CLASS/*."
-    example = "--data photos --model sgformer_t --epochs 50 --run runs/photos"
+    example = "--data photos --run runs/photos"
     data_help = "the folder with val/CLASS/*, or folder or URL of shards"
     eval_options = frozenset({"crop_pct"})
     predict_options = frozenset({"top", "batch_size"})

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from sgformer.training.config import RunConfig, option
+from sgformer.core.errors import UserError
+from sgformer.training.config import AUTO, DataFacts, RunConfig, option
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# From this many epochs on, a run takes the strong augmentation of published recipes; shorter ones would underfit.
+LONG_RUN = 100
+
+#: What shorter runs take instead.
+LIGHT: dict[str, Any] = {
+    "drop_path": 0.0,
+    "clip_grad": 1.0,
+    "auto_augment": None,
+    "color_jitter": 0.2,
+    "interpolation": "bilinear",
+    "crop_scale": 0.4,
+    "reprob": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "crop_pct": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -16,23 +37,30 @@ class ClassifyConfig(RunConfig):
         None, "Run", "folder with train/CLASS/* and val/CLASS/*, or folder or URL of shards", main=True
     )
 
+    balance: Literal["none", "weights", "sampling"] = option(
+        "none",
+        "Optimiser",
+        "let rare classes count as much as common ones: by weights in the loss, or drawn more often",
+    )
     layer_decay: float | None = option(None, "Optimiser", "rate multiplier per layer, from the classifier down")
-    warmup_epochs: float | None = option(None, "Optimiser", "linear warm-up; default: 5, at most half of the run")
-    warmup_lr: float = option(1e-6, "Optimiser", "rate that the warm-up starts from, scaled like --lr")
-    min_lr: float = option(1e-5, "Optimiser", "rate that the cosine ends at, scaled like --lr")
+    warmup_epochs: float = option(5, "Optimiser", "linear warm-up", auto=True)
+    warmup_lr: float = option(1e-6, "Optimiser", "rate that the warm-up starts from, scaled like --lr", auto=True)
+    min_lr: float = option(1e-5, "Optimiser", "rate that the cosine ends at, scaled like --lr", auto=True)
     cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
 
-    auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "Augmentation", "timm policy; null: none")
-    color_jitter: float = option(0.4, "Augmentation", "used if auto-augment is null")
-    interpolation: Literal["random", "bilinear", "bicubic"] = option("random", "Augmentation", "of training crops")
-    crop_scale: float = option(0.08, "Augmentation", "smallest fraction of the image in a training crop")
+    auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "Augmentation", "timm policy; null: none", auto=True)
+    color_jitter: float = option(0.4, "Augmentation", "used if auto-augment is null", auto=True)
+    interpolation: Literal["random", "bilinear", "bicubic"] = option(
+        "random", "Augmentation", "of training crops", auto=True
+    )
+    crop_scale: float = option(0.08, "Augmentation", "smallest fraction of the image in a training crop", auto=True)
     hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")
-    reprob: float = option(0.25, "Augmentation", "probability of random erasing")
-    mixup: float = option(0.8, "Augmentation", "alpha; 0: off")
-    cutmix: float = option(1.0, "Augmentation", "alpha; 0: off")
+    reprob: float = option(0.25, "Augmentation", "probability of random erasing", auto=True)
+    mixup: float = option(0.8, "Augmentation", "alpha; 0: off", auto=True)
+    cutmix: float = option(1.0, "Augmentation", "alpha; 0: off", auto=True)
     mix_prob: float = option(1.0, "Augmentation", "probability per batch of either")
     smoothing: float = option(0.1, "Augmentation", "label smoothing")
-    crop_pct: float = option(0.9, "Augmentation", "evaluation: resize to size / crop-pct, crop the centre")
+    crop_pct: float = option(0.9, "Augmentation", "evaluation: resize to size / crop-pct, crop the centre", auto=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,16 +69,47 @@ class ClassifyConfig(RunConfig):
         self._check("layer_decay", lambda v: 0 < v <= 1, "must be in (0, 1]")
         for name in ("hflip", "reprob", "mix_prob", "smoothing"):
             self._check(name, lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        self._check("warmup_epochs", lambda v: v < self.epochs, f"must be below --epochs {self.epochs}")
         for name in ("crop_scale", "crop_pct"):
             self._check(name, lambda v: 0 < v <= 1, "must be in (0, 1]")
         for name in ("mixup", "cutmix", "color_jitter"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
+        self._check("balance", lambda v: v in ("none", "weights", "sampling"), "must be none, weights or sampling")
+
+    def choose(self, data: DataFacts) -> Self:
+        """From weights, as many epochs as make 800 updates, at least 8; from scratch three times as many."""
+        cpu = data.device == "cpu"
+        config = self.fill(image_size=data.side(64, 128 if cpu else 224), batch_size=data.batch(8, 32 if cpu else 128))
+        config = config.choose_coarse(data).choose_optimiser(muon=1e-3, adam=5e-4, most_adam=1e-3)
+        epochs = round(800 * config.batch_size / data.images) if config.is_auto("epochs") else 0
+        config = config.fill(epochs=min(max(epochs, 8), 40) * (1 if data.pretrained else 3))
+        if config.lr != AUTO:
+            config = config.fill(warmup_lr=config.lr / 1000, min_lr=config.lr / 100)
+        return config.fill(
+            warmup_epochs=min(5.0, round(config.epochs / 10, 4)), **(LIGHT if config.epochs < LONG_RUN else {})
+        )
+
+    def for_updates(self, updates: int, steps_per_pass: float) -> Self:
+        if updates / steps_per_pass <= self.cooldown_epochs:
+            raise UserError(
+                f"--minutes allows {updates / steps_per_pass:.1f} epochs here, not even --cooldown-epochs "
+                f"{self.cooldown_epochs}: raise it, or leave the cool-down out"
+            )
+        return super().for_updates(round(updates - self.cooldown_epochs * steps_per_pass), steps_per_pass)
+
+    def total_steps(self, steps_per_pass: int) -> int:
+        """Updates of the full schedule, given those per pass over the images."""
+        return max(1, round(steps_per_pass * (self.epochs + self.cooldown_epochs)))
+
+    def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup_epochs:g} is not shorter than the run ({self.epochs:g} epochs): lower "
+                "it, or leave it out"
+            )
 
     def warmup_updates(self, steps_per_epoch: int) -> int:
         """Updates of warm-up."""
-        epochs = min(5, self.epochs / 2) if self.warmup_epochs is None else self.warmup_epochs
-        return round(epochs * steps_per_epoch)
+        return round(self.warmup_epochs * steps_per_epoch)
 
 
 Config = ClassifyConfig

@@ -11,7 +11,15 @@ from PIL import Image
 from sgformer.core.errors import UserError
 from sgformer.core.names import quoted
 from sgformer.data.formats import open_both
-from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, absent, collate, folders_between, left_out
+from sgformer.data.imagefolder import (
+    EpochSampler,
+    ImageFolderDataset,
+    Listing,
+    absent,
+    collate,
+    folders_between,
+    left_out,
+)
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
 from sgformer.data.transforms import Transform, train_transform
 from sgformer.models.load import Weights
@@ -22,16 +30,37 @@ from sgformer.viz.sheets import draw_batch as draw_sheet
 AUGMENTATION = ("auto_augment", "color_jitter", "interpolation", "crop_scale", "hflip", "reprob")
 
 
-def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
-    """See `Task.splits`."""
-    normalization = Normalization.of(weights.metadata if weights else {})
+def read_listings(config: ClassifyConfig, weights: Weights | None) -> tuple[Listing, Listing]:
+    """See `Task.listings`."""
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
     train, val = open_both(config.data)
     if len(train.classes) < 2:
         only = quoted(train.classes)
         raise UserError(f"{config.data}: one class only, {only}: a classifier tells two or more apart; add a folder")
-    sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
+    return train, val
+
+
+def open_data(
+    config: ClassifyConfig,
+    weights: Weights | None,
+    batch: int,
+    rank: int,
+    world: int,
+    listings: tuple[Listing, Listing] | None = None,
+) -> Splits:
+    """See `Task.splits`."""
+    normalization = Normalization.of(weights.metadata if weights else {})
+    train, val = listings or read_listings(config, weights)
+    sampler = EpochSampler(
+        len(train),
+        batch,
+        train=True,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        balance=train.targets if config.balance == "sampling" else None,
+    )
     steps = len(sampler) // config.accumulate
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     transforms: tuple[Transform, Transform] = (
@@ -47,7 +76,7 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
         val=datasets[1],
         train_sampler=sampler,
         val_sampler=EpochSampler(len(val), max(1, config.batch_size // world), train=False, rank=rank, world=world),
-        total_steps=steps * (config.epochs + config.cooldown_epochs),
+        total_steps=config.total_steps(steps),
         steps_per_pass=steps,
         collate=collate,
         val_collate=collate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,13 +45,19 @@ class Evaluation:
         """Number of images counted."""
         return int(self.confusion.sum())
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean over classes of the fraction of their images that is classified correctly, a fraction."""
+        return balanced_accuracy(self.confusion)
+
     def headline(self) -> str:
         """The result in one line."""
         return f"top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} %"
 
     def table(self) -> str:
         """All metrics, for a terminal."""
-        return f"top-1 {100 * self.top1:.2f} %   top-5 {100 * self.top5:.2f} %   loss {self.loss:.4f}"
+        shares = {"top-1": self.top1, "top-5": self.top5, "balanced accuracy": self.balanced_accuracy}
+        return "   ".join([*(f"{name} {100 * v:.2f} %" for name, v in shares.items()), f"loss {self.loss:.4f}"])
 
     def counted(self) -> str:
         """The size of the split."""
@@ -61,6 +68,7 @@ class Evaluation:
         return {
             "top1": self.top1,
             "top5": self.top5,
+            "balanced_accuracy": self.balanced_accuracy,
             "loss": self.loss,
             "images": self.images,
             "skipped": list(self.skipped),
@@ -93,6 +101,17 @@ class Evaluation:
         return cls(numbers["top1"], numbers["top5"], numbers["loss"], counts, names, tuple(numbers["skipped"]))
 
 
+def balanced_accuracy(confusion: np.ndarray) -> float:
+    """The mean recall of the classes that have images; NaN if none has.
+
+    Args:
+        confusion: (classes, classes) counts, true classes in rows.
+    """
+    images = confusion.sum(1)
+    present = images > 0
+    return float(np.mean(confusion.diagonal()[present] / images[present])) if present.any() else math.nan
+
+
 def report(model: str, evaluation: Evaluation, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
     """Markdown: the result, facts about the run, best and worst classes, pictures as (title, file)."""
     lines = [
@@ -104,6 +123,7 @@ def report(model: str, evaluation: Evaluation, facts: Mapping[str, Any], picture
             {
                 "Top-1": f"{100 * evaluation.top1:.2f} %",
                 "Top-5": f"{100 * evaluation.top5:.2f} %",
+                "Balanced accuracy (mean over classes)": f"{100 * evaluation.balanced_accuracy:.2f} %",
                 "Loss": f"{evaluation.loss:.4f}",
                 **facts,
             }

@@ -18,7 +18,7 @@ from sgformer.data.identity import class_differences
 from sgformer.models.config import VARIANTS
 from sgformer.models.load import Weights, build_model, build_network
 from sgformer.tasks.classify.config import ClassifyConfig
-from sgformer.tasks.classify.metrics import Evaluation
+from sgformer.tasks.classify.metrics import Evaluation, balanced_accuracy
 from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
 from sgformer.training.task_module import ScheduledModule, readable
@@ -36,13 +36,14 @@ class ClassificationModule(ScheduledModule):
             learning rate is scaled by it.
         steps_per_epoch: updates per epoch; by default taken from the trainer.
         class_names: one per class; by default the indices.
+        class_counts: training images of each class, for `config.balance` "weights".
 
     Validation runs `eval_model` (the network itself unless a callback puts averaged weights there) and leaves
-    `confusion`, (classes, classes) counts with true classes in rows, besides the logged `val_loss`, `top1`, `top5`
-    (fractions; with fewer than five classes `top5` counts the best of all).
+    `confusion`, (classes, classes) counts with true classes in rows, besides the logged `val_loss`, `top1`, `top5`,
+    `balanced_accuracy` (fractions; with fewer than five classes `top5` counts the best of all).
     """
 
-    monitor = "top1"  # selects the best weights
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -50,15 +51,22 @@ class ClassificationModule(ScheduledModule):
         config: ClassifyConfig | None = None,
         steps_per_epoch: int | None = None,
         class_names: Sequence[str] | None = None,
+        class_counts: Sequence[int] | None = None,
     ):
         super().__init__()
         self.model = model
-        self.config = config or ClassifyConfig()
+        self.config = (config or ClassifyConfig()).resolved()
         self.steps_per_epoch = steps_per_epoch
         check_optimizer(self.config.opt)
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         self.class_names = list(class_names or map(str, range(self.num_classes)))
         self.confusion: np.ndarray | None = None
+        # Selects the best weights: what a balanced training is after.
+        self.monitor = "top1" if self.config.balance == "none" else "balanced_accuracy"
+        weights = None
+        if self.config.balance == "weights" and class_counts is not None:
+            weights = balanced_weights(class_counts)
+        self.register_buffer("class_weights", weights, persistent=False)
 
         classes: dict[str, Any] = {"num_classes": self.num_classes, "average": "micro"}
         self.top1 = torchmetrics.classification.MulticlassAccuracy(top_k=1, **classes)
@@ -89,7 +97,9 @@ class ClassificationModule(ScheduledModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets = self.mix(*readable(batch))
-        return F.cross_entropy(self.model(images).float(), targets)
+        # With probabilities as targets the mean is over images, not over weights: it does not depend on how the batch
+        # is split.
+        return F.cross_entropy(self.model(images).float(), targets, weight=self.class_weights)
 
     def on_validation_epoch_start(self) -> None:
         # Outside inference mode, so that `trainer.fit` can update the counts of `trainer.validate`.
@@ -109,6 +119,7 @@ class ClassificationModule(ScheduledModule):
     def on_validation_epoch_end(self) -> None:
         values = {name: getattr(self, name).compute() for name in ("val_loss", "top1", "top5")}
         self.confusion = self.val_confusion.compute().cpu().numpy()
+        values["balanced_accuracy"] = balanced_accuracy(self.confusion)
         # Each value is already over all processes: synchronising again would change nothing.
         self.log_dict(values, rank_zero_only=False, sync_dist=False)
 
@@ -137,7 +148,7 @@ class ClassificationModule(ScheduledModule):
         # The cosine begins where the warm-up ends, at the full rate: otherwise the rate would drop there.
         scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(2, config.epochs * steps - warmup),  # timm warns of 1
+            t_initial=max(2, round(config.epochs * steps) - warmup),  # timm warns of 1
             lr_min=config.scaled(config.min_lr),
             warmup_t=warmup,
             warmup_lr_init=config.scaled(config.warmup_lr),
@@ -147,13 +158,28 @@ class ClassificationModule(ScheduledModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def balanced_weights(counts: Sequence[int]) -> Tensor:
+    """A weight for each class, inversely proportional to its number of images, with a mean of 1 over the images.
+
+    Args:
+        counts: training images of each class; classes without any get 0.
+
+    Returns:
+        (classes,) float32.
+    """
+    images = torch.tensor(counts, dtype=torch.float64)
+    present = images > 0
+    return torch.where(present, images.sum() / (present.sum() * images.clamp(min=1)), 0.0).float()
+
+
 def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> ClassificationModule:
     """See `Task.module`."""
     classes = splits.metadata["classes"]
     model = new_classifier(config, len(classes), weights)
     for line in classifier_notes(weights, classes) if weights else ():
         log.info(f"note: {line}")
-    return ClassificationModule(model, config, int(splits.steps_per_pass), classes)
+    counts = splits.train.listing.counts()
+    return ClassificationModule(model, config, int(splits.steps_per_pass), classes, class_counts=counts)
 
 
 def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:

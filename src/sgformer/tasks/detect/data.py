@@ -27,17 +27,26 @@ from sgformer.training.task import Splits
 from sgformer.viz.detection import Instances, draw_training_images
 
 
-def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
+def read_listings(config: DetectConfig, weights: Weights | None) -> tuple[CocoListing, CocoListing]:
+    """See `Task.listings`."""
+    train, val = read_splits(config, named_head(config, weights))
+    require_truth(val)
+    return train, val
+
+
+def open_data(
+    config: DetectConfig,
+    weights: Weights | None,
+    batch: int,
+    rank: int,
+    world: int,
+    listings: tuple[CocoListing, CocoListing] | None = None,
+) -> Splits:
     """See `Task.splits`."""
     normalization = Normalization.of(weights.metadata if weights else {})
-    listings = train, val = read_splits(config, named_head(config, weights))
-    require_truth(val)
+    listings = train, val = listings or read_listings(config, weights)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
-    if config.warmup_steps is not None and config.warmup_steps >= steps * config.epochs:
-        raise UserError(
-            f"--warmup-steps {config.warmup_steps} must be below the {steps * config.epochs} updates of the run"
-        )
     transforms = train_transform(config.image_size, config.multi_scale, config.hflip), eval_transform(config.image_size)
     train_data, val_data = (
         CocoDataset(listing, transform, seed=config.seed, bad_images=config.bad_images, objects=listing is train)
@@ -49,7 +58,7 @@ def open_data(config: DetectConfig, weights: Weights | None, batch: int, rank: i
         val=val_data,
         train_sampler=sampler,
         val_sampler=EpochSampler(len(val), max(1, config.batch_size // world), train=False, rank=rank, world=world),
-        total_steps=steps * config.epochs,
+        total_steps=max(1, round(steps * config.epochs)),
         steps_per_pass=steps,
         collate=collate,
         val_collate=collate,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgformer.models.load import Weights
 from sgformer.tasks.detect.config import DetectConfig
@@ -47,7 +47,7 @@ class DetectionModule(TaskModule):
     ):
         super().__init__()
         self.model = model
-        self.config = config or DetectConfig()
+        self.config = (config or DetectConfig()).resolved()
         check_optimizer(self.config.opt)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.metric = metric
@@ -57,6 +57,9 @@ class DetectionModule(TaskModule):
         self.result: DetectionEvaluation | None = None
         self.results: list[dict[str, Any]] = []
         self.seen: list[int] = []  # positions of the images validated
+
+    def heads(self) -> list[nn.Module]:
+        return [self.model.heads]
 
     def forward(self, images: Sequence[Tensor], sizes: Any = None) -> Any:
         return self.model(images, sizes=sizes)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from sgformer.core.errors import UserError
 from sgformer.heads.registry import HEADS
-from sgformer.training.config import RunConfig, option
+from sgformer.training.config import AUTO, DataFacts, RunConfig, option
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class SegmentConfig(RunConfig):
     former_names: ClassVar[Mapping[str, str]] = {"most_of_one_class": "cat_max_ratio"}
 
     data: str | None = option(None, "Run", "folder with images/training, annotations/training ...", main=True)
-    head: str = option("upernet", "Run", f"segmentation head: {', '.join(HEADS.names())}", main=True)
+    head: str = option("upernet", "Run", f"segmentation head: {', '.join(HEADS.names())}", main=True, auto=True)
 
     classes: int | None = option(
         None, "Data", "number; default: from classes.txt, objectInfo150.txt or the labels", main=True
@@ -26,19 +30,23 @@ class SegmentConfig(RunConfig):
     reduce_zero_label: bool = option(False, "Data", "label 0 is ignored, label n is class n - 1 (ADE20K)", main=True)
     short_side: int | None = option(None, "Data", "of images before --scale-*; default: of --image-size", main=True)
 
-    steps: int = option(80000, "Schedule", "updates; the rate decays over all of them", main=True)
-    epochs: int | None = option(None, "Schedule", "instead of --steps: passes over the images")  # type: ignore[assignment]
-    val_every: int = option(8000, "Schedule", "updates between validations", main=True)
-    batch_size: int = option(16, "Schedule", "images per update, over all devices and --accumulate parts", main=True)
-    image_size: int | tuple[int, int] = option(512, "Schedule", "training crop: a number, or [HEIGHT,WIDTH]", main=True)
-    lr: float = option(1e-4, "Schedule", "peak learning rate for 16 images; x batch-size/16", main=True)
+    steps: int = option(80000, "Schedule", "updates; the rate decays over all of them", main=True, auto=True)
+    epochs: float | None = option(None, "Schedule", "instead of --steps: passes over the images")  # type: ignore[assignment]
+    val_every: int = option(8000, "Schedule", "updates between validations", main=True, auto=True)
+    batch_size: int = option(
+        16, "Schedule", "images per update, over all devices and --accumulate parts", main=True, auto=True
+    )
+    image_size: int | tuple[int, int] = option(
+        512, "Schedule", "training crop: a number, or [HEIGHT,WIDTH]", main=True, auto=True
+    )
+    lr: float = option(1e-4, "Schedule", "peak learning rate for 16 images; x batch-size/16", main=True, auto=True)
 
     ema: float = option(0.0, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
-    head_width: int | None = option(None, "Network", "channels; default: the head's own standard")
+    head_width: int | None = option(None, "Network", "channels; null: the head's own standard", auto=True)
     auxiliary: float = option(0.4, "Network", "weight of the head's auxiliary loss, if it has one (upernet)")
 
     weight_decay: float = option(1e-4, "Optimiser", "except on norms and the position table")
-    warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up")
+    warmup_steps: int = option(0, "Optimiser", "updates of linear warm-up", auto=True)
     power: float = option(0.9, "Optimiser", "after the warm-up, rate = lr * (1 - share done) ^ power")
 
     scale_min: float = option(0.5, "Augmentation", "smallest factor on --short-side")
@@ -49,7 +57,9 @@ class SegmentConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        HEADS.check(self.head, "--head")
+        self._check_minutes("epochs", "steps")
+        if self.head != AUTO:
+            HEADS.check(self.head, "--head")
         for name in ("steps", "val_every", "power", "scale_min", "scale_max", "cat_max_ratio", "head_width"):
             self._check(name, lambda v: v > 0, "must be above 0")
         for name in ("warmup_steps", "auxiliary"):
@@ -63,6 +73,38 @@ class SegmentConfig(RunConfig):
     def short(self) -> int:
         """The short side of images before random scaling, and in evaluation, in pixels."""
         return self.short_side or min(self.image_hw)
+
+    def choose(self, data: DataFacts) -> Self:
+        """From weights, as many updates as show every image ten times, or 12,000 if that is less, or each four times if
+        that is more; from scratch three times as many."""
+        cpu, held = data.device == "cpu", data.architecture
+        config = self.fill(head=held["head"], head_width=held["width"]) if held else self
+        config = config.fill(
+            head="semantic-fpn" if cpu else "upernet",
+            image_size=data.side(64, 192 if cpu else 512),
+            batch_size=data.batch(4, 8 if cpu else 16),
+            drop_path=0.0,
+            clip_grad=1.0,
+        )
+        if cpu and config.head == "semantic-fpn":
+            config = config.fill(head_width=64)
+        config = config.choose_coarse(data).choose_optimiser(muon=2e-3, adam=1e-3, most_adam=1e-3)
+        samples = max(4 * data.images, min(10 * data.images, 12000), 4000) * (1 if data.pretrained else 3)
+        passes = samples / data.images if config.epochs is None else config.epochs
+        config = config.fill(steps=max(1, round(passes * data.images / config.batch_size)))
+        return config.fill(val_every=self.per_validation(config.steps, 0), warmup_steps=config.steps // 20)
+
+    def per_validation(self, updates: int, steps_per_pass: float) -> int:
+        return -(-updates // 8) if self.is_auto("val_every") else self.val_every
+
+    def for_updates(self, updates: int, steps_per_pass: float) -> Self:
+        return self.fill(steps=updates)
+
+    def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
+        if self.warmup_steps >= total_steps:
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates: lower it, or leave it out"
+            )
 
     def total_steps(self, steps_per_pass: float) -> int:
         """Updates of the full schedule, given those per pass over the images."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sgformer.core.errors import UserError
-from sgformer.data.ade20k import LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
+from sgformer.data.ade20k import LabelledFolder, LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
 from sgformer.data.dense_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler, left_out
 from sgformer.data.label_values import check_values
@@ -20,21 +20,31 @@ from sgformer.training.task import Splits
 from sgformer.viz.segmentation import draw_training_batch
 
 
-def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: int, world: int) -> Splits:
-    """See `Task.splits`."""
-    normalization = Normalization.of(weights.metadata if weights else {})
+def read_listings(config: SegmentConfig, weights: Weights | None) -> tuple[LabelledFolder, LabelledFolder]:
+    """See `Task.listings`."""
     if config.data is None:
         raise UserError("--data is missing: the folder with images/training and annotations/training")
+    train = scan(config.data, "training", config.classes, config.reduce_zero_label)
+    return train, scan(config.data, "validation", train.classes, config.reduce_zero_label)
+
+
+def open_data(
+    config: SegmentConfig,
+    weights: Weights | None,
+    batch: int,
+    rank: int,
+    world: int,
+    listings: tuple[LabelledFolder, LabelledFolder] | None = None,
+) -> Splits:
+    """See `Task.splits`."""
+    normalization = Normalization.of(weights.metadata if weights else {})
     if config.head == "upernet" and batch == 1:
         raise UserError("upernet's batch norm needs two images at a time: raise --batch-size, or --accumulate less")
-    train = scan(config.data, "training", config.classes, config.reduce_zero_label)
-    val = scan(config.data, "validation", train.classes, config.reduce_zero_label)
+    train, val = listings or read_listings(config, weights)
     train, notes = check_values(train)
     val, more = check_values(val, train.binary)
     steps_per_pass = len(train) / config.batch_size
     total = config.total_steps(steps_per_pass)
-    if config.warmup_steps >= total:
-        raise UserError(f"--warmup-steps {config.warmup_steps} must be below the {total} updates of the run")
     augmentation = train_transform(
         config.image_hw,
         short_side=config.short,

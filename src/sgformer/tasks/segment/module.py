@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from timm.scheduler import PolyLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
 from sgformer.models.load import Weights
@@ -52,7 +52,7 @@ class SegmentationModule(ScheduledModule):
     ):
         super().__init__()
         self.model = model
-        self.config = config or SegmentConfig()
+        self.config = (config or SegmentConfig()).resolved()
         self.total_steps = total_steps or self.config.steps
         self.class_names = tuple(class_names or map(str, range(model.num_classes)))
         self.ignore = ignore
@@ -68,6 +68,9 @@ class SegmentationModule(ScheduledModule):
         )
         self.val_loss = torchmetrics.MeanMetric()
         self.images = torchmetrics.SumMetric()
+
+    def heads(self) -> list[nn.Module]:
+        return [self.model.head]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)["out"]

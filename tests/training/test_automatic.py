@@ -1,0 +1,160 @@
+"""What is not given follows from the data, once, and is written down."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from photos import make_photos
+
+from sgformer.core.errors import UserError
+from sgformer.data.typical import typical_side
+from sgformer.tasks.classify.config import ClassifyConfig
+from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.segment.config import SegmentConfig
+from sgformer.training.config import AUTO, DataFacts, make_config, read_yaml
+from sgformer.training.run_folder import resumed_config
+
+TASKS = [ClassifyConfig, DetectConfig, SegmentConfig]
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+PHOTOS = DataFacts(3000, 144, 10, pretrained=True)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("images", [1, 20, 300, 5000, 1_300_000])
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_stays_open_and_every_schedule_holds(kind, images, pretrained, device):
+    config = kind(data="photos").resolved(DataFacts(images, 144, 10, device, pretrained=pretrained))
+    assert AUTO not in [getattr(config, name) for name in config.automatic()]
+    assert make_config(kind, yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    per_pass = max(1, images // config.batch_size)
+    total = config.steps if kind is SegmentConfig else round(per_pass * config.epochs)
+    config.check_schedule(total, per_pass)
+    if kind is ClassifyConfig:
+        assert config.warmup_epochs <= config.epochs / 10
+    elif kind is DetectConfig:
+        assert config.warmup_steps <= total / 10 and max(config.lr_drops) < config.epochs
+    else:
+        assert config.warmup_steps <= total / 10 and config.val_every <= total
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_given_value_wins(kind):
+    given = {"image_size": 96, "batch_size": 6, "lr": 7e-4, "opt": "sgd", "drop_path": 0.3, "clip_grad": None}
+    given |= {"coarse": "global", "warmup_epochs" if kind is ClassifyConfig else "warmup_steps": 3}
+    config = kind(data="photos", **given).resolved(PHOTOS)
+    assert {name: getattr(config, name) for name in given} == given
+
+
+def test_sizes_follow_the_images_and_the_weights():
+    def size(pixels, kind=ClassifyConfig, **more):
+        return kind().resolved(dataclasses.replace(PHOTOS, pixels=pixels, **more)).image_size
+
+    assert [size(side) for side in (28, 64, 100, 144, 2000, None)] == [64, 64, 96, 128, 128, 128]
+    assert size(2000, device="cuda") == 224 and size(2000, weights_size=224) == 224
+    assert size(144, weights_size=224) == 128  # never enlarged beyond what the photographs hold
+    assert size(2000, DetectConfig) == 320 and size(2000, SegmentConfig) == 192
+
+
+def test_few_photographs_are_seen_more_often():
+    epochs = [ClassifyConfig().resolved(dataclasses.replace(PHOTOS, images=n)).epochs for n in (100, 300, 3000, 50000)]
+    assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] == 8
+    assert ClassifyConfig().resolved(dataclasses.replace(PHOTOS, pretrained=False)).epochs == 3 * epochs[2]
+
+
+def test_a_long_run_is_augmented_as_the_recipes_do():
+    short, long = (ClassifyConfig(epochs=n).resolved(PHOTOS) for n in (20, 300))
+    assert short.mixup == 0 and short.auto_augment is None
+    assert long.mixup == 0.8 and long.auto_augment.startswith("rand") and long.warmup_epochs == 5
+
+
+def test_a_rate_alone_is_one_for_adamw():
+    assert ClassifyConfig().resolved(PHOTOS).opt == "muon"
+    tuned = ClassifyConfig(lr=1e-4).resolved(PHOTOS)
+    assert tuned.opt == "adamw" and tuned.min_lr == pytest.approx(1e-6)
+    assert ClassifyConfig(strategy="fsdp").resolved(PHOTOS).opt == "adamw"
+
+
+def test_the_batch_divides_among_processes():
+    for parts in (1, 2, 3, 5, 48):
+        config = ClassifyConfig(accumulate=parts).resolved(dataclasses.replace(PHOTOS, parts=parts))
+        assert config.batch_size % parts == 0
+
+
+def test_the_reach_of_coarse_heads_is_that_of_the_weights():
+    assert ClassifyConfig().resolved(PHOTOS).coarse == "window"  # at 128 pixels a global term would drown the fine one
+    assert ClassifyConfig(image_size=224).resolved(PHOTOS).coarse == "global"
+    assert ClassifyConfig().resolved(dataclasses.replace(PHOTOS, weights_coarse="global")).coarse == "global"
+    assert ClassifyConfig(model="resnet10t").resolved(PHOTOS).coarse == "global"
+
+
+def test_a_whole_network_keeps_its_heads():
+    held = dataclasses.replace(PHOTOS, architecture={"head": "upernet", "width": 48})
+    config = SegmentConfig().resolved(held)
+    assert (config.head, config.head_width) == ("upernet", 48)
+    assert DetectConfig().resolved(held).head_width == 48
+
+
+def test_epochs_count_in_segmentation():
+    config = SegmentConfig(epochs=2, batch_size=10).resolved(PHOTOS)
+    assert config.steps == config.total_steps(3000 / 10) == 600 and config.val_every == 75
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_leave_nothing_open(recipe):
+    kind = {"detect": DetectConfig, "segment": SegmentConfig}.get(recipe.stem.split("_")[0], ClassifyConfig)
+    config = make_config(kind, read_yaml(recipe, kind))
+    left = [name for name in config.automatic() if config.is_auto(name)]
+    assert not left or (left == ["steps"] and config.epochs)
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        (ClassifyConfig(epochs=3, warmup_epochs=5), 30),
+        (DetectConfig(epochs=1, warmup_steps=50), 10),
+        (SegmentConfig(steps=10, warmup_steps=50), 10),
+    ],
+)
+def test_a_warm_up_that_does_not_end_is_refused(config, total):
+    with pytest.raises(UserError, match=r"--warmup-\w+ \d+ is longer than the run"):
+        config.resolved(PHOTOS).check_schedule(total, 10)
+
+
+def test_an_old_run_is_resumed_with_the_values_it_had(tmp_path):
+    """A run from before an option existed: nothing is derived from the data now."""
+    values = ClassifyConfig(data="photos", model="sgformer_s", epochs=3, warmup_epochs=5).resolved().to_dict()
+    for newer in ("freeze", "patience", "minutes", "balance", "crop_pct", "coarse"):
+        del values[newer]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    parsed = dataclasses.asdict(ClassifyConfig(**values))  # what the command line makes of it
+    for options in ({}, parsed):
+        config = resumed_config(ClassifyConfig, tmp_path, options)
+        assert (config.epochs, config.warmup_epochs, config.crop_pct, config.coarse) == (3, 5, 0.9, "global")
+
+
+def test_the_typical_side(tmp_path):
+    from sgformer.data.formats import open_data
+
+    root = make_photos(tmp_path, size=40)
+    (root / "train/ant/0.png").write_bytes(b"not a picture")
+    assert typical_side(open_data("classes", root, "train")) == 40
+
+
+def test_a_run_says_and_writes_what_it_chose(tmp_path, caplog):
+    pytest.importorskip("lightning")
+    from sgformer import train
+
+    photos = make_photos(tmp_path / "photos")
+    caplog.set_level("INFO", "sgformer")
+    run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=1, workers=0, opt="adamw").path
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert AUTO not in [written[name] for name in ClassifyConfig.automatic()]
+    assert written["model"] == "sgformer_n" and written["image_size"] == 64 and written["epochs"] == 120
+    said = caplog.text
+    assert "chosen for 18 images of 40 pixels, 3 classes, from scratch, on cpu" in said
+    assert "epochs 120" in said and "image-size 64" in said
+    assert f"opt {written['opt']}" not in said  # that was given
+    again = train("classify", resume=run, max_steps=2).path
+    assert yaml.safe_load((again / "config.yaml").read_text()) == {**written, "max_steps": 2}
