@@ -132,6 +132,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 f"{'native kernels, ' if kernels == 'native' else ''}in {folder.path}",
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
+                *module.notes,
                 f"{total_steps - start} updates to go, {steps} per validation, {config.batch_size} images each "
                 f"({world} processes x {batch} images x {config.accumulate} accumulated) at {splits.size}",
                 f"learning rate {config.scaled(config.lr):.3g} = {config.lr:g} x {config.batch_size} "
@@ -156,6 +157,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 "Updates": total_steps,
                 "Time": cb.clock(run_log.seconds),
                 "Throughput": f"{run_log.images_per_second:.0f} training images/s",
+                **module.facts(),
                 "Skipped images": len(skipped.lines),
                 "Best weights": "best.safetensors",
             }
