@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from sgformer.models.released import load_released
     from sgformer.models.sequence import SelfGuidedAttention1d
     from sgformer.models.significance import register_significance
-    from sgformer.tasks.api import evaluate, explain, export, load_model, predict, train
+    from sgformer.tasks.api import embed, evaluate, explain, export, load_model, predict, train
 
 __all__ = [
     "Inspection",
@@ -40,6 +40,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "create_model",
+    "embed",
     "evaluate",
     "explain",
     "export",
@@ -65,6 +66,7 @@ _HOMES = {
     "SelfGuidedAttention1d": "sgformer.models.sequence",
     "accelerate": "sgformer.backends.native_autograd",
     "create_model": "sgformer.models.create",
+    "embed": "sgformer.tasks.api",
     "evaluate": "sgformer.tasks.api",
     "explain": "sgformer.tasks.api",
     "export": "sgformer.tasks.api",

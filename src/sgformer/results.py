@@ -1,8 +1,9 @@
-"""The per-image results of `predict` and `explain`, and their JSON, COCO and array forms. No torch here: exported
-networks run without it."""
+"""The per-image results of `predict`, `embed` and `explain`, and their JSON, COCO and array forms. No torch here:
+exported networks run without it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sgformer.core.errors import require
+from sgformer.core.files import replacing
 
 #: Detections with a lower score are not drawn.
 SHOWN = 0.5
@@ -30,6 +32,28 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         return {"image": self.image, "labels": [{"class": n, "probability": p} for n, p in self.labels]}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of images.
+
+    Attributes:
+        images: path of each or, for images given as objects, their position as text.
+        features: (N, C) float32, a row for each image.
+    """
+
+    images: tuple[str, ...]
+    features: np.ndarray
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write an `.npz` file for `numpy.load`, atomically: `names` (N,) text and `features` (N, C) float32.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, names=np.array(self.images, dtype=np.str_), features=self.features)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ def evaluate(
     flip: bool = False,
     sliding: bool = False,
     images: str | None = None,
+    knn: bool = False,
+    linear_probe: bool = False,
     model: str | None = None,
     workers: int = 4,
     device: str = "auto",
@@ -42,6 +44,8 @@ def evaluate(
         flip: segmentation: average with the mirrored image
         sliding: segmentation: slide a window over the image instead of passing it whole
         images: detection: folder of the images, if not beside the JSON
+        knn: score the features: nearest neighbours among those of data/train
+        linear_probe: score the features: a linear classifier fitted to those of data/train
         model: network name, if the weights are a plain state dict
         workers: processes that read images; 0: none
         device: auto, cpu, cuda, cuda:1, mps
@@ -54,8 +58,10 @@ def evaluate(
     from sgformer.tasks.registry import task_of
 
     task = task_of(read_metadata(weights).get("task", "classify"), weights)
+    by_features = knn or linear_probe
     if data is None:
-        raise UserError(f"--data is missing: {task.data_help}")
+        layout = "the folder with train/CLASS/* and val/CLASS/*" if by_features else task.data_help
+        raise UserError(f"--data is missing: {layout}")
     options = given(
         split=split,
         batch_size=batch_size,
@@ -65,6 +71,8 @@ def evaluate(
         flip=flip,
         sliding=sliding,
         images=images,
+        knn=knn,
+        linear_probe=linear_probe,
     )
     path = Path(weights)
     folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")
@@ -87,5 +95,5 @@ def evaluate(
         print(result.table())
         print(result.counted(), end="")
         print(f", {len(result.skipped)} unreadable images left out" if result.skipped else "")
-        print(f"{task.written}: {folder}")
+        print(f"numbers: {folder / 'features.json'}" if by_features else f"{task.written}: {folder}")
     return 0

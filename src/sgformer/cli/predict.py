@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json, write_json
+from sgformer.core.names import dashed
 
 
 def predict(
@@ -18,6 +20,7 @@ def predict(
     score: float | None = None,
     json: str | None = None,
     out: str | None = None,
+    features: str | None = None,
     batch_size: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     multi_scale: bool = False,
@@ -35,7 +38,8 @@ def predict(
         score: detection: minimum score [0.5]
         json: write the results to this file (detection: COCO annotations); -: to stdout only
         out: folder for annotated images (segmentation: and label maps)
-        batch_size: classification: images per batch [32]
+        features: write the images' embeddings to this .npz file, instead of results
+        batch_size: classification, --features: images per batch [32]
         image_size: pixels; by default as trained
         multi_scale: segmentation: average over six sizes, .5 to 1.75
         flip: segmentation: average with the mirrored image
@@ -46,6 +50,12 @@ def predict(
     for name, value in (("--top", top), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be above 0, got {value}")
+    if features is not None:
+        others = given(top=top, score=score, json=json, out=out, multi_scale=multi_scale, flip=flip, sliding=sliding)
+        for name in others:
+            raise UserError(f"--features writes embeddings only; leave out --{dashed(name)}")
+        how = given(model=model, image_size=image_size, batch_size=batch_size)
+        return write_features(weights, images, Path(features), device=device, **how)
     from sgformer.tasks.api import predict_images
 
     options = given(
@@ -73,6 +83,20 @@ def predict(
         sys.stdout.write(to_json(task.to_json(kept, metadata)) + "\n")
     elif json:
         write_json(json, task.to_json(kept, metadata))
+    return 0
+
+
+def write_features(weights: str, images: list[str], path: Path, **options: Any) -> int:
+    """`sgformer predict --features`."""
+    if path.suffix != ".npz":
+        raise UserError(f"--features {path}: the file's name must end in .npz")
+    if not path.parent.is_dir():  # before the work
+        raise UserError(f"--features {path}: the folder {path.parent} does not exist")
+    from sgformer.tasks.api import embed
+
+    result = embed(weights, images, **options)
+    result.write(path)
+    print(f"{path}: names, and features {' x '.join(map(str, result.features.shape))}")
     return 0
 
 

@@ -279,6 +279,27 @@ def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn
         raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
 
 
+def build_pretrained(name: str) -> nn.Module:
+    """Build a network of timm's registry with its published weights, in evaluation mode; `.metadata` is as in
+    `build_network`.
+
+    timm downloads the weights once and keeps them in its cache.
+
+    Raises:
+        UserError: unknown name (suggests the nearest one), no published weights, or they cannot be downloaded.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"no such file, run or network of timm{nearest(name, timm.list_models())}")
+    try:
+        model: Any = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"timm has no pretrained weights for it here ({first_sentence(error)})") from None
+    model.metadata = {"model": name, **_preprocessing(name)}
+    return model.eval()
+
+
 def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> Any:
     """Build a backbone with heads from its stored architecture and load the weights; in evaluation mode.
 

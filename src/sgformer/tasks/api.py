@@ -1,4 +1,4 @@
-"""One entry point for every task: train, evaluate, predict, explain, export, load.
+"""One entry point for every task: train, evaluate, predict, embed, explain, export, load.
 
 run = sgformer.train("classify", data="photos", model="sgformer_t", epochs=50)
 result = sgformer.evaluate(run.path, data="photos")
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sgformer.explaining.base import Explainer, Picture
     from sgformer.exporting.export import Export
     from sgformer.models.load import Weights
-    from sgformer.results import Explanation
+    from sgformer.results import Embeddings, Explanation
     from sgformer.training.config import RunConfig
     from sgformer.training.run_folder import RunFolder
     from sgformer.training.task import Task
@@ -114,18 +114,29 @@ def _read(weights: Source, model: str | None) -> tuple[Weights, Task]:
     return stored, task_of(stored.task, weights)
 
 
-def evaluate(weights: Source, data: Source, *, model: str | None = None, **options: Any) -> Any:
+def evaluate(
+    weights: Source,
+    data: Source,
+    *,
+    model: str | None = None,
+    knn: bool = False,
+    linear_probe: bool = False,
+    **options: Any,
+) -> Any:
     """Evaluate trained weights on a split of a data set, counting every image once.
 
     Args:
         weights: see the module.
         data: the data set, in the layout of the training.
         model: the network's name, for a plain state dict.
+        knn, linear_probe: score simple classifiers of the features instead, for weights of any task on a data set of
+            classification; see `tasks.features.score_features`.
         options: `split`, `batch_size`, `image_size`, `workers`, `device`, `devices`, `precision`, `bad_images`, `out`
             (a folder for pictures), and the task's own: `crop_pct`; `multi_scale`, `flip`, `sliding`; `images`.
 
     Returns:
-        The task's evaluation, e.g. with `.top1`, `.miou` or `.box["AP"]`; `.write(folder)` writes its files.
+        The task's evaluation, e.g. with `.top1`, `.miou` or `.box["AP"]`, or `FeatureScores` with `.knn` and
+        `.linear_probe`; `.write(folder)` writes its files.
 
     Raises:
         UserError: weights or data are invalid, or do not match.
@@ -133,9 +144,34 @@ def evaluate(weights: Source, data: Source, *, model: str | None = None, **optio
     for package in ("lightning", "torchmetrics"):
         require(package, extra="train")
     stored, task = _read(weights, model)
+    if knn or linear_probe:
+        return _score_features(stored, data, knn, linear_probe, **options)
     task.require()
     refuse_foreign(options, task, "eval_options", weights)
     return task.evaluate(stored, data, **options)
+
+
+def _score_features(
+    weights: Weights,
+    data: Source,
+    knn: bool,
+    linear_probe: bool,
+    *,
+    out: Any = None,
+    devices: Any = "auto",
+    precision: str = "fp32",
+    **options: Any,
+) -> Any:
+    """`evaluate` by simple classifiers of the features; on one device, in fp32."""
+    from sgformer.tasks.features import score_features
+
+    asked = "--knn" if knn else "--linear-probe"
+    if devices not in ("auto", 1) or precision != "fp32":
+        raise UserError(f"{asked} runs on one device in fp32; leave out --devices and --precision")
+    for name in options:
+        if name not in ("split", "batch_size", "image_size", "crop_pct", "bad_images", "workers", "device"):
+            raise UserError(f"--{dashed(name)} does not go together with {asked}")
+    return score_features(weights, data, knn=knn, linear_probe=linear_probe, **options)
 
 
 def predict(
@@ -189,6 +225,44 @@ def predict_images(
     task.require()
     refuse_foreign(options, task, "predict_options", weights)
     return task, task.predict(stored, sources, **options), dict(stored.metadata), sources
+
+
+def embed(
+    weights: Source,
+    images: Any,
+    *,
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> Embeddings:
+    """The features that a network sees in images: the input of its classifier or, of detection and segmentation, the
+    mean of the backbone's last map.
+
+    Args:
+        weights: see the module; of any task.
+        images: one or several files, folders (searched for images, also nested) or PIL images.
+        model: the network's name, for a plain state dict.
+        image_size: pixels, or (height, width); by default as trained or, of detection and segmentation, 224.
+        batch_size: images per batch.
+        device: "auto", "cpu", "cuda" ...
+
+    Returns:
+        `.images`, the names, and `.features`, (N, C) float32; `.write(file)` writes both.
+
+    Raises:
+        UserError: weights or an image cannot be read, or an option is invalid.
+    """
+    if is_exported(weights):
+        raise UserError(f"{weights}: an exported file has no embeddings; take them from the weights it was made from")
+    from sgformer.data.image import list_images
+    from sgformer.tasks.features import embed
+
+    sources = list_images(images)
+    stored, task = _read(weights, model)
+    if stored.architecture is not None:
+        task.require()
+    return embed(stored, sources, image_size=image_size, batch_size=batch_size, device=device)
 
 
 def is_exported(weights: Source) -> bool:

@@ -168,6 +168,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
                 *(f"note: {note}" for note in splits.notes),
+                *module.notes,
                 *([f"chosen for {data}:", *chosen(given, config)] if data else []),
                 *([f"frozen: {module.frozen_share()}"] if config.freeze else []),
                 *([f"planned for {planned['minutes']:g} minutes: {planned['updates']} updates"] if planned else []),
@@ -199,6 +200,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 **({"Planned for": f"{planned['minutes']:g} minutes"} if planned else {}),
                 "Time": cb.clock(run_log.seconds),
                 "Throughput": f"{run_log.images_per_second:.0f} training images/s",
+                **module.facts(),
                 "Skipped images": len(skipped.lines),
                 "Best weights": "best.safetensors",
             }

@@ -127,7 +127,9 @@ def first_not_finite(task: Any, batch: Any, batch_idx: int) -> str:
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in task.model.named_modules()]
+    networks = {"": task.model, **task.frozen}
+    named = [pair for prefix, network in networks.items() for pair in network.named_modules(prefix=prefix)]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in named]
     try:
         with torch.no_grad():
             task.training_step(batch, batch_idx)

@@ -34,6 +34,9 @@ class TaskModule(L.LightningModule):
     Attributes:
         monitor: the logged metric that selects the best weights; higher is better.
         unsharded: the full copy, or None if `model` is not sharded.
+        frozen: networks by name that take part in the loss as they are: on the device, but not in the state_dict, not
+            switched to training mode, not sharded.
+        notes: lines for the beginning of the log.
     """
 
     model: Any
@@ -43,6 +46,8 @@ class TaskModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._eval_model: list[nn.Module] = []  # in a list: a submodule would enter the state_dict
+        self.frozen: dict[str, Any] = {}  # for the same reason a dict
+        self.notes: list[str] = []
 
     @property
     def warmup_updates(self) -> int:
@@ -83,6 +88,14 @@ class TaskModule(L.LightningModule):
         super().train(mode)
         keep_frozen(self.model)
         return self
+
+    def on_fit_start(self) -> None:
+        for network in self.frozen.values():
+            network.to(self.device)
+
+    def facts(self) -> dict[str, str]:
+        """Rows for the report, by name."""
+        return {}
 
     def mix(self, images: Any, targets: Any) -> tuple[Any, Any]:
         """Mix a batch for training; by default unchanged."""

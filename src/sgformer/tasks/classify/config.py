@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from sgformer.core.errors import UserError
+from sgformer.core.names import dashed
 from sgformer.training.config import AUTO, DataFacts, RunConfig, option
 
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ class ClassifyConfig(RunConfig):
     min_lr: float = option(1e-5, "Optimiser", "rate that the cosine ends at, scaled like --lr", auto=True)
     cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
 
+    teacher: str | None = option(
+        None, "Distillation", "network to learn from: a timm network's name, run, weights, or NAME=FILE of a state dict"
+    )
+    teacher_labels: Literal["soft", "hard"] = option(
+        "soft", "Distillation", "learn the teacher's probabilities (soft) or its most probable class (hard)"
+    )
+    teacher_weight: float = option(0.5, "Distillation", "the teacher's part of the loss; the labels have the rest")
+    teacher_temperature: float = option(2.0, "Distillation", "softens the probabilities of both networks")
+    teacher_classes: str | None = option(
+        None, "Distillation", "file for classes not found by name; lines: CLASS, a tab, the teacher's INDEX[,INDEX]"
+    )
+
     auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "Augmentation", "timm policy; null: none", auto=True)
     color_jitter: float = option(0.4, "Augmentation", "used if auto-augment is null", auto=True)
     interpolation: Literal["random", "bilinear", "bicubic"] = option(
@@ -74,6 +87,16 @@ class ClassifyConfig(RunConfig):
         for name in ("mixup", "cutmix", "color_jitter"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         self._check("balance", lambda v: v in ("none", "weights", "sampling"), "must be none, weights or sampling")
+        self._check("teacher_weight", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
+        self._check("teacher_temperature", lambda v: v > 0, "must be above 0")
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        changed = [f.name for f in fields(self) if f.name[:8] == "teacher_" and getattr(self, f.name) != f.default]
+        if self.teacher is None and changed:
+            raise UserError(f"--{dashed(changed[0])} is for runs with --teacher")
+        if self.teacher_labels == "hard" and "teacher_temperature" in changed:
+            raise UserError("--teacher-temperature is for --teacher-labels soft; hard labels have none")
 
     def choose(self, data: DataFacts) -> Self:
         """From weights, as many epochs as make 800 updates, at least 8; from scratch three times as many."""

@@ -14,14 +14,19 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
+from sgformer.core.errors import UserError
 from sgformer.data.identity import class_differences
+from sgformer.data.preparing import Normalization
 from sgformer.models.config import VARIANTS
 from sgformer.models.load import Weights, build_model, build_network
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.classify.metrics import Evaluation, balanced_accuracy
+from sgformer.tasks.classify.teacher import StepShare, Teacher, open_teacher
 from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
 from sgformer.training.task_module import ScheduledModule, readable
+
+log = logging.getLogger("sgformer")
 
 log = logging.getLogger("sgformer")
 
@@ -37,6 +42,8 @@ class ClassificationModule(ScheduledModule):
         steps_per_epoch: updates per epoch; by default taken from the trainer.
         class_names: one per class; by default the indices.
         class_counts: training images of each class, for `config.balance` "weights".
+        teacher: a network whose answers are learned beside the labels, see `config.teacher_weight`; neither trained nor
+            saved.
 
     Validation runs `eval_model` (the network itself unless a callback puts averaged weights there) and leaves
     `confusion`, (classes, classes) counts with true classes in rows, besides the logged `val_loss`, `top1`, `top5`,
@@ -52,6 +59,7 @@ class ClassificationModule(ScheduledModule):
         steps_per_epoch: int | None = None,
         class_names: Sequence[str] | None = None,
         class_counts: Sequence[int] | None = None,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
         self.model = model
@@ -67,6 +75,8 @@ class ClassificationModule(ScheduledModule):
         if self.config.balance == "weights" and class_counts is not None:
             weights = balanced_weights(class_counts)
         self.register_buffer("class_weights", weights, persistent=False)
+        self.frozen = {"teacher": teacher} if teacher else {}
+        self.teacher_time = StepShare()
 
         classes: dict[str, Any] = {"num_classes": self.num_classes, "average": "micro"}
         self.top1 = torchmetrics.classification.MulticlassAccuracy(top_k=1, **classes)
@@ -95,11 +105,61 @@ class ClassificationModule(ScheduledModule):
             images, soft = torch.cat([mixed, images[even:]]), torch.cat([mixed_targets, soft[even:]])
         return images, soft
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Any]:
         images, targets = self.mix(*readable(batch))
+        logits = self.model(images).float()
         # With probabilities as targets the mean is over images, not over weights: it does not depend on how the batch
         # is split.
-        return F.cross_entropy(self.model(images).float(), targets, weight=self.class_weights)
+        label_loss = F.cross_entropy(logits, targets, weight=self.class_weights)
+        if not self.frozen:
+            return label_loss
+        config, hard = self.config, self.config.teacher_labels == "hard"
+        temperature = 1.0 if hard else config.teacher_temperature
+        with self.teacher_time.part(self.device):
+            answers = self.frozen["teacher"](images, temperature)
+        best = answers.argmax(1)
+        if hard:
+            teacher_loss = F.cross_entropy(logits, best)
+        else:  # times the temperature squared, so that it does not change the size of the gradients
+            log_shares = (logits / temperature).log_softmax(1)
+            teacher_loss = temperature**2 * F.kl_div(log_shares, answers, reduction="batchmean")
+        return {
+            "loss": (1 - config.teacher_weight) * label_loss + config.teacher_weight * teacher_loss,
+            "parts": {
+                "label_loss": label_loss.detach(),
+                "teacher_loss": teacher_loss.detach(),
+                "teacher_top1": (best == targets.argmax(1)).float().mean(),  # at chance if the classes are mixed up
+            },
+        }
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.frozen:
+            self.teacher_time.start(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        before = self.teacher_time.steps
+        self.teacher_time.stop(self.device)
+        if before < 3 == self.teacher_time.steps and self.trainer.is_global_zero:
+            log.info(f"the teacher takes {self._teacher_share()}")
+
+    def _teacher_share(self) -> str:
+        share = self.teacher_time.share
+        return "an unknown part of a training step" if share is None else f"{100 * share:.0f} % of a training step"
+
+    def facts(self) -> dict[str, str]:
+        return {"Teacher": f"{self.config.teacher}, {self._teacher_share()}"} if self.frozen else {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.frozen:
+            checkpoint["teacher"] = self.frozen["teacher"].checksum
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.frozen and checkpoint.get("teacher") != self.frozen["teacher"].checksum:
+            raise UserError(
+                f"--teacher {self.config.teacher} has changed since this run began (its weights, or which classes of "
+                "the data it knows as which): bring the former one back, or start a new run"
+            )
 
     def on_validation_epoch_start(self) -> None:
         # Outside inference mode, so that `trainer.fit` can update the counts of `trainer.validate`.
@@ -176,10 +236,17 @@ def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> Cl
     """See `Task.module`."""
     classes = splits.metadata["classes"]
     model = new_classifier(config, len(classes), weights)
-    for line in classifier_notes(weights, classes) if weights else ():
-        log.info(f"note: {line}")
+    teacher, notes = None, []
+    if config.teacher:  # after the network, whose initial weights then do not depend on it
+        teacher, about = open_teacher(
+            config.teacher, config.teacher_classes, classes, Normalization.of(splits.metadata)
+        )
+        kind = "hard labels" if config.teacher_labels == "hard" else f"temperature {config.teacher_temperature:g}"
+        notes = [f"{about}; {config.teacher_weight:g} of the loss, {kind}"]
     counts = splits.train.listing.counts()
-    return ClassificationModule(model, config, int(splits.steps_per_pass), classes, class_counts=counts)
+    module = ClassificationModule(model, config, int(splits.steps_per_pass), classes, counts, teacher)
+    module.notes = [*(f"note: {line}" for line in (classifier_notes(weights, classes) if weights else ())), *notes]
+    return module
 
 
 def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:
