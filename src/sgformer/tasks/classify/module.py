@@ -28,8 +28,6 @@ from sgformer.training.task_module import ScheduledModule, readable
 
 log = logging.getLogger("sgformer")
 
-log = logging.getLogger("sgformer")
-
 
 class ClassificationModule(ScheduledModule):
     """Trains `model` on batches that begin with (images, targets).
