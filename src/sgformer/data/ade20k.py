@@ -23,6 +23,7 @@ from sgformer.core.progress import track
 from sgformer.data.dense_transforms import DenseTransform
 from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
 from sgformer.data.imagefolder import EpochSampler, bad_image, seeded
+from sgformer.data.layouts import hint
 
 LAYOUT = (
     "expected {root}/images/{{training,validation}}/NAME.jpg and {root}/annotations/{{training,validation}}/NAME.png"
@@ -117,16 +118,16 @@ def scan(
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; {LAYOUT.format(root=root)}")
+        raise UserError(f"{root}: no such folder; {_expected(root)}")
     files = {}
     for kind, extensions in (("images", IMAGE_EXTENSIONS), ("annotations", {".png"})):
         folder = root / kind / split
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {LAYOUT.format(root=root)}")
+            raise UserError(f"{folder}: no such folder; {_expected(root)}")
         files[kind] = _by_stem(folder, extensions)
     images, labels = files["images"], files["annotations"]
     if not images and not labels:
-        raise UserError(f"{root / 'images' / split}: no images in it; {LAYOUT.format(root=root)}")
+        raise UserError(f"{root / 'images' / split}: no images in it; {_expected(root)}")
     for one, other, what in ((images, labels, "label map"), (labels, images, "image")):
         if unpaired := [str(one[stem]) for stem in one if stem not in other]:
             more = f" and {len(unpaired) - 5} more" if len(unpaired) > 5 else ""
@@ -136,6 +137,11 @@ def scan(
     if classes is None or isinstance(classes, int):
         classes = _class_names(root, paths, classes, reduce_zero_label)
     return LabelledFolder(root, split, tuple(classes), tuple(images[s] for s in order), paths, reduce_zero_label)
+
+
+def _expected(root: Path) -> str:
+    says = hint(root, "ade20k")
+    return LAYOUT.format(root=root) + (f"; {says}" if says else "")
 
 
 def _by_stem(folder: Path, extensions: frozenset[str] | set[str]) -> dict[str, Path]:

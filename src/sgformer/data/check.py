@@ -131,7 +131,7 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
         raise UserError(f"workers must be 0 or more, got {workers}")
     report = CheckReport(os.fspath(root), decode)
     found = find_format("classes", root)
-    with naming_formats("classes", unless=found is not None):
+    with naming_formats("classes", root, found is not None):
         listings = LISTERS.get(found.name if found else "image-folder", _list_any)(report, root)
 
     digests: dict[str, dict[bytes, int]] = {}

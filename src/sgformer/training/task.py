@@ -53,6 +53,7 @@ class Splits:
         metadata: stored with the weights: `task`, `model`, `classes`, and the settings that evaluation needs.
         about: a one-line description for the log and the report.
         size: the image size, for the log.
+        split: what `split.json` holds, where --val-split divided the data.
     """
 
     train: Any
@@ -66,6 +67,7 @@ class Splits:
     metadata: Mapping[str, Any]
     about: str
     size: str
+    split: Mapping[str, Any] | None = None
 
 
 class Task:

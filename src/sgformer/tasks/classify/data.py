@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from sgformer.core.errors import UserError
+from sgformer.data import splitting
 from sgformer.data.formats import open_both
 from sgformer.data.imagefolder import EpochSampler, ImageFolderDataset, collate
 from sgformer.data.preparing import Normalization, denormalize, eval_transform
@@ -26,7 +27,8 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
     normalization = Normalization.of(weights.metadata if weights else {})
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
-    train, val = open_both(config.data)
+    dividing = splitting.ValSplit(config.val_split, config.split_seed) if config.val_split else None
+    train, val = splitting.open_classes(config.data, dividing) if dividing else open_both(config.data)
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
@@ -54,9 +56,11 @@ def open_data(config: ClassifyConfig, weights: Weights | None, batch: int, rank:
             "image_size": config.to_dict()["image_size"],
             "crop_pct": config.crop_pct,
             **normalization.to_metadata(),
+            **({"val_split": config.val_split} if config.val_split else {}),
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
+        split=splitting.to_json(config.val_split, config.split_seed, val) if config.val_split else None,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sgformer.core.errors import UserError
+from sgformer.data import splitting
 from sgformer.data.ade20k import LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
 from sgformer.data.dense_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
@@ -26,8 +27,12 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
         raise UserError("--data is missing: the folder with images/training and annotations/training")
     if config.head == "upernet" and batch == 1:
         raise UserError("upernet's batch norm needs two images at a time: raise --batch-size, or --accumulate less")
-    train = scan(config.data, "training", config.classes, config.reduce_zero_label)
-    val = scan(config.data, "validation", train.classes, config.reduce_zero_label)
+    if config.val_split:
+        dividing = splitting.ValSplit(config.val_split, config.split_seed)
+        train, val = splitting.open_label_maps(config.data, dividing, config.classes, config.reduce_zero_label)
+    else:
+        train = scan(config.data, "training", config.classes, config.reduce_zero_label)
+        val = scan(config.data, "validation", train.classes, config.reduce_zero_label)
     steps_per_pass = len(train) / config.batch_size
     total = config.total_steps(steps_per_pass)
     augmentation = train_transform(
@@ -58,9 +63,11 @@ def open_data(config: SegmentConfig, weights: Weights | None, batch: int, rank: 
             "short_side": config.short,
             "reduce_zero_label": config.reduce_zero_label,
             **normalization.to_metadata(),
+            **({"val_split": config.val_split} if config.val_split else {}),
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
+        split=splitting.to_json(config.val_split, config.split_seed, val) if config.val_split else None,
     )
 
 
