@@ -6,19 +6,19 @@ from typing import Literal
 
 
 def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
-    """Check an image folder before training on it: classes, sizes, image formats and every unreadable file.
+    """Check a data set before training on it: classes, sizes, image formats and every unreadable file.
 
     Args:
-        dir: data set with train/CLASS/* and val/CLASS/*, or folder or URL of shards.
+        dir: image folder, COCO folder or JSON, label maps, shards, or files that `data from` converts.
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
 
     Returns:
         0 if the report lists no problem, 1 otherwise.
     """
-    from sgformer.data.check import check_imagefolder
+    from sgformer.data.checks import check_data
 
-    report = check_imagefolder(dir, workers=workers)
+    report = check_data(dir, workers=workers)
     print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
 

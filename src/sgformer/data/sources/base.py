@@ -27,6 +27,8 @@ SPLIT_WORDS = {
 #: Annotation files beyond this size are refused before parsing; COCO's own are read elsewhere.
 MAX_TEXT = 2**30
 MAX_XML = 2**25
+#: What is left out with `--bad-images skip`, and is an error without.
+UNREADABLE, ABSENT = LOST = ("images that cannot be read, left out", "images that are not there, left out")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,6 @@ class Reading:
         self.folder = root if root.is_dir() else root.parent
         self.table = Path(table) if table else None
         self.notes: Counter[str] = Counter()
-        self.unreadable: list[str] = []
         if images is not None and not Path(images).is_dir():
             raise UserError(f"{images}: no such folder of images")
         self.places = [Path(images)] if images is not None else [self.folder]
@@ -166,8 +167,7 @@ class Reading:
             header = probe_image(path)
         except UserError as error:
             if self.skip and not isinstance(error, StalledError):
-                self.unreadable.append(str(path))
-                self.notes["images that cannot be read, left out"] += 1
+                self.notes[UNREADABLE] += 1
                 return None
             raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from None
         return header.width, header.height
@@ -182,7 +182,7 @@ class Reading:
         if not names:
             return
         if self.skip:
-            self.notes["images that are not there, left out"] += len(names)
+            self.notes[ABSENT] += len(names)
             return
         raise UserError(
             f"{source}: {len(names)} images are not below {', '.join(map(str, self.places))}: {some(list(names), 4)}; "
