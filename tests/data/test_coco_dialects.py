@@ -11,6 +11,7 @@ from sgformer.core.errors import UserError
 from sgformer.data import coco
 from sgformer.data import coco_dialects as dialects
 from sgformer.data.coco import CocoDataset, decode_mask, find_coco, ground_truth, read_coco
+from sgformer.results import Detections, as_coco, coco_result
 
 pytest.importorskip("pycocotools")
 
@@ -291,3 +292,32 @@ def test_boxes_as_corners_or_fractions_are_refused_not_clipped(tmp_path):
 def test_large_boxes_at_the_corner_are_boxes(tmp_path, boxes):
     data = content([{"image_id": 10, "category_id": 3, "bbox": box} for box in boxes])
     assert len(read(tmp_path, data).objects_of(0)) == len(boxes)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("place", [".", "results"])
+def test_predictions_are_annotations_again(tmp_path, monkeypatch, absolute, place):
+    monkeypatch.chdir(tmp_path)
+    detections = []
+    for i, name in enumerate(("photos/a/0.png", "photos/b/0.png", "photos/b/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (i, 0, 0)).save(tmp_path / name)
+        mask = np.zeros((48, 64), np.uint8)
+        mask[4:16, 8:24] = 1
+        results = [coco_result(name, 7, [8, 4, 24, 16], 0.75, mask)] * (i < 2)
+        detections.append(Detections(str(tmp_path / name) if absolute else name, results, (48, 64)))
+    (tmp_path / place).mkdir(exist_ok=True)
+    Image.new("RGB", (64, 48)).save(tmp_path / place / "0.png")  # of the same name, and not meant
+    file = tmp_path / place / "seen.json"
+    file.write_text(json.dumps(as_coco(detections, [3, 7], ["cat", "dog"])))
+    listing = read_coco(*find_coco(file, "train"))
+    found = [listing.path(i).resolve().relative_to(tmp_path).as_posix() for i in range(3)]
+    assert found == ["photos/a/0.png", "photos/b/0.png", "photos/b/1.png"]
+    assert listing.classes == ("cat", "dog") and listing.has_masks
+    assert [listing.objects_of(i) and listing.objects_of(i)[0][:2] for i in range(3)] == [(1, [8, 4, 24, 16])] * 2 + [
+        []
+    ]
+    assert np.array_equal(CocoDataset(listing).target(0)["masks"][0].numpy(), mask)
+    monkeypatch.chdir("/")
+    named = read_coco(*find_coco(file, "train", tmp_path / "photos"))
+    assert [named.path(i).relative_to(tmp_path).as_posix() for i in range(3)] == found

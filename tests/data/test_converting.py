@@ -13,6 +13,7 @@ from sgformer.core.errors import UserError
 from sgformer.data import ade20k, sources
 from sgformer.data.coco import decode_mask, find_coco, read_coco
 from sgformer.data.converting import convert
+from sgformer.data.formats import open_both
 from sgformer.data.imagefolder import scan
 
 pytest.importorskip("pycocotools")
@@ -365,6 +366,20 @@ def test_open_images(tmp_path):
     assert found.classes == ("Cat", "Dog") and sorted(found.notes.values()) == [2, 2]
     convert(root, tmp_path / "labels", "imagenet")
     assert files(tmp_path / "labels") == ["train/Cat/train01.jpg", "val/Cat/validation01.jpg"]
+
+
+def test_a_classifiers_predictions(tmp_path):
+    for folder in "ab":
+        image(tmp_path / f"in/{folder}/0.png", seed=ord(folder))
+    labels = {"a": [{"class": "cat", "probability": 0.9}, {"class": "dog", "probability": 0.1}]}
+    labels["b"] = labels["a"][::-1]
+    told = [{"image": f"/elsewhere/in/{folder}/0.png", "labels": labels[folder]} for folder in "ab"]
+    file = text(tmp_path / "in/told.json", json.dumps(told, indent=2))
+    convert(file, tmp_path / "out", "imagenet")
+    got = {path.parent.name: path.read_bytes() for path in (tmp_path / "out/train").rglob("*.png")}
+    assert got == {n: (tmp_path / f"in/{f}/0.png").read_bytes() for n, f in (("cat", "a"), ("dog", "b"))}
+    with pytest.raises(UserError, match=f"classifier's predictions: `sgformer data from {file} OUT --layout imagenet`"):
+        open_both(file)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -384,6 +384,7 @@ def tool_files() -> dict[str, tuple[str, str, dict[str, bytes]]]:
     table = b"ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf\na,x,/m/01,1,0.1,0.5,0.2,0.4,0\n"
     labels = b"0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.5 0.1 0.5 0.5\n"
     yolo = {"images/train/a.png": picture, "labels/train/a.txt": labels, "data.yaml": yaml}
+    told = [{"image": "x/a.png", "labels": [{"class": "cat", "probability": 0.9}]}]
     colours = b"name,r,g,b\nground,0,0,0\ncat,128,0,0\n"
     grey = encoded(Image.fromarray(np.zeros((24, 31), np.uint8)).convert("RGB"), "PNG")
     painted = {"images/a.png": picture, "masks/a.png": grey, "class_dict.csv": colours}
@@ -394,6 +395,7 @@ def tool_files() -> dict[str, tuple[str, str, dict[str, bytes]]]:
         "labelme": ("coco", "a.json", {"a.png": picture, "a.json": json.dumps(labelme).encode()}),
         "csv": ("imagenet", "train.csv", {"a.png": picture, "train.csv": b"file,label\na.png,cat\n"}),
         "openimages": ("coco", "train-annotations-bbox.csv", {"a.png": picture, "train-annotations-bbox.csv": table}),
+        "predictions": ("imagenet", "told.json", {"a.png": picture, "told.json": json.dumps(told).encode()}),
         "colours table": ("ade20k", "class_dict.csv", painted),
         "colours mask": ("ade20k", "masks/a.png", painted),
     }
@@ -426,11 +428,12 @@ def try_tool_file(name: str, data: bytes, folder: Path) -> str:
         (root / path).write_bytes(content)
 
     def read() -> None:
-        convert(root, out, layout, name.partition(" ")[0])
+        single = name == "predictions"  # of one file; the others are folders
+        convert(root / file if single else root, out, layout, name.partition(" ")[0])
         images = [path for path in out.rglob("*.png") if "annotations" not in path.parts]
         assert images and all(path.read_bytes() == whole[next(iter(whole))] for path in images), "other images"
-        for file in out.glob("annotations/*.json"):
-            CocoDataset(read_coco(*find_coco(file, "train")))[0]
+        for written in out.glob("annotations/*.json"):
+            CocoDataset(read_coco(*find_coco(written, "train")))[0]
 
     try:
         outcome = refused(str(folder), read)

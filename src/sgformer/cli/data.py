@@ -9,7 +9,7 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
     """Check a data set before training on it: classes, sizes, image formats and every unreadable file.
 
     Args:
-        dir: image folder, COCO folder or JSON, label maps, shards, or files that `data from` converts.
+        dir: image folder, COCO, label maps, shards, or what `data from` converts
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
 
@@ -40,7 +40,7 @@ def data_from(
         source: file or folder.
         out: folder to create.
         layout: coco (detection), ade20k (segmentation) or imagenet (classification).
-        format: coco, voc, yolo, labelme, colours, csv or openimages; default: what it looks like.
+        format: coco, voc, yolo, labelme, colours, csv, openimages or predictions; default: what it looks like.
         images: folder of the images, if they are not below SOURCE.
         table: file of class names or colours, if it is not below SOURCE.
         bad_images: on a missing or unreadable image: stop, or skip and count.

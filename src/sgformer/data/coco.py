@@ -217,7 +217,8 @@ def image_folders(
     roots = [data] if data.is_dir() else [file.parent, file.parent.parent]
     places = [root / prefix / name for root in roots for name in names for prefix in ("", "images")]
     places += [root / name for root in roots for name in ("images", "data", "JPEGImages", "")]
-    return [place for place in dict.fromkeys([*places, file.parent]) if place.is_dir()]
+    # Predictions name their images as seen from where they were made.
+    return [place for place in dict.fromkeys([*places, file.parent, Path(".")]) if place.is_dir()]
 
 
 def read_coco(
@@ -621,7 +622,7 @@ def _find_files(folders: list[Path], entries: Content, file: Path, notes: Counte
     written = [e["file_name"] for e in entries.images if isinstance(e, dict) and isinstance(e.get("file_name"), str)]
     written = list(dict.fromkeys(written))
     as_written = next((f for name in written for f in folders if _is_below(f, name)), None)  # the first may be missing
-    folder = as_written or next((f for name in written[:100] for f in folders if _tail(f, name)), folders[0])
+    folder = as_written or _closest(folders, written[:100])
     paths: dict[str, str] = {}
     taken: dict[str, str] = {}
     for name in written:
@@ -634,6 +635,15 @@ def _find_files(folders: list[Path], entries: Content, file: Path, notes: Counte
         paths[name] = _safe(name if inner is None else inner, file)
         taken[paths[name]] = name
     return folder, paths
+
+
+def _closest(folders: list[Path], names: list[str]) -> Path:
+    """The folder that has the longest end of the first name that is in any."""
+    for name in names:
+        lengths = [len(tail.split("/")) if (tail := _tail(folder, name)) else 0 for folder in folders]
+        if any(lengths):
+            return folders[lengths.index(max(lengths))]
+    return folders[0]
 
 
 def _is_below(folder: Path, name: str) -> bool:
@@ -686,7 +696,10 @@ def _safe(name: str, file: Path) -> str:
     """Check that a path stays below the image folder: an annotation file must not make us read other files."""
     inner = _inside(name)
     if inner is None:
-        raise UserError(f"{file}: file_name {_short(name)} leaves the image folder: rejected")
+        raise UserError(
+            f"{file}: file_name {_short(name)} leaves the image folder: rejected; name the folder of the images "
+            "with --images"
+        )
     if max(len(part.encode("utf-8", "replace")) for part in inner.split("/")) > 255:  # the limit of common file systems
         raise UserError(f"{file}: file_name {_short(name)} is too long")
     return inner

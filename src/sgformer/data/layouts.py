@@ -13,6 +13,7 @@ from sgformer.data.sources.base import walk
 #: Format of other tools -> layouts that it usually has enough for, the likeliest first.
 CONVERTS = {
     "coco": ("ade20k",),
+    "predictions": ("imagenet",),
     "voc": ("coco",),
     "yolo": ("coco", "ade20k"),
     "labelme": ("coco", "ade20k", "imagenet"),

@@ -22,6 +22,7 @@ from sgformer.data.sources.base import Found, Reading
 #: Format -> what it is called, in the order in which they are tried: the surest signs first.
 FORMATS = {
     "coco": "COCO annotations",
+    "predictions": "a classifier's predictions",
     "openimages": "Open Images CSV",
     "voc": "PASCAL VOC XML",
     "labelme": "labelme JSON",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -263,6 +265,14 @@ def read_json(path: Path) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: malformed JSON ({first_line(error)})") from None
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
+    """The rows of a table. Raises UserError: it is none; names the file."""
+    try:
+        return list(csv.reader(io.StringIO(read_text(path)), delimiter=delimiter))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV table ({first_line(error)})") from None
 
 
 def read_lines(path: Path) -> list[str]:

@@ -7,9 +7,7 @@ value and a class (`_classes.csv`), JSON {name: [r, g, b]}, or lines `name r g b
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import read_label_map
 from sgformer.data.image import opened
-from sgformer.data.sources.base import Found, Picture, Reading, read_json, read_text, split_named
+from sgformer.data.sources.base import Found, Picture, Reading, read_csv, read_json, read_text, split_named
 
 TABLES = ("labelmap.txt", "class_dict.csv", "class_dict_seg.csv", "_classes.csv", "colors.txt", "colours.txt",
           "colors.json", "colours.json", "colors.csv", "colours.csv", "label_colors.txt")  # fmt: skip
@@ -141,7 +139,7 @@ def _of_line(line: str) -> tuple[str, list[str]]:
 
 
 def _of_csv(path: Path) -> list[tuple[str, list[str]]]:
-    rows = [row for row in csv.reader(io.StringIO(read_text(path))) if any(cell.strip() for cell in row)]
+    rows = [row for row in read_csv(path) if any(cell.strip() for cell in row)]
     names = [cell.strip().lower() for cell in rows[0]] if rows else []
     if "pixel value" in names and "class" in names:
         value, name = names.index("pixel value"), names.index("class")

@@ -17,7 +17,7 @@ from sgformer.data.sources.base import (
     first_files,
     head,
     number,
-    read_text,
+    read_csv,
     split_named,
 )
 
@@ -58,7 +58,7 @@ def read(reading: Reading) -> Found:
     labels: dict[str, None] = {}
     missing: list[str] = []
     for path in tables:
-        rows = _rows(read_text(path))
+        rows = read_csv(path, _delimiter(head(path)))
         columns = _columns(rows[:1])
         first = 1 if columns is None else 2
         columns = columns or _two_columns(rows)
@@ -105,11 +105,14 @@ def read(reading: Reading) -> Found:
     return Found(list(by_image.values()), tuple(sorted(labels)))
 
 
+def _delimiter(text: str) -> str:
+    return max(",;\t", key=text.split("\n", 1)[0].count)
+
+
 def _rows(text: str) -> list[list[str]]:
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    """Of the beginning of a table; empty if it is none."""
     try:
-        return list(csv.reader(io.StringIO(text), delimiter=delimiter))
+        return list(csv.reader(io.StringIO(text), delimiter=_delimiter(text)))
     except csv.Error:
         return []
 

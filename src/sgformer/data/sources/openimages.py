@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from pathlib import Path
 
 from sgformer.core.errors import UserError
-from sgformer.data.sources.base import Found, Picture, Reading, Thing, first_files, head, number, read_text, walk
+from sgformer.data.sources.base import Found, Picture, Reading, Thing, first_files, head, number, read_csv, walk
 
 NOT_HERE = "annotations of images that are not here, left out"
 ABSENT = "labels that say that a class is absent, left out"
@@ -48,7 +46,9 @@ def read(reading: Reading) -> Found:
     here: dict[str, Path | None] = {}
     for path in chosen:
         split = next((s for word in re.split(r"[-_.]", path.stem.lower()) if (s := _split(word))), "")
-        for row, line in enumerate(csv.DictReader(io.StringIO(read_text(path))), 2):
+        rows = read_csv(path)
+        for row, cells in enumerate(rows[1:], 2):
+            line = dict(zip(tables[path], cells, strict=False))
             where = f"{path}, line {row}"
             key = line.get("ImageID") or ""
             if key not in here:
@@ -100,5 +100,5 @@ def _class_names(reading: Reading) -> dict[str, str]:
     """/m/0abc -> name, of class-descriptions*.csv beside the tables."""
     files = [reading.table] if reading.table else list(walk(reading.folder, (".csv",)))
     files = [path for path in files if reading.table or "class-descriptions" in path.name.lower()]
-    rows = [row for path in files for row in csv.reader(io.StringIO(read_text(path))) if len(row) == 2]
+    rows = [row for path in files for row in read_csv(path) if len(row) == 2]
     return {key.strip(): name.strip() for key, name in rows if key.startswith("/")}
