@@ -86,6 +86,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
         coco.CROWD: 1,
         coco.NO_MASK: 1,
         coco.ORPHANS: 1,
+        f"{coco.UNUSED} (dog)": 1,
     }
     assert [box for _, box, _ in listing.objects_of(0)] == [[8, 4, 24, 16], [0, 40, 10, 48]]
     assert listing.objects_of(1) == []
@@ -107,9 +108,21 @@ def test_data_without_masks_is_boxes_only(tmp_path):
     listing = read_coco(file, tmp_path / "train")
     assert not listing.has_masks and listing.notes[coco.MASKLESS] == 1
     assert "masks" not in CocoDataset(listing).target(0)
-    with pytest.raises(UserError, match=r"annotation 2: has no mask.*--masks false"):
-        read_coco(file, tmp_path / "train", masks=True)
     assert not read_coco(write_coco(tmp_path, content(some[:1])), tmp_path / "train", masks=False).has_masks
+    bare = write_coco(tmp_path, content([thing(20, 3, BOX, segmentation=[])]))
+    with pytest.raises(UserError, match=r"annotation 1: has no mask, nor has any other.*--masks false"):
+        read_coco(bare, tmp_path / "train", masks=True)
+
+
+def test_a_rectangle_among_polygons_keeps_the_masks_and_its_box_is_its_mask(tmp_path):
+    some = [thing(10, 3, BOX), thing(20, 7, BOX), thing(20, 3, [50, 40, 30, 5], segmentation=[])]
+    listing = read(tmp_path, some)
+    assert listing.has_masks and listing.notes[coco.BOXES_AS_MASKS] == 1
+    mask = CocoDataset(listing).target(1)["masks"][1].numpy()
+    expected = np.zeros((48, 64), np.uint8)
+    expected[40:45, 50:] = 1  # clipped to the image
+    assert np.array_equal(mask, expected)
+    assert np.array_equal(decode_mask(ground_truth(listing)["annotations"][2]["segmentation"], 48, 64), expected)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +133,12 @@ def test_data_without_masks_is_boxes_only(tmp_path):
         ({"categories": [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}]}, "same id: 3"),
         ({"categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "cat"}]}, "same name: cat"),
         ({"categories": [{"id": 3}]}, "category 0 needs id and name"),
-        ({"images": [{"id": 1, "file_name": "a.png", "width": 4, "height": 0}]}, "must be integers, got 4 x 0"),
-        ({"images": [{"id": 1, "file_name": "a.png", "width": 4, "height": 4}] * 2}, "two images have the id 1"),
+        ({"images": [{"id": 1, "file_name": "a.png", "width": 4, "height": [0]}]}, r"must be integers, got 4 x \[0\]"),
+        ({"images": [{"id": 1, "file_name": "a.png", "width": 4, "height": 0}]}, "image 0 has no width and height"),
+        (
+            {"images": [{"id": 1, "file_name": name, "width": 4, "height": 4} for name in ("a.png", "b.png")]},
+            "two images have the id 1",
+        ),
         ({"images": [{"id": 1}]}, "image 0 needs id and file_name"),
         ({"annotations": [5]}, "annotation number 0: needs image_id"),
         ({"annotations": [{"id": 5, **thing(10, 99, BOX)}]}, "annotation 5: category_id 99 is not among"),
@@ -195,7 +212,8 @@ def test_junk_is_a_short_line(tmp_path, field, junk):
     except UserError as error:
         assert str(file) in str(error) and "\n" not in str(error) and len(str(error)) < 400
     else:
-        assert field in ("segmentation", "image_id")  # none at all, or of an image that is not listed
+        # none at all, of an image that is not listed, or read from the image or the mask instead
+        assert field in ("segmentation", "image_id") or (field in ("width", "bbox") and junk is None)
 
 
 def test_missing_images_are_named(tmp_path):

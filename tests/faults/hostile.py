@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import functools
 import io
 import json
 import random
+import re
 import shutil
 import struct
 import sys
@@ -33,7 +35,8 @@ import sgformer
 from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import read_label_map
-from sgformer.data.coco import CocoDataset, ground_truth, read_coco
+from sgformer.data.coco import CocoDataset, find_coco, ground_truth, read_coco
+from sgformer.data.converting import convert
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.sharding import index_shards, make_shards
 from sgformer.data.shards import INDEX, Index
@@ -358,6 +361,87 @@ def try_annotations(name: str, data: bytes, folder: Path) -> str:
         return refused(name, read)
     finally:
         path.unlink()
+
+
+# -- files of other tools ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def tool_files() -> dict[str, tuple[str, str, dict[str, bytes]]]:
+    """Format -> the layout it is written as, the file to damage, and the whole data set by path."""
+    picture, palette = seeds()["RGB.png"], seeds()["P.png"]
+    voc = """<?xml version="1.0"?><annotation><filename>a.png</filename><object><name>cat</name><difficult>0</difficult>
+        <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>20</xmax><ymax>15</ymax></bndbox></object></annotation>"""
+    polygon = {"label": "cat", "points": [[1, 1], [9, 1], [9, 9]], "shape_type": "polygon", "group_id": 1}
+    mask = {
+        "label": "cat",
+        "points": [[1, 1], [9, 9]],
+        "shape_type": "mask",
+        "mask": base64.b64encode(palette).decode(),
+    }
+    labelme = {"version": "5", "flags": {}, "shapes": [polygon, mask], "imagePath": "a.png", "imageData": None}
+    yaml = b"path: .\ntrain: images/train\nval: images/train\nnames: {0: cat, 1: dog}\nnc: 2\n"
+    table = b"ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf\na,x,/m/01,1,0.1,0.5,0.2,0.4,0\n"
+    labels = b"0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.5 0.1 0.5 0.5\n"
+    yolo = {"images/train/a.png": picture, "labels/train/a.txt": labels, "data.yaml": yaml}
+    told = [{"image": "x/a.png", "labels": [{"class": "cat", "probability": 0.9}]}]
+    colours = b"name,r,g,b\nground,0,0,0\ncat,128,0,0\n"
+    grey = encoded(Image.fromarray(np.zeros((24, 31), np.uint8)).convert("RGB"), "PNG")
+    painted = {"images/a.png": picture, "masks/a.png": grey, "class_dict.csv": colours}
+    return {
+        "voc": ("coco", "a.xml", {"a.png": picture, "a.xml": voc.encode()}),
+        "yolo labels": ("coco", "labels/train/a.txt", yolo),
+        "yolo settings": ("coco", "data.yaml", yolo),
+        "labelme": ("coco", "a.json", {"a.png": picture, "a.json": json.dumps(labelme).encode()}),
+        "csv": ("imagenet", "train.csv", {"a.png": picture, "train.csv": b"file,label\na.png,cat\n"}),
+        "openimages": ("coco", "train-annotations-bbox.csv", {"a.png": picture, "train-annotations-bbox.csv": table}),
+        "predictions": ("imagenet", "told.json", {"a.png": picture, "told.json": json.dumps(told).encode()}),
+        "colours table": ("ade20k", "class_dict.csv", painted),
+        "colours mask": ("ade20k", "masks/a.png", painted),
+    }
+
+
+def mutated_tool_files(seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """(format, damaged file) of each format in turn."""
+    rng = random.Random(seed)
+    while True:
+        for name, (_, file, whole) in tool_files().items():
+            if file.endswith(".json") and rng.random() < 0.6:
+                content = json.loads(whole[file])
+                for _ in range(rng.choice((1, 1, 2))):
+                    spoil(content, rng)
+                yield name, json.dumps(content).encode()
+            elif rng.random() < 0.4:  # a word for a word
+                words = re.split(rb"([\s,:<>]+)", whole[file])
+                words[rng.randrange(len(words))] = str(rng.choice(JUNK)).encode("utf-8", "replace")[:300]
+                yield name, b"".join(words)
+            else:
+                yield name, mutate(whole[file], rng)
+
+
+def try_tool_file(name: str, data: bytes, folder: Path) -> str:
+    """Converted into a data set that opens, of images of the source alone, or refused without a trace."""
+    layout, file, whole = tool_files()[name]
+    root, out = Path(tempfile.mkdtemp(dir=folder)), folder / "converted"
+    for path, content in {**whole, file: data}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+
+    def read() -> None:
+        single = name == "predictions"  # of one file; the others are folders
+        convert(root / file if single else root, out, layout, name.partition(" ")[0])
+        images = [path for path in out.rglob("*.png") if "annotations" not in path.parts]
+        assert images and all(path.read_bytes() == whole[next(iter(whole))] for path in images), "other images"
+        for written in out.glob("annotations/*.json"):
+            CocoDataset(read_coco(*find_coco(written, "train")))[0]
+
+    try:
+        outcome = refused(str(folder), read)
+        assert outcome == "accepted" or not out.exists(), f"{name}: half written"
+        return outcome
+    finally:
+        shutil.rmtree(root)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def mutated_label_maps(seed: int = 0) -> Inputs:

@@ -48,6 +48,15 @@ def test_annotations(tmp_path):
     assert set(outcomes) == {"accepted", "refused"}
 
 
+def test_files_of_other_tools(tmp_path):
+    for name, (_, file, whole) in hostile.tool_files().items():
+        assert hostile.try_tool_file(name, whole[file], tmp_path) == "accepted", name
+    outcomes = {}
+    for name, data in islice(hostile.mutated_tool_files(1), 480):
+        outcomes.setdefault(name, set()).add(hostile.try_tool_file(name, data, tmp_path))
+    assert outcomes == {name: {"accepted", "refused"} for name in hostile.tool_files()}
+
+
 def test_label_maps(tmp_path):
     outcomes = {hostile.try_label_map(*one, tmp_path) for one in islice(hostile.mutated_label_maps(1), 400)}
     assert outcomes == {"accepted", "refused"}

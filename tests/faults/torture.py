@@ -140,6 +140,10 @@ def annotations(given: Any, folder: Path) -> str:
     return hostile.try_annotations(*given, folder)
 
 
+def a_tool_file(given: Any, folder: Path) -> str:
+    return hostile.try_tool_file(*given, folder)
+
+
 def a_label_map(given: Any, folder: Path) -> str:
     return hostile.try_label_map(*given, folder)
 
@@ -250,12 +254,13 @@ PARTS = {
     "largest": ("images just below the bound", largest_images, an_image, 4096),
     "weights": ("weights files, ours and released ones", hostile.mutated_weights, weights, MEMORY),
     "annotations": ("COCO files", hostile.mutated_annotations, annotations, MEMORY),
+    "sources": ("files of other tools", hostile.mutated_tool_files, a_tool_file, MEMORY),
     "labels": ("label maps", hostile.mutated_label_maps, a_label_map, MEMORY),
     "shards": ("tar shards and their indexes", hostile.mutated_shards, shards, MEMORY),
     "commands": ("command lines", hostile.mutated_commands, a_command, MEMORY),
     "recipes": ("recipes", hostile.mutated_recipes, a_recipe, MEMORY),
 }
-SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "labels": 10_000,
+SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "sources": 2000, "labels": 10_000,
          "shards": 4000, "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": ("sgformer.cli.bench", "bench", "compare the time and memory of networks"),
     "convert": ("sgformer.cli.convert", "convert", "convert released .pth weights to .safetensors"),
     "data check": ("sgformer.cli.data", "data_check", "check a data set before training on it"),
+    "data from": ("sgformer.cli.data", "data_from", "write a data set of another tool in a layout that training reads"),
     "data shards": ("sgformer.cli.data", "data_shards", "pack an image folder into tar shards"),
     "data index": ("sgformer.cli.data", "data_index", "index tar shards made elsewhere"),
     "data scenes": ("sgformer.cli.data", "data_scenes", "compose a data set of digits on photographs, offline"),

@@ -1,4 +1,4 @@
-"""`sgformer data check`, `shards`, `index` and `scenes`."""
+"""`sgformer data check`, `from`, `shards`, `index` and `scenes`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,61 @@ from typing import Literal
 
 
 def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
-    """Check an image folder before training on it: classes, sizes, image formats and every unreadable file.
+    """Check a data set before training on it: classes, sizes, image formats and every unreadable file.
 
     Args:
-        dir: data set with train/CLASS/* and val/CLASS/*, or folder or URL of shards.
+        dir: image folder, COCO, label maps, shards, or what `data from` converts
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
 
     Returns:
         0 if the report lists no problem, 1 otherwise.
     """
-    from sgformer.data.check import check_imagefolder
+    from sgformer.data.checks import check_data
 
-    report = check_imagefolder(dir, workers=workers)
+    report = check_data(dir, workers=workers)
     print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
+
+
+def data_from(
+    source: str,
+    out: str,
+    layout: Literal["coco", "ade20k", "imagenet"] | None = None,
+    format: str | None = None,
+    images: str | None = None,
+    table: str | None = None,
+    bad_images: Literal["stop", "skip"] = "stop",
+) -> int:
+    """Write a data set of another tool in a layout that training reads.
+
+    Reads COCO, PASCAL VOC XML, YOLO labels, labelme JSON, colour-coded masks, CSV lists and Open Images CSV.
+
+    Args:
+        source: file or folder.
+        out: folder to create.
+        layout: coco (detection), ade20k (segmentation) or imagenet (classification).
+        format: coco, voc, yolo, labelme, colours, csv, openimages or predictions; default: what it looks like.
+        images: folder of the images, if they are not below SOURCE.
+        table: file of class names or colours, if it is not below SOURCE.
+        bad_images: on a missing or unreadable image: stop, or skip and count.
+
+    Returns:
+        0.
+    """
+    from sgformer.core.errors import UserError
+    from sgformer.data.converting import convert
+
+    if layout is None:
+        raise UserError("--layout is missing: coco (detection), ade20k (segmentation) or imagenet (classification)")
+    counts, found = convert(source, out, layout, format, images, table, bad_images)
+    parts = " and ".join(f"{count} images of {split}" for split, count in counts.items())
+    print(f"{out}: {parts}, {len(found.classes)} classes, in the {layout} layout")
+    for note, count in found.notes.items():
+        print(f"  {count} {note}")
+    if "val" not in counts:
+        print("  no validation images: train with --val-split .2")
+    return 0
 
 
 def data_shards(source: str, out: str, shard_size: int = 512) -> int:

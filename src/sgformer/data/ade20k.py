@@ -26,6 +26,7 @@ from sgformer.data.dense_transforms import DenseTransform
 from sgformer.data.identity import class_differences
 from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
 from sgformer.data.imagefolder import EpochSampler, bad_image, place_of, seeded, walk
+from sgformer.data.layouts import hint
 
 LAYOUT = (
     "expected {root}/images/{{training,validation}}/NAME.jpg and {root}/annotations/{{training,validation}}/NAME.png"
@@ -140,18 +141,18 @@ def scan(
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; {LAYOUT.format(root=root)}")
+        raise UserError(f"{root}: no such folder; {_expected(root)}")
     files = {}
     ignored: Counter[str] = Counter()
     left_out: dict[str, list[str]] = {}
     for kind, extensions in (("images", IMAGE_EXTENSIONS), ("annotations", frozenset([".png"]))):
         folder = root / kind / split
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {LAYOUT.format(root=root)}")
+            raise UserError(f"{folder}: no such folder; {_expected(root)}")
         files[kind] = _by_stem(folder, extensions, f"{kind}/", ignored, left_out)
     images, labels = files["images"], files["annotations"]
     if not images and not labels:
-        raise UserError(f"{root / 'images' / split}: no images in it; {LAYOUT.format(root=root)}")
+        raise UserError(f"{root / 'images' / split}: no images in it; {_expected(root)}")
     for one, other, what in ((images, labels, "label map"), (labels, images, "image")):
         if unpaired := [str(one[stem]) for stem in one if stem not in other]:
             more = f" and {len(unpaired) - 5} more" if len(unpaired) > 5 else ""
@@ -177,6 +178,11 @@ def scan(
         ignored=ignored,
         left_out=left_out,
     )
+
+
+def _expected(root: Path) -> str:
+    says = hint(root, "ade20k")
+    return LAYOUT.format(root=root) + (f"; {says}" if says else "")
 
 
 def _by_stem(

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from sgformer.core.files import to_json
 from sgformer.core.names import quoted
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
-from sgformer.data.formats import find_format, naming_formats, open_data
+from sgformer.data.formats import find_format, naming_formats, open_both, open_data
 from sgformer.data.image import probe_image, read_image
 from sgformer.data.imagefolder import Listing, absent, folders_between, left_out, list_split, some
 from sgformer.data.shards import Index
@@ -40,6 +40,7 @@ class SplitReport:
         unreadable: path relative to the root -> reason.
         ignored: extension -> number of files without an image extension.
         left_out: reason -> names of what else was left out.
+        counted: what `per_class` counts: "images", "objects" or "pixels".
     """
 
     images: int
@@ -52,11 +53,12 @@ class SplitReport:
     unreadable: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    counted: str = "images"
 
 
 @dataclass
 class CheckReport:
-    """The result of `check_imagefolder`. `problems` should be fixed before training; `notes` are for information.
+    """The result of a check. `problems` should be fixed before training; `notes` are for information.
 
     Attributes:
         root: the data set's folder.
@@ -65,6 +67,7 @@ class CheckReport:
         duplicates: byte-identical pairs (file in train, file in val).
         conflicts: byte-identical pairs of files in different classes of one split.
         problems, notes: one line each.
+        training: what training would say about the data, or stop with.
     """
 
     root: str
@@ -74,6 +77,7 @@ class CheckReport:
     conflicts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    training: str = ""
 
     def to_json(self) -> str:
         """The full report as JSON."""
@@ -83,12 +87,14 @@ class CheckReport:
         """The report for a terminal; lists are cut after `limit` lines."""
         lines = [self.root]
         for name, split in self.splits.items():
-            lines += ["", f"{name}: {split.images} images in {len(split.per_class)} classes"]
+            objects = f", {sum(split.per_class.values())} objects" if split.counted == "objects" else ""
+            lines += ["", f"{name}: {split.images} images{objects} in {len(split.per_class)} classes"]
             if counts := split.per_class:
                 low, high = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
                 middle = statistics.median(counts.values())
+                kind = "" if split.counted == "images" else f" {split.counted}"
                 lines.append(
-                    f"  per class   {counts[low]} ({low}) to {counts[high]} ({high}), median {middle:g}, "
+                    f"  per class   {counts[low]} ({low}) to {counts[high]} ({high}), median {middle:g}{kind}, "
                     f"imbalance {counts[high] / max(1, counts[low]):.3g}"
                 )
             if split.widths and split.heights:
@@ -100,6 +106,7 @@ class CheckReport:
             if items:
                 lines += ["", f"{title} ({len(items)}):", *(f"  {item}" for item in items[:limit])]
                 lines += [f"  ... and {len(items) - limit} more; --json lists all"] if len(items) > limit else []
+        lines += ["", f"training: {self.training}"] if self.training else []
         lines += [] if self.problems else ["", "no problem found"]
         return "\n".join(lines)
 
@@ -132,23 +139,36 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
         raise UserError(f"workers must be 0 or more, got {workers}")
     report = CheckReport(os.fspath(root), decode)
     found = find_format("classes", root)
-    with naming_formats("classes", unless=found is not None):
+    with naming_formats("classes", root, found is not None):
         listings = LISTERS.get(found.name if found else "image-folder", _list_any)(report, root)
 
     if "train" in listings and len(listings["train"].classes) < 2:
         report.problems.append(f"train: one class only ({quoted(listings['train'].classes)}): nothing to tell apart")
     digests: dict[str, dict[bytes, int]] = {}
     for split, listing in listings.items():
-        report.splits[split], digests[split] = _check_images(report, listing, decode, workers)
-    if len(listings) == 2:
-        train, val = listings["train"], listings["val"]
-        for digest in digests["train"].keys() & digests["val"].keys():
-            pair = train.paths[digests["train"][digest]], val.paths[digests["val"][digest]]
-            report.duplicates.append((f"train/{pair[0]}", f"val/{pair[1]}"))
-        report.duplicates.sort()
+        report.splits[split], digests[split] = check_images(report, listing, decode, workers)
+    compare_splits(report, listings, digests)
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     report.problems += [f"{a} is the same file as {b}, in another class" for a, b in report.conflicts]
+    try:
+        train, val = open_both(root)
+        report.training = f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes"
+    except UserError as error:
+        report.training = f"stops: {error}"
     return report
+
+
+def compare_splits(
+    report: CheckReport, listings: Mapping[str, Listing], digests: Mapping[str, Mapping[bytes, int]]
+) -> None:
+    """Report files that are in train and in val."""
+    if not {"train", "val"} <= listings.keys():
+        return
+    train, val = listings["train"], listings["val"]
+    for digest in digests["train"].keys() & digests["val"].keys():
+        pair = train.paths[digests["train"][digest]], val.paths[digests["val"][digest]]
+        report.duplicates.append((f"train/{pair[0]}", f"val/{pair[1]}"))
+    report.duplicates.sort()
 
 
 def _list_shards(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
@@ -212,10 +232,23 @@ def _list_any(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing
 LISTERS = {"image-folder": _list_folders, "shards": _list_shards}
 
 
-def _check_images(
-    report: CheckReport, listing: Listing, decode: bool, workers: int
+def check_images(
+    report: CheckReport,
+    listing: Listing,
+    decode: bool,
+    workers: int,
+    also: Callable[[int, int, int], str | None] | None = None,
 ) -> tuple[SplitReport, dict[bytes, int]]:
-    """Read the images of one split. Returns its report, and digest -> index of the first file with that content."""
+    """Read the images of one split.
+
+    Args:
+        report: gets the problems and notes.
+        listing, decode, workers: see `check_imagefolder`.
+        also: (index, width, height) -> what else is wrong with an image, or None.
+
+    Returns:
+        The split's report, and digest -> index of the first file with that content.
+    """
     result = SplitReport(len(listing), dict(zip(listing.classes, listing.counts(), strict=True)))
     result.ignored = dict(sorted(listing.ignored.items()))
     result.left_out = dict(getattr(listing, "left_out", {}))
@@ -228,6 +261,8 @@ def _check_images(
             report.problems.append(f"{name}: {probe.reason}")
             continue
         probes.append(probe)
+        if also is not None and (problem := also(index, probe.width, probe.height)):
+            report.problems.append(problem)
         other = first.setdefault(probe.digest, index)
         if listing.targets[other] != listing.targets[index]:
             report.conflicts.append((f"{listing.split}/{listing.paths[other]}", name))

@@ -3,8 +3,9 @@
     listing = read_coco(*find_coco("photos", "train"))
     dataset = CocoDataset(listing, transform, seed=0)      # dataset[i] or dataset[epoch, i] gives a Sample
 
-Supports category ids with gaps, crowd regions, polygons and both kinds of RLE, images without annotations. Unusable
-entries are left out and counted in `listing.notes`; invalid entries are errors that name the file and the entry.
+Supports category ids with gaps, crowd regions, polygons and both kinds of RLE, images without annotations, and what
+tools write instead (`data.coco_dialects`). Unusable entries are left out and counted in `listing.notes`; invalid
+entries are errors that name the file and the entry.
 
 By hand: pycocotools does not validate, and its C code crashes on malformed masks, so everything is checked before.
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import numpy as np
 import torch
@@ -29,11 +31,15 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sgformer.core.errors import StalledError, UserError, require
+from sgformer.data.coco_dialects import Content, plain
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.imagefolder import Sample, bad_image, seeded, some
 
 #: Names of a split's files and folders, in order of preference.
 SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}
+#: How file names begin that are addresses, or paths of Windows.
+URL = r"[A-Za-z][A-Za-z0-9+.-]+://"
+ADDRESS = rf"[A-Za-z]:|{URL}"
 #: Boxes may exceed the image by this many pixels without being counted: annotation tools round.
 ROUNDING = 0.01
 
@@ -45,6 +51,11 @@ NO_MASK = "objects whose mask has no area, dropped"
 MASKLESS = "objects without a mask"
 ORPHANS = "annotations of images that are not listed, left out"
 EMPTY = "images without objects, left out"
+BOXES_AS_MASKS = "objects without a mask, whose box is taken as one"
+UNUSED = "classes without an object"
+FOREIGN = "classes without an object that training does not know, left out"
+ELSEWHERE = "images whose file_name is an address or a path elsewhere, found by its last parts"
+UNSIZED = "images without a size whose files cannot be read, left out"
 
 
 class Category(NamedTuple):
@@ -124,13 +135,36 @@ class CocoListing:
 
 #: Where annotations are in a folder.
 PATTERNS = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+#: Where they are if there is one split: as CVAT, Roboflow, Label Studio, labelme's converters and FiftyOne name them.
+SINGLE = (
+    *("annotations/instances_default.json", "annotations/default.json", "_annotations.coco.json", "result.json"),
+    *("annotations.json", "labels.json", "coco.json"),
+)
 
 
 def is_coco(data: str | os.PathLike) -> bool:
-    """Whether `data` is a file, or a folder with annotations of a split."""
+    """Whether `data` is a JSON file, or a folder with annotations of a split."""
     names = [name for names in SPLIT_NAMES.values() for name in names]
     data = Path(data)
-    return data.is_file() or any((data / pattern.format(name)).is_file() for name in names for pattern in PATTERNS)
+    if data.is_file():
+        return True
+    files = [*(pattern.format(name) for name in names for pattern in PATTERNS), *SINGLE]
+    return any((data / file).is_file() for file in files)
+
+
+def single_coco(data: str | os.PathLike) -> Path | None:
+    """The annotation file of a data set that is not split: the file itself, or a folder's only one."""
+    data = Path(data)
+    if data.is_file():
+        return data
+    has = {
+        split: any((data / p.format(n)).is_file() for n in names for p in PATTERNS)
+        for split, names in SPLIT_NAMES.items()
+    }
+    if has["val"]:
+        return None
+    files = SINGLE if not has["train"] else [p.format(n) for n in SPLIT_NAMES["train"] for p in PATTERNS]
+    return next((data / file for file in files if (data / file).is_file()), None)
 
 
 def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | None = None) -> tuple[Path, list[Path]]:
@@ -150,6 +184,11 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
     if data.is_dir():
         files = [data / pattern.format(name) for name in names for pattern in PATTERNS]
         file = next((file for file in files if file.is_file()), None)
+        if file is None and (single := single_coco(data)) is not None:
+            raise UserError(
+                f"{data}: no annotations for {split!r}, only {single.relative_to(data)}; "
+                "--val-split .2 keeps a fifth of its images for validation"
+            )
         if file is None:
             raise UserError(
                 f"{data}: no annotations for {split!r}; expected {files[0]} and the images in {data / names[0]}, "
@@ -160,14 +199,32 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
         names = (file.stem.removeprefix("instances_"), *names)
     else:
         raise UserError(f"{data}: no such file or folder")
+    return file, image_folders(data, file, names, images)
+
+
+def image_folders(
+    data: Path, file: Path, names: Sequence[str] = (), images: str | os.PathLike | None = None
+) -> list[Path]:
+    """The folders that the images of an annotation file may be in, the likeliest first.
+
+    Args:
+        data: the data set's folder, or the file itself.
+        file: the annotation file.
+        names: names of the split.
+        images: the image folder that the user named, if any.
+
+    Raises:
+        UserError: `images` is not there.
+    """
     if images is not None:
         if not Path(images).is_dir():
             raise UserError(f"{images}: no such folder of images")
-        return file, [Path(images)]
+        return [Path(images)]
     roots = [data] if data.is_dir() else [file.parent, file.parent.parent]
     places = [root / prefix / name for root in roots for name in names for prefix in ("", "images")]
-    places += [place for root in roots for place in (root / "images", root)]
-    return file, [place for place in dict.fromkeys([*places, file.parent]) if place.is_dir()]
+    places += [root / name for root in roots for name in ("images", "data", "JPEGImages", "")]
+    # Predictions name their images as seen from where they were made.
+    return [place for place in dict.fromkeys([*places, file.parent, Path(".")]) if place.is_dir()]
 
 
 def read_coco(
@@ -231,15 +288,18 @@ def _listing_of(
     check_files: bool,
 ) -> CocoListing:
     folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    folder = _pick_folder(folders, content, file)
-    own = _categories(content, file)
-    index_of = _match(own, categories, file)
-    notes: Counter[str] = Counter()
-    images = _images(content, file, folder)
+    entries = _plain(content, file)
+    notes = entries.notes
+    folder, names = _find_files(folders, entries, file, notes)
+    own = _categories(entries, file)
+    used = {entry.get("category_id") for _, entry in entries.annotations if _is_keyed(entry)}
+    own, index_of = _match(own, categories, used, file, notes)
+    images = _images(entries, names, file, folder, notes, skip=not check_files)
     by_image: dict[Any, list[tuple[int, list[float], Any]]] = {image.id: [] for image in images}
     sizes = {image.id: image for image in images}
+    corners = _Corners(file)
     maskless = ""
-    for place, entry in enumerate(_list_of(content, "annotations", file)):
+    for place, entry in entries.annotations:
         where = _where(file, place, entry)
         if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
             raise UserError(f"{where}: needs image_id, category_id and bbox")
@@ -250,27 +310,33 @@ def _listing_of(
         category = _key(entry["category_id"], where, "category_id")
         if category not in index_of:
             raise UserError(f"{where}: category_id {_short(category)} is not among the categories")
-        segmentation = _segmentation(entry.get("segmentation"), image, where)
+        measured, segmentation = _shape(entry, image, where)
         if entry.get("iscrowd") or entry.get("ignore"):
             notes[CROWD] += 1
             continue
-        box = _clip(_box(entry.get("bbox"), where), image, notes)
+        corners.add(measured, image)
+        box = _clip(measured, image, notes)
         if box is None:
             continue
         if segmentation is None:
             maskless = maskless or where
             notes[MASKLESS] += 1
         by_image[image.id].append((index_of[category], box, segmentation))
+    corners.check()
 
     total = sum(len(objects) for objects in by_image.values())
-    if masks and maskless:
-        raise UserError(f"{maskless}: has no mask, as {notes[MASKLESS] - 1} others; pass --masks false for boxes only")
-    has_masks = bool(total and not maskless) if masks is None else masks
-    if notes[MASKLESS] in (0, total) or not total:
-        del notes[MASKLESS]
+    without = notes.pop(MASKLESS, 0)
+    if masks and total and without == total:
+        raise UserError(f"{maskless}: has no mask, nor has any other; pass --masks false for boxes only")
+    # A few rectangles among polygons are objects whose outline is their box; a few polygons among boxes are not worth
+    # a mask of every box.
+    has_masks = bool(total and 2 * without < total) if masks is None else masks
+    if without and (has_masks or without < total):
+        notes[BOXES_AS_MASKS if has_masks else MASKLESS] += without
     if has_masks:
         for image_id, objects in by_image.items():
-            by_image[image_id] = [thing for thing in objects if thing[2] != []]
+            masked = [(c, box, mask_of_box(box) if mask is None else mask) for c, box, mask in objects]
+            by_image[image_id] = [thing for thing in masked if thing[2] != []]
             notes[NO_MASK] += len(objects) - len(by_image[image_id])
     if drop_empty:
         kept = [image for image in images if by_image[image.id]]
@@ -278,6 +344,10 @@ def _listing_of(
         images = kept
     if not images:
         raise UserError(f"{file}: holds no usable images")
+    if categories is None:
+        seen = {c for objects in by_image.values() for c, _, _ in objects}
+        empty = [category.name for i, category in enumerate(own) if i not in seen]
+        notes[f"{UNUSED} ({some(empty)})"] += len(empty)
     listing = CocoListing(
         file,
         folder,
@@ -298,13 +368,61 @@ def _listing_of(
     return listing
 
 
-def _pick_folder(folders: list[Path], content: dict[str, Any], file: Path) -> Path:
-    first = next(iter(_list_of(content, "images", file)), None)
-    name = first.get("file_name") if isinstance(first, dict) else None
-    if isinstance(name, str):
-        name = _safe(name, file)
-        return next((folder for folder in folders if (folder / name).is_file()), folders[0])
-    return folders[0]
+def _plain(content: dict[str, Any], file: Path) -> Content:
+    return plain(*(_list_of(content, key, file) for key in ("images", "categories", "annotations")))
+
+
+def _shape(entry: dict[str, Any], image: CocoImage, where: str) -> tuple[list[float], Any]:
+    """The box [x, y, width, height] of an annotation, that of its mask if it has none; and its checked mask."""
+    segmentation = _segmentation(entry.get("segmentation"), image, where)
+    if segmentation and entry.get("bbox") in (None, []):
+        return _around(segmentation, image), segmentation
+    return _box(entry.get("bbox"), where), segmentation
+
+
+def _around(segmentation: Any, image: CocoImage) -> list[float]:
+    """The box around a checked mask."""
+    if isinstance(segmentation, list):
+        xs, ys = ([v for polygon in segmentation for v in polygon[axis::2]] for axis in (0, 1))
+        return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    tools = require("pycocotools.mask", "detect")
+    return tools.toBbox(_rle(segmentation, image.height, image.width)).tolist()
+
+
+def mask_of_box(box: Sequence[float]) -> list[list[float]]:
+    """[x1, y1, x2, y2] as a COCO segmentation."""
+    x1, y1, x2, y2 = box
+    return [[x1, y1, x2, y1, x2, y2, x1, y2]]
+
+
+class _Corners:
+    """Finds boxes that are written as [x1, y1, x2, y2], or as fractions of the image, instead of in COCO's way."""
+
+    def __init__(self, file: Path):
+        self.file, self.count, self.beyond, self.example = file, 0, 0, ""
+        self.as_corners = self.as_fractions = True
+
+    def add(self, box: list[float], image: CocoImage) -> None:
+        x, y, w, h = box
+        self.count += 1
+        self.as_corners &= x < w <= image.width + 1 and y < h <= image.height + 1
+        self.as_fractions &= all(0 <= v <= 1 for v in box) and min(image.width, image.height) > 4
+        if x + w > 1.02 * image.width + 2 or y + h > 1.02 * image.height + 2:
+            self.beyond += 1
+            self.example = self.example or f"{_short(box)} in an image of {image.width} x {image.height}"
+
+    def check(self) -> None:
+        """Raise UserError if all boxes say so, and at least three."""
+        if self.count >= 3 and self.as_corners and 4 * self.beyond >= self.count:
+            raise UserError(
+                f"{self.file}: all {self.count} boxes look like [x1, y1, x2, y2] (e.g. {self.example}); "
+                "COCO's are [x, y, width, height]: write them so"
+            )
+        if self.count >= 3 and self.as_fractions:
+            raise UserError(
+                f"{self.file}: all {self.count} boxes lie in 0..1 and look like fractions of the image; "
+                "COCO's are [x, y, width, height] in pixels: multiply them by the image's width and height"
+            )
 
 
 def ground_truth(listing: CocoListing) -> dict[str, Any]:
@@ -313,17 +431,19 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
     Required fields are filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching treats id 0 as
     no match), and polygons of fewer than three points are removed. Nothing else changes.
     """
-    content = _load(listing.json) if listing.content is None else json.loads(listing.content)
-    sizes = {image.id: image for image in _images(content, listing.json, listing.folder)}
+    entries = _plain(_load(listing.json) if listing.content is None else json.loads(listing.content), listing.json)
+    sizes = {image.id: image for image in listing.images}
     annotations = []
-    for number, entry in enumerate(content["annotations"], 1):
+    for number, (place, entry) in enumerate(entries.annotations, 1):
         image = sizes.get(entry["image_id"])
         if image is None:
             continue
-        box = [float(v) for v in _box(entry.get("bbox"), _where(listing.json, number - 1, entry))]
-        mask = _segmentation(entry.get("segmentation"), image, _where(listing.json, number - 1, entry))
+        measured, mask = _shape(entry, image, _where(listing.json, place, entry))
+        box = [float(v) for v in measured]
         done = {**entry, "id": number, "iscrowd": int(bool(entry.get("iscrowd"))), "bbox": box}
         if listing.has_masks:
+            if mask is None and (clipped := _clip(box, image, Counter())):
+                mask = mask_of_box(clipped)
             done["segmentation"] = mask or {"size": [image.height, image.width], "counts": [image.height * image.width]}
         else:
             done.pop("segmentation", None)
@@ -331,7 +451,7 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
             done["area"] = mask_area(mask, image.height, image.width) if mask and listing.has_masks else box[2] * box[3]
         annotations.append(done)
     images = [{"id": i.id, "file_name": i.file_name, "width": i.width, "height": i.height} for i in sizes.values()]
-    return {"info": {}, "images": images, "categories": content["categories"], "annotations": annotations}
+    return {"info": {}, "images": images, "categories": entries.categories, "annotations": annotations}
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -432,9 +552,9 @@ def _list_of(content: dict[str, Any], key: str, file: Path) -> list[Any]:
     return value
 
 
-def _categories(content: dict[str, Any], file: Path) -> list[Category]:
+def _categories(entries: Content, file: Path) -> list[Category]:
     result = []
-    for place, entry in enumerate(_list_of(content, "categories", file)):
+    for place, entry in enumerate(entries.categories):
         where = f"{file}: category {place}"
         if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("name"), str):
             raise UserError(f"{where} needs id and name, got {_short(entry)}")
@@ -448,22 +568,32 @@ def _categories(content: dict[str, Any], file: Path) -> list[Category]:
     return sorted(result, key=lambda category: (isinstance(category.id, str), category.id))
 
 
-def _match(own: Sequence[Category], known: Sequence[Category] | None, file: Path) -> dict[int | str, int]:
-    """Category id -> class index."""
+def _is_keyed(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("category_id"), (int, str))
+
+
+def _match(
+    own: Sequence[Category], known: Sequence[Category] | None, used: set[Any], file: Path, notes: Counter[str]
+) -> tuple[list[Category], dict[int | str, int]]:
+    """The file's classes that training knows, and category id -> class index. Others are errors if they are used."""
     index = {category.name: i for i, category in enumerate(known or own)}
-    unknown = [_short(category.name) for category in own if category.name not in index]
+    unknown = [_short(category.name) for category in own if category.name not in index and category.id in used]
     if unknown:
         raise UserError(f"{file}: {len(unknown)} classes are unknown to the training data: {some(unknown)}")
-    return {category.id: index[category.name] for category in own}
+    kept = [category for category in own if category.name in index]
+    notes[FOREIGN] += len(own) - len(kept)
+    return kept, {category.id: index[category.name] for category in kept}
 
 
-def _images(content: dict[str, Any], file: Path, folder: Path) -> list[CocoImage]:
+def _images(
+    entries: Content, names: dict[str, str], file: Path, folder: Path, notes: Counter[str], skip: bool
+) -> list[CocoImage]:
     result: dict[int | str, CocoImage] = {}
-    for place, entry in enumerate(_list_of(content, "images", file)):
+    for place, entry in enumerate(entries.images):
         where = f"{file}: image {place}"
         if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("file_name"), str):
             raise UserError(f"{where} needs id and file_name, got {_short(entry)}")
-        key, name = _key(entry["id"], where, "id"), _safe(entry["file_name"], file)
+        key, name = _key(entry["id"], where, "id"), names[entry["file_name"]]
         if key in result:
             raise UserError(
                 f"{file}: two images have the id {_short(key)}: {_short(result[key].file_name)} and {_short(name)}"
@@ -474,6 +604,9 @@ def _images(content: dict[str, Any], file: Path, folder: Path) -> list[CocoImage
             try:
                 width, height = probe_image(folder / name)[:2]
             except UserError as error:
+                if skip:
+                    notes[UNSIZED] += 1
+                    continue
                 raise UserError(f"{where} has no width and height, and they cannot be read: {error}") from None
         if not all(isinstance(v, int) and v > 0 for v in (width, height)) or width * height > MAX_PIXELS:
             raise UserError(
@@ -483,15 +616,99 @@ def _images(content: dict[str, Any], file: Path, folder: Path) -> list[CocoImage
     return list(result.values())
 
 
-def _safe(name: str, file: Path) -> str:
-    """Check that a path stays below the image folder: an annotation file must not make us read other files."""
+# -- file names -------------------------------------------------------------------------------------------------------
+
+
+def _find_files(folders: list[Path], entries: Content, file: Path, notes: Counter[str]) -> tuple[Path, dict[str, str]]:
+    """The folder of the images, and `file_name` -> path below it.
+
+    A name that is an address or leads out of the folder stands for the file below it that its last parts name; the
+    longest such part wins. Nothing outside the folder is ever read.
+    """
+    written = [e["file_name"] for e in entries.images if isinstance(e, dict) and isinstance(e.get("file_name"), str)]
+    written = list(dict.fromkeys(written))
+    as_written = next((f for name in written for f in folders if _is_below(f, name)), None)  # the first may be missing
+    folder = as_written or _closest(folders, written[:100])
+    paths: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in written:
+        inner = _inside(name)
+        if (inner is None or as_written is None) and (tail := _tail(folder, name) or _last_part(name)):
+            inner = tail
+            notes[ELSEWHERE] += 1
+            if tail in taken:
+                raise UserError(f"{file}: {_short(name)} and {_short(taken[tail])} both stand for {folder / tail}")
+        paths[name] = _safe(name if inner is None else inner, file)
+        taken[paths[name]] = name
+    return folder, paths
+
+
+def _closest(folders: list[Path], names: list[str]) -> Path:
+    """The folder that has the longest end of the first name that is in any."""
+    for name in names:
+        lengths = [len(tail.split("/")) if (tail := _tail(folder, name)) else 0 for folder in folders]
+        if any(lengths):
+            return folders[lengths.index(max(lengths))]
+    return folders[0]
+
+
+def _is_below(folder: Path, name: str) -> bool:
+    inner = _inside(name)
+    return inner is not None and _is_file(folder / inner)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, a null byte, half of a surrogate pair
+        return False
+
+
+def _inside(name: str) -> str | None:
+    """A file name that stays below its folder, with forward slashes; None if it leads out or is an address."""
     clean = name.replace("\\", "/")
     path = PurePosixPath(clean)
-    if not path.parts or path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", clean) or "\0" in clean:
-        raise UserError(f"{file}: file_name {_short(name)} leaves the image folder: rejected")
-    if max(len(part.encode("utf-8", "replace")) for part in path.parts) > 255:  # the limit of common file systems
-        raise UserError(f"{file}: file_name {_short(name)} is too long")
+    if not path.parts or path.is_absolute() or ".." in path.parts or re.match(ADDRESS, clean) or "\0" in clean:
+        return None
     return str(path)
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a path or address, after any "..", but for the host."""
+    if re.match(URL, name) or "?d=" in name:
+        try:
+            parsed = urlsplit(name)
+            name = unquote(dict(parse_qsl(parsed.query)).get("d") or parsed.path)  # d=: Label Studio's local files
+        except ValueError:
+            return []
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+    return parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts
+
+
+def _tail(folder: Path, name: str) -> str | None:
+    """The longest end of a path or address that is a file below `folder`."""
+    parts = _parts(name)
+    tails = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((tail for tail in tails if _inside(tail) and _is_file(folder / tail)), None)
+
+
+def _last_part(name: str) -> str | None:
+    """The file name of an address; None of anything else."""
+    parts = _parts(name) if re.match(URL, name) else []
+    return parts[-1] if parts and _inside(parts[-1]) else None
+
+
+def _safe(name: str, file: Path) -> str:
+    """Check that a path stays below the image folder: an annotation file must not make us read other files."""
+    inner = _inside(name)
+    if inner is None:
+        raise UserError(
+            f"{file}: file_name {_short(name)} leaves the image folder: rejected; name the folder of the images "
+            "with --images"
+        )
+    if max(len(part.encode("utf-8", "replace")) for part in inner.split("/")) > 255:  # the limit of common file systems
+        raise UserError(f"{file}: file_name {_short(name)} is too long")
+    return inner
 
 
 def _box(value: Any, where: str) -> list[float]:

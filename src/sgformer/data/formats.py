@@ -19,14 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import StalledError, UserError
 from sgformer.data.coco import find_coco, is_coco, read_coco
 from sgformer.data.imagefolder import Listing, is_image_folder, scan, scan_splits
+from sgformer.data.layouts import hint
 from sgformer.data.shards import has_tars_only, is_shards, open_split, open_splits
+from sgformer.data.store import is_address
 
 Root = str | os.PathLike[str]
 
 KINDS = ("classes", "objects")
+#: The layout of each kind's usual format.
+LAYOUTS = {"classes": "imagenet", "objects": "coco"}
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,8 @@ def open_data(kind: str, root: Root, split: str, classes: Any = None, **options:
         UserError: no format knows it, or it is not as its format should be.
     """
     found = find_format(kind, root)
-    if found is not None:
-        return found.open(root, split, classes, **options)
-    with naming_formats(kind):
-        return usual_format(kind).open(root, split, classes, **options)
+    with naming_formats(kind, root, found is not None):
+        return (found or usual_format(kind)).open(root, split, classes, **options)
 
 
 def open_both(root: Root) -> tuple[Listing, Listing]:
@@ -106,7 +108,7 @@ def open_both(root: Root) -> tuple[Listing, Listing]:
     if found.open_both is None:
         train = open_data("classes", root, "train")
         return train, open_data("classes", root, "val", train.classes)
-    with naming_formats("classes", unless=found.detects(root)):
+    with naming_formats("classes", root, found.detects(root)):
         return found.open_both(root)
 
 
@@ -116,15 +118,19 @@ def usual_format(kind: str) -> Format:
 
 
 @contextmanager
-def naming_formats(kind: str, unless: bool = False) -> Iterator[None]:
-    """Inside, UserErrors also tell the formats there are, unless told otherwise."""
+def naming_formats(kind: str, root: Root, known: bool) -> Iterator[None]:
+    """Inside, UserErrors also tell what the data set looks like instead; or if it is in none, the formats there are."""
     try:
         yield
+    except StalledError:
+        raise
     except UserError as error:
-        if unless:
+        if says := "" if is_address(root) else hint(root, LAYOUTS[kind]):
+            raise UserError(f"{error}; {says}") from None
+        if known:
             raise
-        known = ", ".join(f.name for f in FORMATS.values() if f.kind == kind)
-        raise UserError(f"{error}; known formats: {known}") from None
+        names = ", ".join(f.name for f in FORMATS.values() if f.kind == kind)
+        raise UserError(f"{error}; known formats: {names}") from None
 
 
 def open_coco(root: Root, split: str, classes: Any = None, images: Any = None, **options: Any) -> Any:

@@ -112,6 +112,11 @@ class RunConfig:
     )
     run: str | None = option(None, "Run", "output folder [runs/TASK-MODEL-TIME]", main=True)
 
+    val_split: float | None = option(
+        None, "Data", "if there are no validation images: keep this fraction of the training images for it, e.g. .2"
+    )
+    split_seed: int = option(0, "Data", "of --val-split: another seed, another split")
+
     epochs: float = option(100, "Schedule", "passes over the training images", main=True, auto=True)
     minutes: float | None = option(
         None, "Schedule", "instead of --epochs: as many as these minutes allow, measured at the start", main=True
@@ -213,7 +218,8 @@ class RunConfig:
             "checkpoint_every",
         ):
             self._check(name, lambda v: v > 0, "must be above 0")
-        for name in ("workers", "seed", "weight_decay", "record_significance"):
+        self._check("val_split", lambda v: 0 < v < 1, "must be in (0, 1), e.g. .2")
+        for name in ("workers", "seed", "split_seed", "weight_decay", "record_significance"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         for name in ("drop_path", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")

@@ -88,6 +88,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     total_steps = min(splits.total_steps, config.max_steps or splits.total_steps)
 
     folder = RunFolder(resume, is_main) if resume else RunFolder.create(config, task.name, is_main)
+    folder.keep_split(splits.split)
     state, start = folder.usable_checkpoint() if resume else (None, 0)
     if resume:
         folder.clear_unfinished()

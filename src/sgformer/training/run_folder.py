@@ -20,7 +20,7 @@ from typing import Any
 from sgformer._version import __version__
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json, write_text
-from sgformer.core.names import dashed
+from sgformer.core.names import dashed, some
 from sgformer.data.identity import Contents, class_differences, read_contents, write_contents
 from sgformer.training.config import AUTO, Config, RunConfig, make_config, read_yaml, to_yaml
 
@@ -90,6 +90,29 @@ class RunFolder:
         if not (folder.path / CONFIG).is_file():
             raise UserError(f"{folder.path}: not a run folder (no {CONFIG} in it)")
         return folder
+
+    def keep_split(self, split: Mapping[str, Any] | None) -> None:
+        """Write which images --val-split kept for validation; of a resumed run, compare.
+
+        Raises:
+            UserError: the run began with another split.
+        """
+        path = self.path / "split.json"
+        if split is None:
+            return
+        if not path.is_file():
+            if self.writes:
+                self.write("split.json", to_json(split))
+            return
+        try:
+            before = set(json.loads(path.read_text(encoding="utf-8"))["val"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: damaged; it names the validation images of this run") from None
+        if changed := sorted(before ^ set(split["val"])):
+            raise UserError(
+                f"{path}: the data changed: {len(changed)} images would be on the other side of the split: "
+                f"{some(changed, 4)}; restore them, or start a new run with --weights {self.path}"
+            )
 
     def usable_checkpoint(self) -> tuple[Path | None, int]:
         """The newest intact training state and its number of updates; (None, 0) if there is none yet.

@@ -54,6 +54,7 @@ class Splits:
         about: a one-line description for the log and the report.
         size: the image size, for the log.
         notes: what the user has to know of the data, one line each, for the log: files left out, absent classes.
+        split: what `split.json` holds, where --val-split divided the data.
     """
 
     train: Any
@@ -68,6 +69,7 @@ class Splits:
     about: str
     size: str
     notes: Sequence[str] = ()
+    split: Mapping[str, Any] | None = None
 
 
 class Task:

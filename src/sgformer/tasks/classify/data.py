@@ -10,6 +10,7 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import quoted
+from sgformer.data import splitting
 from sgformer.data.formats import open_both
 from sgformer.data.imagefolder import (
     EpochSampler,
@@ -34,7 +35,8 @@ def read_listings(config: ClassifyConfig, weights: Weights | None) -> tuple[List
     """See `Task.listings`."""
     if config.data is None:
         raise UserError("--data is missing: the folder with train/CLASS/* and val/CLASS/*, or one of shards")
-    train, val = open_both(config.data)
+    dividing = splitting.ValSplit(config.val_split, config.split_seed) if config.val_split else None
+    train, val = splitting.open_classes(config.data, dividing) if dividing else open_both(config.data)
     if len(train.classes) < 2:
         only = quoted(train.classes)
         raise UserError(f"{config.data}: one class only, {only}: a classifier tells two or more apart; add a folder")
@@ -87,10 +89,12 @@ def open_data(
             "image_size": config.to_dict()["image_size"],
             "crop_pct": config.crop_pct,
             **normalization.to_metadata(),
+            **({"val_split": config.val_split} if config.val_split else {}),
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
         notes=[*folders_between(train), *left_out(train), *left_out(val), *absent(val)],
+        split=splitting.to_json(config.val_split, config.split_seed, val) if config.val_split else None,
     )
 
 

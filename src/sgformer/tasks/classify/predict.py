@@ -95,13 +95,18 @@ def evaluate(
     Raises:
         UserError: weights or data are invalid, or do not match.
     """
+    from sgformer.data import splitting
     from sgformer.data.formats import open_data
     from sgformer.data.imagefolder import ImageFolderDataset, absent, collate, left_out
     from sgformer.tasks.classify.module import ClassificationModule
     from sgformer.training.validate import validate
 
     model: Any = build_network(weights)
-    listing = open_data("classes", data, split, weights.metadata.get("classes"))
+    names = weights.metadata.get("classes")
+    if (kept := splitting.kept_by(weights.path, weights.metadata, data, split, "imagenet")) is not None:
+        listing: Any = splitting.side(splitting.open_classes(data, kept, names), split)
+    else:
+        listing = open_data("classes", data, split, names)
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))

@@ -11,6 +11,7 @@ import torch
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import quoted
+from sgformer.data import splitting
 from sgformer.data.coco import CocoDataset, CocoListing, collate, ground_truth
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.formats import open_data as open_format
@@ -69,10 +70,12 @@ def open_data(
             "category_ids": list(train.own_ids),
             "image_size": config.to_dict()["image_size"],
             **normalization.to_metadata(),
+            **({"val_split": config.val_split} if config.val_split else {}),
         },
         about=f"{config.data}: {len(train.classes)} classes; " + "; ".join(listing.describe() for listing in listings),
         size=f"{short}x{longest}",
         notes=[*vanishing(train, config.image_size), *without_objects(val), *late_drops(config)],
+        split=splitting.to_json(config.val_split, config.split_seed, val) if config.val_split else None,
     )
 
 
@@ -85,11 +88,15 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
     if config.data is None:
         raise UserError("--data is missing: a COCO folder (annotations/*.json and images), or its train JSON")
     val_data = config.val_data or config.data
-    if config.val_data is None and Path(config.data).is_file():
+    if config.val_split and config.val_data:
+        raise UserError("--val-split is for data without validation images: leave it or --val-data out")
+    if not config.val_split and config.val_data is None and Path(config.data).is_file():
         stem = Path(config.data).name
         twin = Path(config.data).with_name(stem.replace("train", "val"))
         if twin.name == stem or not twin.is_file():
-            raise UserError(f"--val-data is missing: the JSON to validate on beside --data {config.data}")
+            raise UserError(
+                f"--val-data is missing: the JSON to validate on beside --data {config.data}, or --val-split .2"
+            )
         val_data = str(twin)
     options: dict[str, Any] = {"images": config.images, "check_files": config.bad_images == "stop"}
     masks = config.masks
@@ -98,9 +105,12 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
         if masks not in (None, finds):
             raise UserError(f"--masks {str(masks).lower()}: --head {head} finds {'' if finds else 'no '}masks")
         masks = finds
+    if config.val_split:
+        dividing = splitting.ValSplit(config.val_split, config.split_seed)
+        listings = splitting.open_objects(config.data, dividing, masks=masks, drop_empty=config.drop_empty, **options)
+        return _with_objects(listings[0]), listings[1]
     train = open_format("objects", config.data, "train", masks=masks, drop_empty=config.drop_empty, **options)
-    if not any(train.objects_of(i) for i in range(len(train))):
-        raise UserError(f"{train.json}: no objects to train on")
+    _with_objects(train)
     val = open_format("objects", val_data, "val", train.categories, masks=train.has_masks, drop_empty=False, **options)
     return train, val
 
@@ -150,6 +160,12 @@ def vanishing(listing: CocoListing, image_size: int | tuple[int, int]) -> list[s
     if lost := [listing.classes[label] for label in gone if label not in kept]:
         what += f"; nothing is left of {quoted(lost)}"
     return [f"{listing.json.name}: {what}"]
+
+
+def _with_objects(train: CocoListing) -> CocoListing:
+    if not any(train.objects_of(i) for i in range(len(train))):
+        raise UserError(f"{train.json}: no objects to train on")
+    return train
 
 
 def coco_metric(listing: CocoListing) -> CocoMetric:

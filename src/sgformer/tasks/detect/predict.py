@@ -15,6 +15,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
+from sgformer.data import splitting
 from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask
 from sgformer.data.detection_transforms import eval_transform
 from sgformer.data.formats import open_data
@@ -99,16 +100,16 @@ def evaluate(
 
     model, metadata = Detector.from_weights(weights), weights.metadata
     categories = [Category(i, name) for i, name in zip(metadata["category_ids"], metadata["classes"], strict=True)]
-    listing = open_data(
-        "objects",
-        data,
-        split,
-        categories,
-        images=images,
-        masks=None if model.masks else False,
-        drop_empty=False,
-        check_files=bad_images == "stop",
-    )
+    options: dict[str, Any] = {
+        "images": images,
+        "masks": None if model.masks else False,
+        "drop_empty": False,
+        "check_files": bad_images == "stop",
+    }
+    if (kept := splitting.kept_by(weights.path, metadata, data, split, "coco")) is not None:
+        listing = splitting.side(splitting.open_objects(data, kept, categories=categories, **options), split)
+    else:
+        listing = open_data("objects", data, split, categories, **options)
     require_truth(listing)
     dataset = CocoDataset(listing, eval_transform(reading(metadata, image_size)), bad_images=bad_images, objects=False)
     module = DetectionModule(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sgformer.core.errors import UserError
+from sgformer.data import splitting
 from sgformer.data.ade20k import LabelledFolder, LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
 from sgformer.data.dense_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler, left_out
@@ -24,6 +25,9 @@ def read_listings(config: SegmentConfig, weights: Weights | None) -> tuple[Label
     """See `Task.listings`."""
     if config.data is None:
         raise UserError("--data is missing: the folder with images/training and annotations/training")
+    if config.val_split:
+        dividing = splitting.ValSplit(config.val_split, config.split_seed)
+        return splitting.open_label_maps(config.data, dividing, config.classes, config.reduce_zero_label)
     train = scan(config.data, "training", config.classes, config.reduce_zero_label)
     return train, scan(config.data, "validation", train.classes, config.reduce_zero_label)
 
@@ -74,10 +78,12 @@ def open_data(
             "reduce_zero_label": config.reduce_zero_label,
             "binary": train.binary,
             **normalization.to_metadata(),
+            **({"val_split": config.val_split} if config.val_split else {}),
         },
         about=f"{config.data}: {len(train)} training and {len(val)} validation images, {len(train.classes)} classes",
         size="x".join(map(str, config.image_hw)),
         notes=[*left_out(train), *left_out(val), *notes, *more],
+        split=splitting.to_json(config.val_split, config.split_seed, val) if config.val_split else None,
     )
 
 

@@ -86,6 +86,7 @@ def evaluate(
     Raises:
         UserError: weights or data are invalid, or do not match.
     """
+    from sgformer.data import splitting
     from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
     from sgformer.data.dense_transforms import eval_transform
     from sgformer.data.imagefolder import left_out
@@ -95,7 +96,11 @@ def evaluate(
 
     metadata = weights.metadata
     how = inference_settings(metadata, image_size=image_size, multi_scale=multi_scale, flip=flip, sliding=sliding)
-    listing = scan(data, split, metadata["classes"], metadata["reduce_zero_label"])
+    settings = metadata["classes"], metadata["reduce_zero_label"]
+    if (kept := splitting.kept_by(weights.path, metadata, data, split, "ade20k")) is not None:
+        listing = splitting.side(splitting.open_label_maps(data, kept, *settings), split)
+    else:
+        listing = scan(data, split, *settings)
     listing, notes = check_values(listing, bool(metadata.get("binary")))
     notes = [*left_out(listing), *notes]
     normalization = Normalization.of(metadata)

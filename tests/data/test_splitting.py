@@ -1,0 +1,172 @@
+"""--val-split: seeded, stratified, with equal files on one side, and the same for training, resume and evaluation."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from coco_scene import content, thing, write_coco
+from PIL import Image
+
+import sgformer
+from sgformer.core.errors import UserError
+from sgformer.data import splitting
+from sgformer.data.splitting import ValSplit, divide, names_of, open_classes, open_label_maps, open_objects
+
+
+def image(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for c, (name, count) in enumerate((("ant", 20), ("bee", 10), ("cow", 5))):
+        for i in range(count):
+            image(tmp_path / f"d/{name}/{i}.png", 100 * c + i)
+    return tmp_path / "d"
+
+
+def test_each_class_gives_its_share_and_none_is_lost(root):
+    train, val = open_classes(root, ValSplit(0.2))
+    assert val.counts() == [4, 2, 1] and train.counts() == [16, 8, 4]
+    assert train.classes == val.classes == ("ant", "bee", "cow")
+    files = {str(listing.path(i)) for listing in (train, val) for i in range(len(listing))}
+    assert files == {str(path) for path in root.rglob("*.png")}
+    assert (train.split, val.split) == ("train", "val")
+
+
+def test_the_split_depends_on_seed_and_names_alone(root, tmp_path):
+    first = names_of(open_classes(root, ValSplit(0.2))[1])
+    shutil.copytree(root, tmp_path / "elsewhere/train")
+    for moved in (tmp_path / "elsewhere", f"{root}/"):
+        assert names_of(open_classes(moved, ValSplit(0.2))[1]) == first
+    assert names_of(open_classes(root, ValSplit(0.2, seed=1))[1]) != first
+
+
+def test_equal_files_are_on_one_side(root):
+    for name in ("ant", "bee"):  # also across classes
+        for i in range(6):
+            shutil.copy(root / f"ant/{i}.png", root / f"{name}/copy{i}.png")
+    for seed in range(5):
+        sides = [
+            {listing.path(i).read_bytes() for i in range(len(listing))}
+            for listing in open_classes(root, ValSplit(0.3, seed))
+        ]
+        assert not sides[0] & sides[1]
+
+
+def test_several_classes_in_an_image_are_spread_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    classes = [set(np.flatnonzero(rng.random(5) < (0.5, 0.3, 0.2, 0.1, 0.05)).tolist()) for _ in range(400)]
+    names = [f"{i}.png" for i in range(400)]
+    chosen = divide(names, [tmp_path / name for name in names], classes, 0.2, 0)
+    assert abs(sum(chosen) - 80) <= 4
+    total, kept = Counter(), Counter()
+    for content_of, val in zip(classes, chosen, strict=True):
+        total.update(content_of)
+        kept.update(content_of if val else ())
+    for c, n in total.items():
+        assert abs(kept[c] - 0.2 * n) <= 2, (c, n, kept[c])
+
+
+def test_what_has_a_split_or_is_too_small_is_not_divided(root, tmp_path):
+    image(tmp_path / "two/train/ant/0.png", 0)
+    with pytest.raises(UserError, match=r"--val-split 0\.2: 1 images are too few"):
+        open_classes(tmp_path / "two", ValSplit(0.2))
+    image(tmp_path / "two/val/ant/0.png", 0)
+    with pytest.raises(UserError, match=r"these are in .*two/val: leave the option out"):
+        open_classes(tmp_path / "two", ValSplit(0.2))
+    with pytest.raises(UserError, match=r"--val-split divides .*CLASS"):
+        open_classes(tmp_path, ValSplit(0.2))
+
+
+def test_objects(tmp_path):
+    pytest.importorskip("pycocotools")
+    data = content([thing(10 * i, (3, 7)[i % 2], [1, 1, 9, 9]) for i in range(1, 9)], images=10)
+    file = write_coco(tmp_path, data)
+    train, val = open_objects(tmp_path, ValSplit(0.2), drop_empty=True)
+    assert len(val) == 2 and len(train) == 8 - sum(bool(val.objects_of(i)) for i in range(2))
+    again = open_objects(file, ValSplit(0.2))
+    assert names_of(again[1]) == names_of(val) and len(again[0]) == 8
+    assert val.categories == train.categories and val.path(0).is_file()
+    from sgformer.data.coco import ground_truth
+
+    assert {i["file_name"] for i in ground_truth(val)["images"]} == set(names_of(val))
+    write_coco(tmp_path, data, "val")
+    with pytest.raises(UserError, match=r"these are in .*instances_val.json"):
+        open_objects(tmp_path, ValSplit(0.2))
+
+
+@pytest.mark.parametrize("inner", ["training", "."])
+def test_label_maps(tmp_path, inner):
+    for i in range(10):
+        image(tmp_path / "images" / inner / f"{i}.jpg", i)
+        (tmp_path / "annotations" / inner).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((12, 16), i % 2, np.uint8)).save(tmp_path / "annotations" / inner / f"{i}.png")
+    train, val = open_label_maps(tmp_path, ValSplit(0.2))
+    assert len(train) == 8 and sorted(int(val.class_indices(i)[0, 0]) for i in range(2)) == [0, 1]
+    assert val.classes == train.classes == ("0", "1") and val.split == "validation"
+    names = tuple(names_of(val))
+    assert names_of(open_label_maps(tmp_path, ValSplit(0.2, names=names))[1]) == list(names)
+
+
+def test_evaluation_takes_the_written_names(root, tmp_path):
+    _, val = open_classes(root, ValSplit(0.2))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/split.json").write_text(json.dumps(splitting.to_json(0.2, 0, val)))
+    weights, about = tmp_path / "run/best.safetensors", {"val_split": 0.2}
+    image(root / "ant/new.png", 999)  # after the run
+    kept = splitting.kept_by(weights, about, root, "val", "imagenet")
+    assert names_of(open_classes(root, kept)[1]) == names_of(val)
+    assert splitting.kept_by(weights, {}, root, "val", "imagenet") is None
+    (root / val.paths[0]).unlink()
+    with pytest.raises(UserError, match=r"split\.json: 1 of its 7 validation images are not in this data: ant/"):
+        open_classes(root, kept)
+    image(tmp_path / "other/ant/x.png", 1)
+    image(tmp_path / "other/bee/x.png", 2)
+    image(tmp_path / "other/cow/x.png", 3)
+    assert len(open_classes(tmp_path / "other", kept)[1]) == 3  # all of it is new to the weights
+    (tmp_path / "run/split.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        splitting.kept_by(weights, about, root, "val", "imagenet")
+    (tmp_path / "run/split.json").unlink()
+    with pytest.raises(UserError, match="copy it here from their run"):
+        splitting.kept_by(weights, about, root, "val", "imagenet")
+    (root / "val").mkdir()
+    assert splitting.kept_by(weights, about, root, "val", "imagenet") is None
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+def test_a_run_writes_its_split_and_evaluation_and_resume_keep_to_it(tmp_path, monkeypatch, task):
+    pytest.importorskip("lightning")
+    pytest.importorskip("pycocotools")
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "d"
+    more: dict = {"epochs": 1}
+    if task == "classify":
+        for i in range(10):
+            image(data / ("ant", "bee")[i % 2] / f"{i}.png", i)
+        more |= {"warmup_epochs": 0}
+    elif task == "detect":
+        write_coco(data, content([thing(10 * i, (3, 7)[i % 2], [1, 1, 19, 19]) for i in range(1, 11)], images=10))
+        more |= {"head_width": 8, "rois": 8}
+    else:
+        for i in range(10):
+            image(data / f"images/{i}.jpg", i)
+            (data / "annotations").mkdir(exist_ok=True)
+            Image.fromarray((np.arange(192).reshape(12, 16) > 90 + i).astype(np.uint8)).save(
+                data / f"annotations/{i}.png"
+            )
+        more = {"steps": 2, "val_every": 2, "head": "semantic-fpn", "head_width": 8}
+    shared = {"model": "sgformer_n", "image_size": 32, "batch_size": 4, "workers": 0, "device": "cpu", "native": "off"}
+    run = sgformer.train(task, data=str(data), run="r", val_split=0.2, **shared, **more)
+    written = json.loads((run.path / "split.json").read_text())
+    assert len(written["val"]) == 2 and written["val_split"] == 0.2
+    result = sgformer.evaluate(run.path, data, workers=0, device="cpu")
+    assert result.counted().startswith("2 images")
+    written["val"] = written["val"][:1]  # as if the data had been others
+    (run.path / "split.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"split\.json: the data changed: 1 images would be on the other side"):
+        sgformer.train(task, resume=run.path, **{key: 2 * value for key, value in more.items() if key in ("epochs",)})
