@@ -65,7 +65,9 @@ class _Files(ImageFolder):
 
 
 def _files(folder: Path, split: str, classes: tuple[str, ...], names: list[str], counts: list[int]) -> _Files:
-    return _Files(folder, split, classes, tuple(names), (0,) * len(names), Counter(), folder, in_each_class=tuple(counts))
+    return _Files(
+        folder, split, classes, tuple(names), (0,) * len(names), Counter(), folder, in_each_class=tuple(counts)
+    )
 
 
 def check_single_folder(root: Path, workers: int = 0) -> CheckReport:
