@@ -176,7 +176,10 @@ class RunConfig:
     ema: float = option(0.9998, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
     opt: str = option(
-        "adamw", "Optimiser", "any of timm's optimisers; auto: muon, or adamw if --lr is given", auto=True
+        "adamw",
+        "Optimiser",
+        "any of timm's optimisers; auto: adamw if --lr is given or for detection, else muon",
+        auto=True,
     )
     weight_decay: float = option(0.05, "Optimiser", "except on norms, biases and the position table")
     clip_grad: float | None = option(None, "Optimiser", "clip gradients to this norm", auto=True)
