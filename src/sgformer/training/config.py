@@ -6,6 +6,7 @@ Each task extends it. No torch here: `sgformer train TASK --help` imports nothin
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -209,6 +210,8 @@ class RunConfig:
             "checkpoint_every",
         ):
             self._check(name, lambda v: v > 0, "must be above 0")
+        for name in ("epochs", "minutes"):
+            self._check(name, math.isfinite, "must be finite")
         for name in ("workers", "seed", "weight_decay", "record_significance"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         for name in ("drop_path", "ema"):
