@@ -142,6 +142,24 @@ def test_the_typical_side(tmp_path):
     assert typical_side(open_data("classes", root, "train")) == 40
 
 
+def test_what_is_known_of_the_weights(tmp_path):
+    pytest.importorskip("lightning")
+    from sgformer.data.formats import open_data
+    from sgformer.models.config import VARIANTS
+    from sgformer.models.load import Weights
+    from sgformer.training.planning import data_facts
+
+    listing = open_data("classes", make_photos(tmp_path), "train")
+    config = VARIANTS["sgformer_n"].replace(coarse="window")
+    held = Weights(tmp_path, {}, {"task": "classify", "image_size": [192, 256]}, "sgformer_n", config)
+    known = data_facts(listing, held, "classify", "cpu", 2)
+    assert (known.images, known.pixels, known.classes, known.parts) == (18, 40, 3, 2)
+    assert (known.pretrained, known.weights_size, known.weights_coarse) == (True, 192, "window")
+    other = data_facts(listing, held, "segment", "cpu", 1)  # the size is of another task
+    assert (other.pretrained, other.weights_size, other.weights_coarse) == (True, None, "window")
+    assert not data_facts(listing, None, "classify", "cpu", 1).pretrained
+
+
 def test_a_run_says_and_writes_what_it_chose(tmp_path, caplog):
     pytest.importorskip("lightning")
     from sgformer import train

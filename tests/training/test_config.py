@@ -31,6 +31,11 @@ def test_rates_scale_with_the_batch():
     [
         ({"batch_size": 0}, "--batch-size must be above 0, got 0"),
         ({"lr": -1.0}, "--lr"),
+        ({"epochs": float("inf")}, "--epochs must be finite, got inf"),
+        ({"epochs": float("nan")}, "--epochs must be above 0, got nan"),
+        ({"minutes": 0}, "--minutes must be above 0, got 0"),
+        ({"patience": 0}, "--patience must be above 0, got 0"),
+        ({"balance": "both"}, "--balance must be none, weights or sampling, got both"),
         ({"workers": -1}, "--workers"),
         ({"drop_path": 1.0}, "--drop-path"),
         ({"image_size": 16}, "--image-size must be 32"),

@@ -85,18 +85,22 @@ def test_on_the_command_line_minutes_take_the_place_of_a_recipe_s_epochs(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_planned_run_is_the_run_of_so_many_epochs(tmp_path):
+def test_a_planned_run_is_the_run_of_so_many_epochs(tmp_path, monkeypatch):
     from sgformer import train
     from sgformer.models.checkpoint import read_safetensors
 
+    # Whatever this machine's speed.
+    monkeypatch.setattr("sgformer.training.planning.LEAST", 0.1)
+    monkeypatch.setattr("sgformer.training.planning.MEASURE", 0.0)
+    monkeypatch.setattr(Cost, "updates", lambda cost, seconds, per_validation: 6)
     photos, options = make_photos(tmp_path / "photos"), {name: v for name, v in QUICK.items() if name != "epochs"}
     options |= {"warmup_epochs": "auto", "image_size": 32, "log_every": 1000}
-    run = train("classify", data=str(photos), run=str(tmp_path / "a"), minutes=0.7, **options).path
+    run = train("classify", data=str(photos), run=str(tmp_path / "a"), minutes=60, **options).path
     settings = yaml.safe_load((run / "config.yaml").read_text())
     record = json.loads((run / "environment.json").read_text())["planned"]
-    assert settings["minutes"] is None and record["minutes"] == 0.7
-    assert record["updates"] == round(4 * settings["epochs"])
-    assert "| Planned for | 0.7 minutes |" in (run / "report.md").read_text()
+    assert settings["minutes"] is None and record["minutes"] == 60
+    assert record["updates"] == 6 and settings["epochs"] == 1.5 and settings["warmup_epochs"] == 0.15
+    assert "| Planned for | 60 minutes |" in (run / "report.md").read_text()
     last = (run / "metrics.csv").read_text().splitlines()[-1].split(",")
     assert int(last[1]) == record["updates"] and float(last[2]) < 0.02 * 4 / 1024 / 20  # the rate reached its end
     same = train("classify", data=str(photos), run=str(tmp_path / "b"), epochs=settings["epochs"], **options).path

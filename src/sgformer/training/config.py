@@ -6,6 +6,7 @@ Each task extends it. No torch here: `sgformer train TASK --help` imports nothin
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -185,7 +186,10 @@ class RunConfig:
     ema: float = option(0.9998, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
     opt: str = option(
-        "adamw", "Optimiser", "any of timm's optimisers; auto: muon, or adamw if --lr is given", auto=True
+        "adamw",
+        "Optimiser",
+        "any of timm's optimisers; auto: adamw if --lr is given or for detection, else muon",
+        auto=True,
     )
     weight_decay: float = option(0.05, "Optimiser", "except on norms, biases and the position table")
     clip_grad: float | None = option(None, "Optimiser", "clip gradients to this norm", auto=True)
@@ -219,6 +223,8 @@ class RunConfig:
         ):
             self._check(name, lambda v: v > 0, "must be above 0")
         self._check("val_split", lambda v: 0 < v < 1, "must be in (0, 1), e.g. .2")
+        for name in ("epochs", "minutes"):
+            self._check(name, math.isfinite, "must be finite")
         for name in ("workers", "seed", "split_seed", "weight_decay", "record_significance"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         for name in ("drop_path", "ema"):

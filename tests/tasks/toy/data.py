@@ -16,7 +16,7 @@ def open_data(config, weights, batch, rank, world):
         val=ImageFolderDataset(val, transform),
         train_sampler=sampler,
         val_sampler=EpochSampler(len(val), batch, train=False, rank=rank, world=world),
-        total_steps=steps * config.epochs,
+        total_steps=round(steps * config.epochs),
         steps_per_pass=steps,
         collate=collate,
         val_collate=collate,

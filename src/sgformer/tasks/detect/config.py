@@ -82,6 +82,7 @@ class DetectConfig(RunConfig):
             image_size=data.side(192, 320 if cpu else 800),
             batch_size=data.batch(4, 8 if cpu else 16),
             **{**({"head_width": 64, "rois": 128} if cpu else {}), **held},
+            opt="adamw",  # Muon has not been tried on detectors
             drop_path=0.0,
             clip_grad=1.0,
         )

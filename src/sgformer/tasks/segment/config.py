@@ -78,17 +78,18 @@ class SegmentConfig(RunConfig):
         """From weights, as many updates as show every image ten times, or 12,000 if that is less, or each four times if
         that is more; from scratch three times as many."""
         cpu, held = data.device == "cpu", data.architecture
+        least = max(4, 2 * data.parts)  # UPerNet's batch norm needs two images at a time
         config = self.fill(head=held["head"], head_width=held["width"]) if held else self
         config = config.fill(
             head="semantic-fpn" if cpu else "upernet",
             image_size=data.side(64, 192 if cpu else 512),
-            batch_size=data.batch(4, 8 if cpu else 16),
+            batch_size=data.batch(least, max(least, 8 if cpu else 16)),
             drop_path=0.0,
             clip_grad=1.0,
         )
         if cpu and config.head == "semantic-fpn":
             config = config.fill(head_width=64)
-        config = config.choose_coarse(data).choose_optimiser(muon=2e-3, adam=1e-3, most_adam=1e-3)
+        config = config.choose_coarse(data).choose_optimiser(muon=2.8e-3, adam=1.4e-3, most_adam=1e-3)
         samples = max(4 * data.images, min(10 * data.images, 12000), 4000) * (1 if data.pretrained else 3)
         passes = samples / data.images if config.epochs is None else config.epochs
         config = config.fill(steps=max(1, round(passes * data.images / config.batch_size)))
