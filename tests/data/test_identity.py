@@ -1,5 +1,6 @@
 """What makes two data sets the same: classes, names, truths, their order; not their place or how accents are coded."""
 
+import gzip
 import unicodedata
 
 import pytest
@@ -48,6 +49,18 @@ def test_a_record_is_read_back(tmp_path):
     write_contents(tmp_path / "data.json.gz", splits)
     assert read_contents(tmp_path / "data.json.gz") == splits
     assert read_contents(tmp_path / "none.json.gz") is None
-    (tmp_path / "data.json.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="damaged"):
-        read_contents(tmp_path / "data.json.gz")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"train": 1, "val": 1}', "[" * 100_000, '{"train": {"classes": [], "images": []}}'),
+        '{"train": {"classes": ["a"], "images": [["x"]]}, "val": {"classes": [], "images": []}}',
+        '{"train": {"classes": [1], "images": []}, "val": {"classes": [], "images": []}}',
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, content):
+    for data in (content.encode(), gzip.compress(content.encode()), gzip.compress(content.encode())[:-9]):
+        (tmp_path / "data.json.gz").write_bytes(data)
+        with pytest.raises(UserError, match=r"data\.json\.gz: damaged"):
+            read_contents(tmp_path / "data.json.gz")

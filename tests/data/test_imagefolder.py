@@ -26,6 +26,7 @@ from sgformer.data.imagefolder import (
     collate,
     folders_between,
     left_out,
+    list_split,
     scan,
     scan_splits,
     seeded,
@@ -181,6 +182,8 @@ def test_a_folder_too_many_is_named(root, split):
 
 def test_folders_between_split_and_classes_are_doubted(root):
     assert folders_between(scan(root)) == []
+    (root / "none/train/ant").mkdir(parents=True)
+    assert folders_between(list_split(root / "none", "train")[0]) == []
     for batch in ("one", "two"):
         for name in ("ant", "Bee"):
             shutil.copytree(root / "train" / name, root / f"batches/train/{batch}/{name}")

@@ -35,7 +35,8 @@ def run(photos, tmp_path_factory):
 def test_a_run_folder_holds_everything(run):
     left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert left == {
-        *("config.yaml", "environment.json", "log.txt", "metrics.csv", "curves.png", "train_batch.png", "report.md"),
+        *("config.yaml", "data.json.gz", "environment.json", "log.txt", "metrics.csv", "report.md"),
+        *("curves.png", "train_batch.png"),
         *("best.safetensors", "last.safetensors", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"),
         *(f"validation/{name}" for name in ("metrics.json", "classes.csv", "confusion.csv", "confusion.png")),
     }

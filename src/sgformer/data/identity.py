@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,13 +98,17 @@ def read_contents(path: str | os.PathLike[str]) -> dict[str, Contents] | None:
     try:
         with gzip.open(path) as file:
             value = json.load(file)
-        return {
+        found = {
             split: Contents(tuple(one["classes"]), tuple((name, truth) for name, truth in one["images"]))
             for split, one in value.items()
         }
+        words = (word for one in found.values() for words in (one.classes, *one.entries) for word in words)
+        if not {"train", "val"} <= found.keys() or not all(isinstance(word, str) for word in words):
+            raise ValueError("not names")
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: damaged ({type(error).__name__}); remove it to resume without comparing the data"
         ) from None

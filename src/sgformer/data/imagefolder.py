@@ -209,12 +209,14 @@ def left_out(listing: Any) -> list[str]:
 
 def folders_between(listing: Listing) -> list[str]:
     """A line if every class folder holds the same folders, two or more, and no images itself: those may be meant."""
-    if not isinstance(listing, ImageFolder) or listing.folder is not None or len(listing.classes) < 2:
+    if not isinstance(listing, ImageFolder) or listing.folder is not None:
         return []
     inner: dict[int, set[str]] = {}
     for path, target in zip(listing.paths, listing.targets, strict=True):
         parts = path.split("/", 2)
         inner.setdefault(target, set()).add(parts[1] if len(parts) > 2 else "")
+    if len(inner) < 2:
+        return []
     first, *others = inner.values()
     if "" in first or len(first) < 2 or any(names != first for names in others):
         return []
