@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
+from sgformer.cli.images import exit_status, open_images
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
-from sgformer.core.files import to_json, write_json
+from sgformer.core.files import to_json, try_file, try_folder, write_json
 
 
 def predict(
@@ -25,6 +27,7 @@ def predict(
     sliding: bool = False,
     model: str | None = None,
     device: str = "auto",
+    bad_images: Literal["skip", "stop"] = "skip",
 ) -> int:
     """Run a network on images: the most probable classes, a class for every pixel, or objects.
 
@@ -42,6 +45,7 @@ def predict(
         sliding: segmentation: slide a window over the image instead of passing it whole
         model: network name, if the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
+        bad_images: on an unreadable image: skip it, name it and exit with 1; or stop
     """
     for name, value in (("--top", top), ("--batch-size", batch_size)):
         if value is not None and value < 1:
@@ -57,23 +61,29 @@ def predict(
         flip=flip,
         sliding=sliding,
     )
-    task, results, metadata, sources = predict_images(weights, images, model=model, device=device, **options)
-    width = min(60, max(len(str(source)) for source in sources))
+    opened = open_images(images, bad_images)
+    task, results, metadata = predict_images(weights, opened, model=model, device=device, **options)
+    width = min(60, max(len(str(source)) for source in opened.sources))
     if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    kept, stems = [], Counter[str]()
-    for number, (result, image) in enumerate(results):
+        try_folder(out)
+    if json and json != "-":
+        try_file(json, "--json")
+    kept, stems, done = [], Counter[str](), 0
+    for done, (result, image) in enumerate(results, 1):
         if json:
             kept.append(result)
         if json != "-":
             print(f"{result.image:<{width}}  {task.line(result)}", flush=True)
         if out:
-            task.draw(result, image, Path(out), number, own_stem(result.image, stems), metadata)
+            Path(out).mkdir(parents=True, exist_ok=True)
+            task.draw(result, image, Path(out), done - 1, own_stem(result.image, stems), metadata)
+    status = exit_status(opened, done)
     if json == "-":
         sys.stdout.write(to_json(task.to_json(kept, metadata)) + "\n")
     elif json:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
         write_json(json, task.to_json(kept, metadata))
-    return 0
+    return status
 
 
 def own_stem(path: str, counts: Counter[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sgformer.core.errors import UserError
 from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask
 from sgformer.data.detection_transforms import eval_transform
 from sgformer.data.formats import open_data
-from sgformer.data.image import open_image, source_name
+from sgformer.data.image import Images
 from sgformer.models.load import Weights
 from sgformer.results import SHOWN, Detections, named
 from sgformer.tasks.detect.data import coco_metric, reading
@@ -30,7 +30,7 @@ network = Detector.from_weights
 
 def predict(
     weights: Weights,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     score: float = SHOWN,
     image_size: int | tuple[int, int] | None = None,
@@ -40,7 +40,7 @@ def predict(
 
     Args:
         weights: of a detector.
-        sources: files or PIL images.
+        images: the images.
         score: minimum confidence, of .05 or more.
         image_size: short side, or (short, longest); by default as trained.
         device: "auto", "cpu", "cuda" ...
@@ -54,14 +54,12 @@ def predict(
     model = Detector.from_weights(weights).to(where)
     names = weights.metadata["classes"]
     transform = eval_transform(reading(weights.metadata, image_size))
-    for number, source in enumerate(sources):
-        image = open_image(source)
+    for name, image in images:
         size = (image.height, image.width)
         with torch.inference_mode():
             (found,) = model([transform(image).to(where)], sizes=[size])
         keep = found["scores"] >= score
         found = {name: value[keep] for name, value in found.items()}
-        name = source_name(source, number)
         results = coco_results(found, name, range(len(names)), size)
         yield Detections(name, named(results, weights.metadata["category_ids"], names), size), image
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.image import height_and_width, open_image, source_name
+from sgformer.data.image import Images, height_and_width
 from sgformer.data.preparing import IMAGENET, Normalization, denormalize
 from sgformer.models.load import Weights, read_weights
 from sgformer.results import Segments
@@ -24,7 +24,7 @@ network = Segmenter.from_weights
 
 def predict(
     weights: Weights,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     image_size: int | tuple[int, int] | None = None,
     multi_scale: bool = False,
@@ -36,7 +36,7 @@ def predict(
 
     Args:
         weights: of a segmentation.
-        sources: files or PIL images.
+        images: the images.
         image_size, multi_scale, flip, sliding: see `inference_settings`.
         device: "auto", "cpu", "cuda" ...
 
@@ -48,11 +48,10 @@ def predict(
     where = find_device(device)
     model = Segmenter.from_weights(weights).to(where)
     normalize = Normalization.of(metadata)
-    for i, source in enumerate(sources):
-        image = open_image(source)
+    for name, image in images:
         labels = class_probabilities(model, normalize(image)[None].to(where), how)[0].argmax(0).cpu().numpy()
         first = int(metadata["reduce_zero_label"])
-        yield Segments(source_name(source, i), labels, tuple(metadata["classes"]), first), image
+        yield Segments(name, labels, tuple(metadata["classes"]), first), image
 
 
 def evaluate(
