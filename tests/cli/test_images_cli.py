@@ -1,7 +1,10 @@
 """Many images on one command line: the unreadable ones are named, the others answered, and the exit status tells."""
 
+import io
 import json
 import os
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ from PIL import Image
 
 import sgformer
 from sgformer.cli import main
+from sgformer.cli.predict import own_stem
+from sgformer.core.files import fitting
 
 METADATA = {"task": "classify", "model": "sgformer_n", "classes": ["a", "b", "c"], "image_size": 32, "crop_pct": 0.9}
 
@@ -138,3 +143,54 @@ def test_output_places_are_tried_before_the_work(arguments, place, weights, fold
     said = capsys.readouterr()
     assert said.err.startswith(f"sgformer: error: {place}: cannot be written (") and said.err.count("\n") == 1
     assert not said.out and Path("file").read_text() == "of somebody"
+
+
+def test_long_names_are_cut_and_stay_apart(weights, tmp_path, capsys):
+    """A name of 255 bytes, the most that most file systems take, leaves no room for a number or an ending."""
+    image, images = Image.new("RGB", (40, 40)), tmp_path / "images"
+    images.mkdir()
+    for name in ("x" * 251, "x" * 250 + "y", "ü" * 125):
+        image.save(images / f"{name}.png")
+    for command in ("predict", "explain"):
+        assert main([command, str(weights), str(images), "--out", str(tmp_path / command)]) == 0
+        assert len(list((tmp_path / command).glob("*.png"))) == 3
+    stems = Counter[str]()
+    given = [f"{'x' * 251}.png", f"{'x' * 250}y.png", "a.png", "b/a.png", "a-2.png", "c/a.png"]
+    names = [own_stem(name, stems, str(tmp_path)) for name in given]
+    assert len(set(names)) == 6 and names[2:] == ["a", "a-2", "a-2-2", "a-3"]
+    assert fitting("ü" * 125, tmp_path) == "ü" * 111
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_any_name_on_any_terminal(encoding, tmp_path, capsys, monkeypatch):
+    names = ["猫", "a|b", "US$5_$10", "two\nlines"]
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=4)
+    sgformer.save_model(model, tmp_path / "w.safetensors", {**METADATA, "classes": names})
+    images = tmp_path / "images"
+    images.mkdir()
+    files = [
+        os.fsencode(images / "menu $5_$10.png"),
+        os.fsencode(images) + b"/raw\xff.png",
+        os.fsencode(images / "猫\n.png"),
+    ]
+    for file in files:
+        with open(file, "wb") as out:
+            Image.new("RGB", (40, 40)).save(out, "PNG")
+    with open(images / "bad\x1b.png", "wb"):
+        pass
+    for command, *options in (["predict", "--json", str(tmp_path / "p.json")], ["explain"]):
+        written = io.BytesIO()
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding, write_through=True))
+        assert (
+            main([command, str(tmp_path / "w.safetensors"), str(images), "--out", str(tmp_path / command), *options])
+            == 1
+        )
+        text = written.getvalue().decode(encoding)
+        assert ("\\n.png" in text) is (command == "predict")  # a title has lines of its own
+        assert "raw\\xff.png" in text and "\\u732b" in text and "\x1b" not in text and "bad\\x1b.png" in text
+        assert len(list((tmp_path / command).glob("*.png"))) == 3
+    answers = json.loads((tmp_path / "p.json").read_text())
+    assert {os.fsencode(one["image"]) for one in answers} == set(files)
+    assert {label["class"] for label in answers[0]["labels"]} == set(names)

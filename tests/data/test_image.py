@@ -17,6 +17,7 @@ from sgformer.data.image import (
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
     Images,
+    centre,
     find_images,
     open_image,
     probe_image,
@@ -348,3 +349,39 @@ def test_bad_images_stop_or_are_left_out(tmp_path):
         Images([tmp_path / "gone.png"], "skip")
     batches = list(Images([tmp_path], "skip", left_out.append).batches(2))
     assert [[Path(name).name for name, _ in batch] for batch in batches] == [["a.png", "b.png"]]
+
+
+@pytest.mark.parametrize("value", [6, (6,), 6.0], ids=str)
+def test_odd_exif_tags_cost_no_image(value):
+    """Tags that Pillow cannot write again, as cameras and editors leave them, beside an orientation of any type."""
+    image = NOISE.resize((24, 16)).convert("RGB")
+    opened = Image.open(io.BytesIO(encoded(image, "PNG")))
+    opened.getexif()[0x0112] = value
+    opened.getexif()[0x829A] = object()  # what `Exif.tobytes` fails on
+    np.testing.assert_array_equal(np.asarray(open_image(opened)), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (3, 40_000)])
+def test_elongated_images_take_little_memory(size, monkeypatch):
+    """The resized image of 20,000 x 1 pixels would have a billion: only the part in the centre is made."""
+    made: list[int] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, to, *args, **more: (made.append(to[0] * to[1]), resize(self, to, *args, **more))[1],
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    assert centre(image, (224, 224), 0.9).shape == (224, 224, 3) and made == [224 * 224]
+
+
+def test_elongated_images_show_their_centre():
+    ramp = np.linspace(0, 255, 1000).astype(np.uint8)[None].repeat(40, 0)[..., None].repeat(3, 2)
+    for values in (ramp, ramp.transpose(1, 0, 2).copy()):
+        image = Image.fromarray(values)
+        side = sorted((64 * 1000 // 40, 64))
+        size = side if values.shape[0] > values.shape[1] else side[::-1]
+        whole = np.asarray(image.resize(tuple(size), Image.Resampling.BICUBIC)).astype(int)
+        top, left = round((whole.shape[0] - 64) / 2), round((whole.shape[1] - 64) / 2)
+        expected = whole[top : top + 64, left : left + 64]
+        np.testing.assert_allclose(centre(image, (64, 64), 1.0).astype(int), expected, atol=1)

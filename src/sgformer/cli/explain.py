@@ -8,6 +8,7 @@ from typing import Literal
 from sgformer.cli.images import exit_status, open_images
 from sgformer.core.errors import UserError, require
 from sgformer.core.files import try_folder
+from sgformer.core.names import printable
 
 
 def explain(
@@ -53,7 +54,7 @@ def explain(
         if arrays:
             explanation.save_arrays(folder / f"{number:04d}.npz")
         entries.append((" ".join(explanation.title.split("\n")), name))
-        print(f"{folder / name}  {entries[-1][0]}")
+        print(f"{folder / name}  {printable(entries[-1][0])}")
     status = exit_status(opened, len(entries))
     page = write_index(out, entries, f"What {Path(weights).name or weights} attended to")
     print(f"index: {page}")

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from sgformer.core.errors import UserError
+from sgformer.core.names import printable
 from sgformer.data.image import Images
 
 #: Exit status if something was done, and something left out.
@@ -14,7 +15,9 @@ PARTLY = 1
 
 def open_images(paths: list[str], bad_images: str, **options: Any) -> Images:
     """The images of a command line; those left out are named on stderr. A single unreadable image is an error."""
-    images = Images(paths, bad_images, on_skip=lambda line: print(f"left out: {line}", file=sys.stderr), **options)
+    images = Images(
+        paths, bad_images, on_skip=lambda line: print(f"left out: {printable(line)}", file=sys.stderr), **options
+    )
     if len(images) == 1 and not images.skipped:
         images.skips = False
     return images

@@ -10,7 +10,8 @@ from typing import Literal
 from sgformer.cli.images import exit_status, open_images
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
-from sgformer.core.files import to_json, try_file, try_folder, write_json
+from sgformer.core.files import fitting, to_json, try_file, try_folder, write_json
+from sgformer.core.names import printable
 
 
 def predict(
@@ -73,10 +74,10 @@ def predict(
         if json:
             kept.append(result)
         if json != "-":
-            print(f"{result.image:<{width}}  {task.line(result)}", flush=True)
+            print(f"{printable(result.image):<{width}}  {printable(task.line(result))}", flush=True)
         if out:
             Path(out).mkdir(parents=True, exist_ok=True)
-            task.draw(result, image, Path(out), done - 1, own_stem(result.image, stems), metadata)
+            task.draw(result, image, Path(out), done - 1, own_stem(result.image, stems, out), metadata)
     status = exit_status(opened, done)
     if json == "-":
         sys.stdout.write(to_json(task.to_json(kept, metadata)) + "\n")
@@ -86,8 +87,11 @@ def predict(
     return status
 
 
-def own_stem(path: str, counts: Counter[str]) -> str:
-    """A file's stem, numbered if an earlier image had the same."""
-    stem = Path(path).stem
-    counts[stem] += 1
-    return stem if counts[stem] == 1 else f"{stem}-{counts[stem]}"
+def own_stem(path: str, taken: Counter[str], folder: str) -> str:
+    """A file's stem, cut if it is too long for the folder, and numbered if an earlier image had the same."""
+    stem = own = fitting(Path(path).stem, folder)
+    while own in taken:
+        taken[stem] += 1
+        own = f"{stem}-{taken[stem]}"
+    taken[own] += 1
+    return own

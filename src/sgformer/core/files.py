@@ -46,6 +46,18 @@ def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path
         unfinished.unlink(missing_ok=True)
 
 
+def fitting(stem: str, folder: str | os.PathLike[str], spare: int = 32) -> str:
+    """A file name's stem, cut so that `spare` more bytes fit into the longest name that the file system takes."""
+    try:
+        limit = os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        limit = 255
+    encoded = os.fsencode(stem)
+    if len(encoded) <= limit - spare:
+        return stem
+    return encoded[: limit - spare].decode("utf-8", "ignore")  # without the half of a last character
+
+
 def try_folder(path: str | os.PathLike[str], option: str = "--out") -> None:
     """Try to create a folder and to write in it, before work whose results go there; nothing is left behind.
 
@@ -92,13 +104,13 @@ def _why(error: OSError) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str, newline: str | None = None) -> None:
-    """Write UTF-8 text atomically; `newline` is that of `open`.
+    """Write UTF-8 text atomically; `newline` is that of `open`. What UTF-8 cannot hold is escaped: \\udcff.
 
     Raises:
         OSError: the file cannot be written.
     """
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline=newline)
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline=newline)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from sgformer.core.errors import StalledError, UserError
 
@@ -50,6 +50,17 @@ SMALL_FILE = 64 * 2**20
 
 #: Seconds after which an unresponsive read is an error.
 READ_TIMEOUT = 300.0
+
+#: What turns an image of an EXIF orientation upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
@@ -331,9 +342,9 @@ def _read(source: ImageSource, name: str | None, formats: Sequence[str] | None, 
 def _decoded(image: Image.Image) -> Image.Image:
     """An opened image, loaded, upright, and as RGB."""
     image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    # By hand: ImageOps.exif_transpose writes all tags anew, and fails if any of them is odd.
+    method = UPRIGHT.get(_orientation(image))
+    return _to_rgb(image if method is None else image.transpose(method))
 
 
 def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
@@ -481,7 +492,11 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # viewers ignore broken EXIF data
         return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    value = value[0] if isinstance(value, tuple) and value else value  # some programs write a list, or a fraction
+    try:
+        return int(value) if 1 <= int(value) <= 8 else 1
+    except (TypeError, ValueError, ArithmeticError):
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -544,6 +559,10 @@ def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return image_size[0], image_size[1]
 
 
+#: Images with one side that many times the other are cropped and resized in one step, which may round differently.
+ELONGATED = 16
+
+
 def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str = "bicubic") -> np.ndarray:
     """Resize to ``size / crop_pct``, crop the centre: (height, width, 3) uint8. As timm evaluates."""
     goal = [math.floor(side / crop_pct) for side in size]
@@ -554,10 +573,11 @@ def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpola
     else:
         ratio = min(image.height / goal[0], image.width / goal[1])
         height, width = round(image.height / ratio), round(image.width / ratio)
-    image = (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling[interpolation.upper()])
-    )
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    resampling = Image.Resampling[interpolation.upper()]
+    if max(height, width) > ELONGATED * max(goal):  # 20,000 x 1 pixels would become five million x 256
+        x, y = image.width / width, image.height / height
+        part = (max(0.0, left * x), max(0.0, top * y), min(width, left + size[1]) * x, min(height, top + size[0]) * y)
+        return np.asarray(image.resize((size[1], size[0]), resampling, box=part))
+    image = image if image.size == (width, height) else image.resize((width, height), resampling)
     return np.asarray(image.crop((left, top, left + size[1], top + size[0])))
