@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
+import sgformer
+from sgformer.core.errors import UserError
 from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
-from sgformer.models.load import build_model  # noqa: E402
-from sgformer.tasks.classify.module import ClassificationModule  # noqa: E402
+from sgformer.models.load import build_model, save_weights  # noqa: E402
+from sgformer.tasks.classify.module import ClassificationModule, new_classifier  # noqa: E402
 
 
 def stub(classes=7):
@@ -140,3 +143,21 @@ def test_drop_path_reaches_the_network():
     rates = [m.drop_prob for m in build_model("pvt_v2_b0", 10, drop_path_rate=0.3).modules() if hasattr(m, "drop_prob")]
     assert max(rates) == pytest.approx(0.3)
     assert isinstance(build_model("resnet10t", 4), timm.models.ResNet)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224"])
+def test_networks_of_one_size_are_built_for_the_image_size(name, tmp_path):
+    """The weights come back at that size, and another one is refused in a line."""
+    config = ClassifyConfig(model=name, image_size=64)
+    model = new_classifier(config, 3)
+    metadata = {"task": "classify", "model": name, "classes": ["a", "b", "c"], "image_size": 64, "crop_pct": 0.9}
+    save_weights(model, tmp_path / "w.safetensors", metadata)
+    image = Image.new("RGB", (80, 70))
+    assert len(sgformer.predict(tmp_path / "w.safetensors", image)[0].labels) == 3
+    with pytest.raises(UserError, match=rf"{name} takes 64 x 64 pixels only, without --image-size"):
+        sgformer.predict(tmp_path / "w.safetensors", image, image_size=96)
+
+
+def test_a_size_that_a_network_cannot_take_is_a_line():
+    with pytest.raises(UserError, match=r"^maxvit_rmlp_pico_rw_256 does not take images of 72 x 72 pixels \(.*\)$"):
+        new_classifier(ClassifyConfig(model="maxvit_rmlp_pico_rw_256", image_size=72), 3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +228,8 @@ def build_network(weights: Weights, num_classes: int | None = None, **options: A
 
 def _build_timm(weights: Weights, pruned: bool, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     assert weights.model is not None
+    if not pruned and "image_size" in weights.metadata:
+        options = {**size_option(weights.model, weights.metadata["image_size"]), **options}
     model: Any = build_model(weights.model, weights.metadata.get("num_classes"), **options)
     head = next((name for name, module in model.named_modules() if module is model.get_classifier()), "")
     weight = weights.tensors.get(f"{head}.weight")
@@ -268,6 +270,19 @@ def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn
         return timm.create_model(name, **options)
     except TypeError as error:
         raise UserError(f"model {name!r} does not take {', '.join(options) or 'what timm passes'}: {error}") from None
+
+
+def size_option(name: str, size: int | Sequence[int]) -> dict[str, Any]:
+    """The option of `build_model` that a network of timm's needs for an image size, if it takes one size only."""
+    if name in VARIANTS:
+        return {}
+    import timm
+
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    wanted = (size, size) if isinstance(size, int) else tuple(size)
+    if known is None or not known.fixed_input_size or tuple(known.input_size[1:]) == wanted:
+        return {}
+    return {"img_size": wanted}
 
 
 def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.image import Images
+from sgformer.data.image import Images, height_and_width
 from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.backbone import SGFormer
 from sgformer.models.load import Weights, build_network
@@ -49,6 +49,7 @@ def predict(
     model: Any = build_network(weights)
     where = find_device(device)
     model.to(where)
+    refuse_size(weights, model, image_size)
     if where.type == "cpu" and isinstance(model, SGFormer) and len(images) >= WORTH_PREPARING:
         from sgformer.backends import optimize
 
@@ -101,10 +102,19 @@ def evaluate(
     listing = open_data("classes", data, split, weights.metadata.get("classes"))
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
+    refuse_size(weights, model, image_size)
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
     module = ClassificationModule(model, class_names=listing.classes)
     return validate(module, dataset, collate, batch_size=batch_size, **machine)[0]
+
+
+def refuse_size(weights: Weights, model: Any, image_size: Any) -> None:
+    """Raise UserError if another image size is given to a network of timm's that takes one only."""
+    own = height_and_width(weights.metadata.get("image_size", 224))
+    fixed = not isinstance(model, SGFormer) and (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    if fixed and image_size is not None and height_and_width(image_size) != own:
+        raise UserError(f"{weights.path}: {weights.model} takes {own[0]} x {own[1]} pixels only, without --image-size")
 
 
 def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:

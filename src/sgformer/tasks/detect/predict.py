@@ -15,7 +15,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask
+from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_masks
 from sgformer.data.detection_transforms import eval_transform
 from sgformer.data.formats import open_data
 from sgformer.data.image import Images
@@ -124,7 +124,7 @@ def evaluate(
 def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
     """`examples.png`: best and worst images by F1 at IoU .5, from the results of an evaluation in `folder`."""
     from sgformer.tasks.detect.metrics import read_image_scores
-    from sgformer.viz.detection import Example, Instances, draw_examples, stack_masks
+    from sgformer.viz.detection import Example, Instances, draw_examples
 
     scores = read_image_scores(folder)
     place = {str(image.id): i for i, image in enumerate(listing.images)}
@@ -148,12 +148,14 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
         mine.sort(key=lambda pair: -pair[0]["score"])
         corners = np.array([b["bbox"] for b, _ in mine], dtype=float).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
+        wide, high = sample.image.size  # smaller than the file's with very many masks
+        corners *= np.array([wide / about.width, high / about.height] * 2)
         found = Instances(
             corners,
             np.array([index[b["category_id"]] for b, _ in mine], dtype=np.int64),
             np.array([b["score"] for b, _ in mine]),
-            stack_masks([decode_mask(m["segmentation"], about.height, about.width) for _, m in mine])
-            if kind == "mask"
+            decode_masks([m["segmentation"] for _, m in mine], about.height, about.width, (high, wide)).astype(bool)
+            if kind == "mask" and mine
             else None,
         )
         target = sample.target

@@ -13,10 +13,10 @@ from PIL import Image
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
 from sgformer.data.image import Images, height_and_width
-from sgformer.data.preparing import IMAGENET, Normalization, denormalize
+from sgformer.data.preparing import IMAGENET, Normalization
 from sgformer.models.load import Weights, read_weights
 from sgformer.results import Segments
-from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segmenter, class_probabilities
+from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segmenter, predicted_labels
 from sgformer.training.task import Splits
 
 network = Segmenter.from_weights
@@ -49,7 +49,7 @@ def predict(
     model = Segmenter.from_weights(weights).to(where)
     normalize = Normalization.of(metadata)
     for name, image in images:
-        labels = class_probabilities(model, normalize(image)[None].to(where), how)[0].argmax(0).cpu().numpy()
+        labels = predicted_labels(model, normalize(image)[None].to(where), how)[0].cpu().numpy()
         first = int(metadata["reduce_zero_label"])
         yield Segments(name, labels, tuple(metadata["classes"]), first), image
 
@@ -86,7 +86,7 @@ def evaluate(
         UserError: weights or data are invalid, or do not match.
     """
     from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
-    from sgformer.data.dense_transforms import eval_transform
+    from sgformer.data.dense_transforms import as_tensors
     from sgformer.tasks.segment.module import SegmentationModule
     from sgformer.training.validate import validate
 
@@ -94,9 +94,11 @@ def evaluate(
     how = inference_settings(metadata, image_size=image_size, multi_scale=multi_scale, flip=flip, sliding=sliding)
     listing = scan(data, split, metadata["classes"], metadata["reduce_zero_label"])
     normalization = Normalization.of(metadata)
-    dataset = LabelledFolderDataset(listing, eval_transform(normalization), bad_images=bad_images)
+    dataset = LabelledFolderDataset(listing, as_tensors, bad_images=bad_images)
     model = Segmenter.from_weights(weights)
-    module = SegmentationModule(model, class_names=listing.classes, ignore=listing.ignore, inference=how)
+    module = SegmentationModule(
+        model, class_names=listing.classes, ignore=listing.ignore, inference=how, normalization=normalization
+    )
     result, first = validate(module, dataset, collate_sizes, batch_size=batch_size, device=device, **machine)
     if out is not None and first:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,7 @@ def draw_examples(
     each: int = 4,
 ) -> None:
     """A sheet of the images with the lowest and the highest pixel accuracy: image, labels, prediction."""
+    from sgformer.data.dense_transforms import normalized
     from sgformer.viz.segmentation import draw_comparison
 
     order = sorted(by_image, key=lambda i: by_image[i])
@@ -156,9 +159,12 @@ def draw_examples(
     images = [s.image for s in samples if s.image is not None]
     where = next(model.parameters()).device
     draw_comparison(
-        [denormalize(image, normalization).permute(1, 2, 0).numpy() for image in images],
+        [image.permute(1, 2, 0).numpy() for image in images],
         [s.target.numpy() for s in samples if s.target is not None],
-        [class_probabilities(model, image[None].to(where), how)[0].argmax(0).cpu().numpy() for image in images],
+        [
+            predicted_labels(model, normalized(image[None].to(where), normalization), how)[0].short().cpu().numpy()
+            for image in images
+        ],
         dataset.listing.classes,
         Path(out),
         [f"{100 * by_image[i]:.0f} % right" for i in chosen],

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.data.image import Images
-from sgformer.exporting.onnx_predict import ExportedNetwork, fit_multiple, resize, resize_smooth
+from sgformer.exporting.onnx_predict import ExportedNetwork, fit_multiple, labels_of, resize_smooth
 from sgformer.results import Segments
 
 
@@ -39,7 +39,7 @@ def predict(
         target = fit_multiple(image, short, 1 if network.input_size else network.metadata["multiple"])
         pixels = resize_smooth(network.normalised(np.asarray(image)), target)
         logits = network(pixels[None])["logits"][0] if network.input_size is None else slide(network, pixels)
-        labels = resize(logits.astype(np.float32), (image.height, image.width)).argmax(0)
+        labels = labels_of(logits.astype(np.float32), (image.height, image.width))
         yield Segments(name, labels, network.classes, int(network.metadata["reduce_zero_label"])), image
 
 
