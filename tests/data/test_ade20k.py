@@ -23,7 +23,7 @@ from sgformer.data.ade20k import (
     read_label_map,
     scan,
 )
-from sgformer.data.dense_transforms import eval_transform, train_transform
+from sgformer.data.dense_transforms import as_tensors, train_transform
 
 LABELS = np.array([[0, 1, 2, 3], [3, 2, 1, 255], [0, 0, 3, 3]], dtype=np.uint8)
 
@@ -114,7 +114,7 @@ def test_a_label_beyond_the_classes_names_its_file_and_place(tmp_path, reduce, c
     with pytest.raises(UserError, match=rf"y\.png: {says}") as error:
         listing.class_indices(0)
     assert "row 0, column 3" in str(error.value)
-    dataset = LabelledFolderDataset(listing, eval_transform(), bad_images="skip")
+    dataset = LabelledFolderDataset(listing, as_tensors, bad_images="skip")
     with pytest.raises(UserError, match="label 3"):  # a mistake in the settings is not skipped
         dataset[0]
 
@@ -150,8 +150,8 @@ def test_sizes_that_differ_are_named_or_skipped(tmp_path):
     save(tmp_path, name="odd", size=(5, 7))
     listing = scan(tmp_path)
     with pytest.raises(UserError, match=r"odd\.png: 4 x 3 pixels, but .*odd\.jpg has 7 x 5.*--bad-images skip"):
-        LabelledFolderDataset(listing, eval_transform())[1]
-    dataset = LabelledFolderDataset(listing, eval_transform(), bad_images="skip")
+        LabelledFolderDataset(listing, as_tensors)[1]
+    dataset = LabelledFolderDataset(listing, as_tensors, bad_images="skip")
     batch = collate([dataset[0], dataset[1]])
     assert batch.index.tolist() == [0] and batch.image.shape == (1, 3, 3, 4) and "odd.png" in batch.skipped[0]
     empty = collate([dataset[1]])
@@ -198,7 +198,7 @@ def test_samples_do_not_depend_on_workers_or_history(tmp_path):
 def test_evaluation_keeps_sizes(tmp_path):
     save(tmp_path, name="a")
     save(tmp_path, name="b", labels=np.zeros((8, 6), np.uint8))
-    dataset = LabelledFolderDataset(scan(tmp_path), eval_transform())
+    dataset = LabelledFolderDataset(scan(tmp_path), as_tensors)
     batch = collate_sizes([dataset[0], dataset[1]])
     assert [tuple(x.shape) for x in batch.image] == [(3, 3, 4), (3, 8, 6)]
     assert [tuple(x.shape) for x in batch.target] == [(3, 4), (8, 6)]
@@ -229,3 +229,8 @@ def test_step_sampler_goes_through_passes_without_a_gap(length, batch, world, st
     assert [turn for turn, _ in flat] == sorted(turn for turn, _ in flat)
     start = data.draw(st.integers(0, rounds * steps - 1))
     assert pairs(world - 1, start) == everyone[-1][start:]
+
+
+def test_class_names_with_a_byte_order_mark_or_quotes(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("\ufeff\"road\"\r\n'it''s'\r\n5\" pipe\r\n猫\r\n".encode())
+    assert read_class_names(tmp_path / "classes.txt") == ["road", "it''s", '5" pipe', "猫"]

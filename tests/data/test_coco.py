@@ -223,6 +223,23 @@ def test_missing_images_are_named(tmp_path):
         read_coco(*find_coco(tmp_path, "train"))
 
 
+def test_a_missing_first_image_does_not_hide_the_folder(tmp_path):
+    """The folder that holds most of the images is theirs, and only what is missing is missing."""
+    write_coco(tmp_path, content([thing(10, 7, BOX), thing(20, 3, BOX)]))
+    file, folders = find_coco(tmp_path, "train")
+    images = json.loads(file.read_text())["images"]
+    (folders[0] / images[0]["file_name"]).unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(
+        UserError, match=rf"1 of {len(images)} images are not in {folders[0]}: {images[0]['file_name']};"
+    ):
+        read_coco(file, [elsewhere, *folders])
+    listing = read_coco(file, [elsewhere, *folders], check_files=False)
+    dataset = CocoDataset(listing, bad_images="skip")
+    assert [dataset[i].skipped is None for i in range(len(images))] == [False] + [True] * (len(images) - 1)
+
+
 @pytest.mark.parametrize(
     ("file", "images"),
     [
@@ -323,3 +340,22 @@ def test_ground_truth_is_the_file_with_what_pycocotools_needs(tmp_path):
     assert [a["iscrowd"] for a in truth["annotations"]] == [0, 1]
     assert truth["annotations"][0]["area"] == 16
     assert truth["annotations"][1]["bbox"] == BOX
+
+
+def test_very_many_masks_of_a_large_image_are_reduced_with_it(tmp_path, monkeypatch):
+    """At most `MASKS` bytes: image, boxes and masks stay together, and what is said of the original's size stays."""
+    listing = read(tmp_path, [thing(10, 3, BOX, segmentation=rectangle(*BOX))] * 4)
+    whole = CocoDataset(listing)[0]
+    monkeypatch.setattr(coco, "MASKS", 4 * 48 * 64 // 4)
+    sample = CocoDataset(listing)[0]
+    assert sample.image.size == (32, 24) and sample.target["masks"].shape == (4, 24, 32)
+    assert sample.target["size"] == whole.target["size"] == (48, 64)
+    np.testing.assert_array_equal(sample.target["boxes"].numpy(), whole.target["boxes"].numpy() / 2)
+    expected = np.zeros((24, 32), np.uint8)
+    expected[2:8, 4:12] = 1
+    np.testing.assert_array_equal(sample.target["masks"][3].numpy(), expected)
+    assert sample.target["masks"].numel() <= coco.MASKS
+    image, target = train_transform(32, False)(sample.image, sample.target)
+    assert tuple(target["masks"].shape[-2:]) == tuple(image.shape[-2:]) == (32, 42)
+    monkeypatch.undo()
+    assert coco.bounded_size(300, 3000, 4000) == (1158, 1544)  # enough for the recipes' 800 pixels

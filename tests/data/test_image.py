@@ -3,15 +3,27 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import IMAGE_EXTENSIONS, MAX_PIXELS, probe_image, read_image
+from sgformer.data.image import (
+    IMAGE_EXTENSIONS,
+    MAX_PIXELS,
+    Images,
+    centre,
+    find_images,
+    open_image,
+    probe_image,
+    read_image,
+)
+from sgformer.data.imagefolder import list_split
 
 WHITE = (255, 255, 255)
 
@@ -194,3 +206,182 @@ def test_damage_gives_an_image_or_a_user_error_never_anything_else(format, data)
 def test_extensions_are_lower_case_with_a_dot():
     assert {".jpg", ".jpeg", ".png"} <= IMAGE_EXTENSIONS
     assert all(name == name.lower() and name.startswith(".") for name in IMAGE_EXTENSIONS)
+
+
+def in_memory(values: np.ndarray) -> list[np.ndarray]:
+    """What `open_image` makes of an array, and of the tensor of the same values."""
+    channels_first = torch.from_numpy(values if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1)))
+    return [np.asarray(open_image(source)) for source in (values, channels_first)]
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_a_pil_image_is_read_as_its_file(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(NOISE.resize((40, 24)).convert("RGB"), format, exif=exif)
+    expected = pixels(data)
+    image = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(np.asarray(open_image(image)), expected)
+    np.testing.assert_array_equal(np.asarray(open_image(image)), expected)  # it was not changed
+    np.testing.assert_array_equal(np.asarray(open_image(data)), expected)
+    np.testing.assert_array_equal(np.asarray(open_image(io.BytesIO(data))), expected)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)),
+        Image.fromarray(np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)),
+        Image.fromarray(np.array([[-10.0, 0.0, 10.0]], np.float32)),
+        Image.fromarray(np.array([[0, 32896, 65535]], np.int32)),
+        Image.fromarray(np.array([[[200, 0, 0, 255], [9, 9, 9, 0], [0, 0, 255, 51]]], np.uint8)),
+        Image.fromarray(np.array([[[0, 255], [0, 0], [0, 51]]], np.uint8), "LA"),
+        Image.fromarray(np.array([[0, 100, 255]], np.uint8)),
+        Image.fromarray(np.array([[True, False]])),
+    ],
+    ids=lambda image: image.mode,
+)
+def test_a_pil_image_and_an_array_are_read_as_the_file(image):
+    expected = pixels(encoded(image, "TIFF" if image.mode in ("F", "I") else "PNG"))
+    np.testing.assert_array_equal(np.asarray(open_image(image)), expected)
+    for values in in_memory(np.array(image)):
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_arrays_and_tensors_of_every_kind_give_the_same_pixels():
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    for values in (colours, colours.astype(np.uint16) * 257, colours / 255, (colours / 255).astype(np.float32)):
+        for found in in_memory(values):
+            np.testing.assert_array_equal(found, colours)
+    half = torch.from_numpy(colours.transpose(2, 0, 1) / 255).to(torch.bfloat16)
+    np.testing.assert_allclose(np.asarray(open_image(half)).astype(int), colours, atol=2)
+    np.testing.assert_array_equal(np.asarray(open_image(colours[..., :1])), np.repeat(colours[..., :1], 3, -1))
+    for alpha in (np.full((5, 7, 1), 255, np.uint8), np.zeros((5, 7, 1), np.uint8)):
+        expected = colours if alpha.all() else np.full_like(colours, 255)
+        for found in in_memory(np.concatenate([colours, alpha], -1)):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (np.zeros((3, 5, 7), np.uint8), "an array must be (height, width)"),
+        (np.zeros((0, 5, 3), np.uint8), "got 0 x 5 x 3"),
+        (np.float32(1) - 2 * np.ones((5, 7, 3), np.float32), "floats must be in 0..1, not normalised, got -1 to -1"),
+        (np.full((5, 7, 3), 200.0), "values of 0..255 belong in uint8"),
+        (np.full((5, 7, 3), np.nan), "floats must be in 0..1"),
+        (np.zeros((5, 7, 3), np.int64), "got int64"),
+        (np.zeros((5, 7), complex), "got complex128"),
+        (torch.zeros(5), "a tensor (channels, height, width); got 5"),
+        (b"GIF89a", "not an image"),
+        (b"", "the file is empty"),
+        (7, "an image is a file, bytes, a PIL image, an array or a tensor, got int"),
+        (None, "got NoneType"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_named_in_one_line(source, words):
+    with pytest.raises(UserError) as error:
+        open_image(source, 3)
+    assert str(error.value).startswith("image 3: ") and words in str(error.value)
+
+
+def test_a_closed_or_broken_pil_image_is_named(tmp_path):
+    (tmp_path / "cut.png").write_bytes(encoded(NOISE, "PNG")[:400])
+    with pytest.raises(UserError, match=r"cut\.png: the file is truncated"):
+        open_image(Image.open(tmp_path / "cut.png"))
+    with Image.open(tmp_path / "cut.png") as closed:
+        pass
+    with pytest.raises(UserError, match=r"cut\.png: "):
+        open_image(closed)
+
+
+def test_images_of_every_form_and_in_one_list(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(colours)
+    image.save(tmp_path / "a.png")
+    file = tmp_path / "a.png"
+    batch = np.stack([colours, colours])
+    tensors = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+    content = file.read_bytes()
+    single = [file, str(file), tmp_path, image, content, io.BytesIO(content), colours]
+    several = [(batch, 2), (tensors, 2), (iter([file, image]), 2), ([tmp_path, colours, tensors], 4)]
+    for source, count in [*((one, 1) for one in single), *several]:
+        images = Images(source)
+        assert len(images) == count
+        for _, found in images:
+            np.testing.assert_array_equal(np.asarray(found), colours)
+    assert [name for name, _ in Images([file, image])] == [str(file), "1"]
+    for nothing in ([], np.zeros((0, 5, 7, 3), np.uint8)):
+        with pytest.raises(UserError, match="no image was given"):
+            Images(nothing)
+
+
+def test_a_folder_is_listed_as_training_lists_it(tmp_path):
+    """Hidden files and folders are not read, links are followed, and a link that leads back up does not matter."""
+    for name in ("p/b.png", "p/.hidden/x.png", "p/.y.png", "p/sub/a.PNG", "p/note.txt", "elsewhere/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3)).save(tmp_path / name, "PNG")
+    (tmp_path / "p/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "p/back").symlink_to(tmp_path / "p")
+    found = [path.relative_to(tmp_path / "p").as_posix() for path in find_images(tmp_path / "p")]
+    assert found == ["b.png", "linked/c.jpg", "sub/a.PNG"]
+    listed = list_split(tmp_path, "p", ["linked", "sub"])[0].paths
+    assert set(listed) == set(found) - {"b.png"}
+
+
+def test_bad_images_stop_or_are_left_out(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 3)).save(tmp_path / name)
+    (tmp_path / "ab.png").write_bytes(b"nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"ab\.png: not an image"):
+        list(Images(tmp_path))
+    left_out: list[str] = []
+    several = [tmp_path, tmp_path / "gone.png", tmp_path / "empty", b"", Image.new("L", (2, 2))]
+    images = Images(several, "skip", left_out.append)
+    assert [Path(name).name for name, _ in images] == ["a.png", "b.png", "4"]
+    assert [Path(line.split(":")[0]).name for line in left_out] == ["gone.png", "empty", "ab.png", "image 3"]
+    assert images.skipped == left_out
+    with pytest.warns(UserWarning, match=r"left out: .*gone\.png: no such image or folder"):
+        Images([tmp_path, tmp_path / "gone.png"], "skip")
+    with pytest.raises(UserError, match=r"gone\.png: no such image or folder$"):
+        Images([tmp_path / "gone.png"], "skip")
+    batches = list(Images([tmp_path], "skip", left_out.append).batches(2))
+    assert [[Path(name).name for name, _ in batch] for batch in batches] == [["a.png", "b.png"]]
+
+
+@pytest.mark.parametrize("value", [6, (6,), 6.0], ids=str)
+def test_odd_exif_tags_cost_no_image(value):
+    """Tags that Pillow cannot write again, as cameras and editors leave them, beside an orientation of any type."""
+    image = NOISE.resize((24, 16)).convert("RGB")
+    opened = Image.open(io.BytesIO(encoded(image, "PNG")))
+    opened.getexif()[0x0112] = value
+    opened.getexif()[0x829A] = object()  # what `Exif.tobytes` fails on
+    np.testing.assert_array_equal(np.asarray(open_image(opened)), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (3, 40_000)])
+def test_elongated_images_take_little_memory(size, monkeypatch):
+    """The resized image of 20,000 x 1 pixels would have a billion: only the part in the centre is made."""
+    made: list[int] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, to, *args, **more: (made.append(to[0] * to[1]), resize(self, to, *args, **more))[1],
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    assert centre(image, (224, 224), 0.9).shape == (224, 224, 3) and made == [224 * 224]
+
+
+def test_elongated_images_show_their_centre():
+    ramp = np.linspace(0, 255, 1000).astype(np.uint8)[None].repeat(40, 0)[..., None].repeat(3, 2)
+    for values in (ramp, ramp.transpose(1, 0, 2).copy()):
+        image = Image.fromarray(values)
+        side = sorted((64 * 1000 // 40, 64))
+        size = side if values.shape[0] > values.shape[1] else side[::-1]
+        whole = np.asarray(image.resize(tuple(size), Image.Resampling.BICUBIC)).astype(int)
+        top, left = round((whole.shape[0] - 64) / 2), round((whole.shape[1] - 64) / 2)
+        expected = whole[top : top + 64, left : left + 64]
+        np.testing.assert_allclose(centre(image, (64, 64), 1.0).astype(int), expected, atol=1)

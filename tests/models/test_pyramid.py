@@ -108,3 +108,28 @@ def test_dense_files_name_their_task_and_give_their_backbone(tmp_path):
     sgformer.save_model(sgformer.create_model("sgformer_n"), path)
     assert read_weights(path).architecture is None and read_weights(path).task == "classify"
     assert isinstance(pyramid_backbone("sgformer_n", weights=path), Pyramid)
+
+
+@pytest.mark.parametrize("size", [(37, 50), (64, 96), (70, 133)])
+def test_networks_of_whole_patches_see_a_padded_image(size):
+    """timm's Swin refuses other sizes; what is cut off belongs to the padding alone."""
+    backbone = pyramid_backbone("swin_tiny_patch4_window7_224").eval()
+    image = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        maps = backbone(image)
+        padded = torch.zeros(1, 3, -(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
+        padded[..., : size[0], : size[1]] = image
+        expected = backbone(padded)
+    assert [tuple(m.shape[-2:]) for m in maps] == [(-(-size[0] // s), -(-size[1] // s)) for s in backbone.strides]
+    for found, whole in zip(maps, expected, strict=True):
+        assert torch.equal(found, whole[..., : found.shape[-2], : found.shape[-1]])
+
+
+def test_networks_that_need_no_padding_get_none():
+    assert not pyramid_backbone("resnet10t").pads and not pyramid_backbone("sgformer_n").pads
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "maxvit_rmlp_pico_rw_256"])
+def test_networks_of_one_size_say_so(name):
+    with pytest.raises(UserError, match=rf"^{name} does not take images of any size \(.*\); pick another"):
+        pyramid_backbone(name)

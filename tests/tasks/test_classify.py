@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import sgformer
@@ -11,9 +12,14 @@ from sgformer.core.errors import UserError
 from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
-from sgformer.models.load import build_model, read_weights  # noqa: E402
+from sgformer.models.load import build_model, read_weights, save_weights  # noqa: E402
 from sgformer.tasks.classify.metrics import Evaluation, report  # noqa: E402
-from sgformer.tasks.classify.module import ClassificationModule, balanced_weights, classifier_notes  # noqa: E402
+from sgformer.tasks.classify.module import (  # noqa: E402
+    ClassificationModule,
+    balanced_weights,
+    classifier_notes,
+    new_classifier,
+)
 
 
 def stub(classes=7):
@@ -225,3 +231,21 @@ def test_a_frozen_backbone_keeps_weights_and_statistics():
     assert changed == {"fc.weight", "fc.bias"}
     assert task.training and model.training and model.fc.training and not model.layer1.training
     assert task.frozen_share().endswith("M parameters, all but those of fc")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224"])
+def test_networks_of_one_size_are_built_for_the_image_size(name, tmp_path):
+    """The weights come back at that size, and another one is refused in a line."""
+    config = ClassifyConfig(model=name, image_size=64)
+    model = new_classifier(config, 3)
+    metadata = {"task": "classify", "model": name, "classes": ["a", "b", "c"], "image_size": 64, "crop_pct": 0.9}
+    save_weights(model, tmp_path / "w.safetensors", metadata)
+    image = Image.new("RGB", (80, 70))
+    assert len(sgformer.predict(tmp_path / "w.safetensors", image)[0].labels) == 3
+    with pytest.raises(UserError, match=rf"{name} takes 64 x 64 pixels only, without --image-size"):
+        sgformer.predict(tmp_path / "w.safetensors", image, image_size=96)
+
+
+def test_a_size_that_a_network_cannot_take_is_a_line():
+    with pytest.raises(UserError, match=r"^maxvit_rmlp_pico_rw_256 does not take images of 72 x 72 pixels \(.*\)$"):
+        new_classifier(ClassifyConfig(model="maxvit_rmlp_pico_rw_256", image_size=72), 3)

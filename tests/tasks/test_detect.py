@@ -2,6 +2,8 @@ import lightning as L
 import pytest
 import torch
 from coco_scene import content, thing, write_coco
+from PIL import Image
+from torchvision import tv_tensors
 
 pytest.importorskip("pycocotools")
 
@@ -271,3 +273,19 @@ def test_results_are_in_the_file_s_own_terms():
 
     assert result["segmentation"]["size"] == [40, 30]
     assert abs(int(mask.area(result["segmentation"])) - 200) <= 60
+
+
+@pytest.mark.parametrize("size", [(8000, 8), (8, 8000), (1, 1)])
+def test_elongated_images_are_detected_on(size, tmp_path):
+    """No side is scaled away: 8,000 x 8 pixels become 53 x 1, not 53 x 0."""
+    metadata = {"classes": ["a", "b"], "category_ids": [1, 2], "image_size": 32, "model": "sgformer_n"}
+    detector = Detector(pyramid_backbone("sgformer_n"), 2, masks=True, width=8)
+    detector.save(tmp_path / "d.safetensors", metadata)
+    (found,) = sgformer.predict(tmp_path / "d.safetensors", Image.new("RGB", size), score=0.05)
+    assert found.size == size[::-1]
+    for result in found.results:
+        assert result["segmentation"]["size"] == list(found.size)
+    boxes = tv_tensors.BoundingBoxes([[0, 0, *size]], format="XYXY", canvas_size=size[::-1])  # type: ignore[call-overload]
+    target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
+    for multi_scale in (False, True):
+        assert min(train_transform(32, multi_scale)(Image.new("RGB", size), target)[0].shape[-2:]) >= 1

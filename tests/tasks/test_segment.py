@@ -13,8 +13,10 @@ from torch import nn
 
 import sgformer
 from sgformer.core.errors import UserError
+from sgformer.data.preparing import Normalization
 from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
+from sgformer.tasks.segment import module, network
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.tasks.segment.metrics import SegmentationEvaluation
 from sgformer.tasks.segment.module import SegmentationModule
@@ -311,3 +313,53 @@ def test_one_class_is_refused():
 def test_settings_that_make_no_sense_are_named(options, says):
     with pytest.raises(UserError, match=says):
         SegmentConfig(**options)
+
+
+# -- large photographs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", [InferenceSettings(32), InferenceSettings(32, (32, 32)), InferenceSettings(32, flip=True)]
+)
+def test_parts_of_a_large_image_are_those_of_the_whole(how, monkeypatch):
+    """At most `PART` bytes of probabilities exist at once, whatever the number of classes."""
+    model, images = small(classes=5).eval(), torch.randn(2, 3, 75, 90)
+    whole = class_probabilities(model, images, how)
+    limit = 2 * 5 * 90 * 4 * 7
+    monkeypatch.setattr(network, "PART", limit)
+    parts = list(network.probabilities_by_rows(model, images, how))
+    assert max(part.nbytes for _, part in parts) == limit and len(parts) == 11
+    assert [rows.start for rows, _ in parts] == list(range(0, 75, 7)) and parts[-1][0].stop == 75
+    torch.testing.assert_close(class_probabilities(model, images, how), whole, atol=1e-6, rtol=1e-5)
+    assert torch.equal(network.predicted_labels(model, images, how), class_probabilities(model, images, how).argmax(1))
+
+
+def test_validation_in_parts_counts_every_pixel_once(monkeypatch):
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((40, 50), (40, 50), (64, 33))]
+    labels = [torch.randint(0, 3, image.shape[1:], dtype=torch.uint8) for image in images]
+    labels[0][:30] = 255
+    batch = (images, labels, torch.arange(3), ())
+    model = small().eval()
+    task = SegmentationModule(model, SegmentConfig(image_size=32), inference=InferenceSettings(32))
+    task.validation_step(batch, 0)
+    counts, loss, by_image = task.confusion.compute(), task.val_loss.compute(), dict(task.by_image)
+    assert counts.sum() == 2 * 40 * 50 + 64 * 33 - 30 * 50
+    monkeypatch.setattr(network, "PART", 1)
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    again = SegmentationModule(model, SegmentConfig(image_size=32), inference=InferenceSettings(32))
+    again.validation_step(batch, 0)
+    assert torch.equal(again.confusion.compute(), counts) and again.by_image == by_image
+    torch.testing.assert_close(again.val_loss.compute(), loss)
+    assert module.groups_of_a_size(images) == [[0], [1], [2]]
+
+
+def test_integers_are_normalised_as_floats_were():
+    images = [torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)]
+    labels, normalization = [torch.randint(0, 3, (40, 50))], Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model, losses = small().eval(), []
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalization)
+    for one in (images, [(images[0].float() / 255 - mean) / std]):
+        task = SegmentationModule(model, SegmentConfig(image_size=32), normalization=normalization)
+        task.validation_step((one, labels, torch.arange(1), ()), 0)
+        losses.append(task.val_loss.compute())
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)

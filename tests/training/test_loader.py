@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("lightning")
+from sgformer.core.errors import UserError
+from sgformer.training.worker_errors import worker_errors
 
 # A batch that does not fit in a pipe, so that both readers wait to hand one over; the second can read the first one's
 # pipe, too, so that it never breaks.
@@ -61,3 +63,39 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "DataLoader worker (pid 31) is killed by signal: Bus error. It is possible that dataloader's workers are "
+            "out of shared memory. Please try to raise your shared memory limit."
+        ),
+        RuntimeError("unable to write to file </torch_31_1>: No space left on device (28)"),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_31_1>: Success (0)"),
+        OSError(28, "No space left on device", "/dev/shm/sem.mp-x"),
+    ],
+)
+def test_full_shared_memory_says_what_it_is(error):
+    with (
+        pytest.raises(UserError, match=r"shared memory .* full \(/dev/shm .*--shm-size 8g .*--workers"),
+        worker_errors(),
+    ):
+        raise error
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_says_what_it_is(tmp_path):
+    """Where workers are spawned, they run the script again."""
+    from photos import QUICK, make_photos
+
+    photos = make_photos(tmp_path / "photos")
+    options = {**QUICK, "workers": 1, "data": str(photos), "run": str(tmp_path / "run")}
+    lines = ["import multiprocessing, sgformer", "multiprocessing.set_start_method('spawn', force=True)"]
+    lines.append(f"sgformer.train('classify', **{options!r})")
+    (tmp_path / "program.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sgformer.core.errors.UserError: data workers run the main script again")

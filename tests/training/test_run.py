@@ -17,7 +17,9 @@ from sgformer.models.checkpoint import read_safetensors
 from sgformer.models.load import read_metadata
 from sgformer.results import Prediction
 from sgformer.tasks.api import evaluate, predict, train
+from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.classify.metrics import Evaluation
+from sgformer.training.run_folder import RunFolder
 
 pytest.importorskip("lightning")
 
@@ -196,6 +198,41 @@ def damaged(photos, tmp_path):
     for file in ("train/ant/2.png", "val/bee/1.png"):
         (tmp_path / "photos" / file).write_bytes(b"not a picture")
     return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 1), (2, 2)])
+def test_a_batch_of_nothing_but_unreadable_images_is_no_update(damaged, tmp_path, batch_size, accumulate):
+    """Small batches or accumulated parts may hold no readable image at all: the run goes on."""
+    settings = {**QUICK, "epochs": 1, "batch_size": batch_size, "accumulate": accumulate, "bad_images": "skip"}
+    run = train("classify", data=str(damaged), run=str(tmp_path / "run"), **settings).path
+    with (run / "metrics.csv").open() as file:
+        losses = [row["train_loss"] for row in csv.DictReader(file) if not row["top1"]]
+    known = [float(loss) for loss in losses if loss]
+    assert known and all(0 < loss < 10 for loss in known)  # what was not read counts neither as 0 nor as NaN
+    assert len(losses) - len(known) == (batch_size == 1)
+    assert "skipped" in (run / "log.txt").read_text() and "train/ant/2.png" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "the training data"), ("val", "the validation data")])
+def test_a_split_of_unreadable_images_stops_the_run_before_it_starts(photos, tmp_path, split, words):
+    shutil.copytree(photos, tmp_path / "photos")
+    for file in (tmp_path / "photos" / split).rglob("*.png"):
+        file.write_bytes(b"not a picture")
+    with pytest.raises(
+        UserError, match=rf"none of the \d+ images of {words} can be read; the first: .*ant/0\.png: not an"
+    ):
+        train("classify", data=str(tmp_path / "photos"), run=str(tmp_path / "run"), **QUICK, bad_images="skip")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-120000")
+    config = ClassifyConfig(data="photos", model="sgformer_n")
+    names = [RunFolder.create(config, "classify").path.name for _ in range(3)]
+    first = "classify-sgformer_n-20260101-120000"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+    assert all((tmp_path / "runs" / name / "config.yaml").is_file() for name in names)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -205,16 +205,15 @@ class Session:
 
 def _examples(weights: Path, folder: str | None) -> list[Path]:
     """Images spread over a folder, over a run's validation images, or else matplotlib's sample image."""
-    images = list(find_images([folder])) if folder else []
+    images = find_images(folder) if folder else []
     config = (weights if weights.is_dir() else weights.parent) / "config.yaml"
     if not folder and config.is_file():
         with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's config after all
             data = Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data")))
             for place in (data / "val", data / "val2017", data / "images" / "validation"):
                 with contextlib.suppress(UserError):  # holds tar shards only
-                    images = images or (list(find_images([place])) if place.is_dir() else [])
+                    images = images or (find_images(place) if place.is_dir() else [])
     if not images:
         sample = Path(require("matplotlib", extra="train").get_data_path()) / "sample_data" / "grace_hopper.jpg"
         images += [sample] if sample.is_file() else []
-    paths = [path for path in images if isinstance(path, Path)]
-    return [paths[i * len(paths) // EXAMPLES] for i in range(EXAMPLES)] if len(paths) > EXAMPLES else paths
+    return [images[i * len(images) // EXAMPLES] for i in range(EXAMPLES)] if len(images) > EXAMPLES else images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from sgformer._version import __version__
 from sgformer.cli.parser import HelpShown, run_function
 from sgformer.core import plugins
 from sgformer.core.errors import UserError
-from sgformer.core.names import nearest
+from sgformer.core.names import nearest, printable
 from sgformer.tasks.registry import TASKS, get_task
 
 # Command -> (module, function, what it does). Training commands take the raw arguments; the parameters of the others
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 2 after an error the user can fix, 130 when interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is shown as an escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--"]:  # `torchrun -m sgformer -- train ...`: torchrun would claim --run without it
         del arguments[0]
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SGFORMER_DEBUG"):
             raise
-        line = " ".join(str(error).split())
+        line = printable(" ".join(str(error).split()))
         print(f"sgformer: error: {line}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # stdout was closed, e.g. by `| head`

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sgformer.core.errors import UserError, require
-from sgformer.core.files import write_json
+from sgformer.core.files import try_folder, write_json
 
 
 def bench(
@@ -74,6 +74,7 @@ def bench(
         )
     ]
     folder = Path(out)
+    try_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results: list = []
     try:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
+from sgformer.core.files import try_folder
 
 
 def evaluate(
@@ -76,6 +77,7 @@ def evaluate(
     )
     path = Path(weights)
     folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")
+    try_folder(folder)
     result = api.evaluate(
         weights,
         data,
@@ -91,9 +93,9 @@ def evaluate(
     from lightning.pytorch.utilities import rank_zero_only
 
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        result.write(folder)
-        print(result.table())
+        print(result.table())  # first: whatever becomes of the files, the numbers are there
         print(result.counted(), end="")
-        print(f", {len(result.skipped)} unreadable images left out" if result.skipped else "")
+        print(f", {len(result.skipped)} unreadable images left out" if result.skipped else "", flush=True)
+        result.write(folder)
         print(f"numbers: {folder / 'features.json'}" if by_features else f"{task.written}: {folder}")
     return 0

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+from sgformer.cli.images import exit_status, open_images
 from sgformer.core.errors import UserError, require
+from sgformer.core.files import try_folder
+from sgformer.core.names import printable
 
 
 def explain(
@@ -16,6 +20,7 @@ def explain(
     image_size: int | tuple[int, int] | None = None,
     model: str | None = None,
     device: str = "auto",
+    bad_images: Literal["skip", "stop"] = "skip",
 ) -> int:
     """Show what a trained network attended to: a sheet per image and a page of all sheets.
 
@@ -28,26 +33,29 @@ def explain(
         image_size: pixels; by default as trained
         model: network name, if the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
+        bad_images: on an unreadable image: skip it, name it and exit with 1; or stop
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be above 0, got {limit}")
     require("matplotlib", extra="train")
 
-    from sgformer.tasks.api import explain
+    from sgformer.explaining.base import open_picture
+    from sgformer.tasks.api import explain_images
     from sgformer.viz.significance import draw_explanation, write_index
 
-    entries = []
-    for number, explanation in enumerate(
-        explain(weights, images, image_size=image_size, limit=limit, device=device, model=model)
-    ):
-        folder = Path(out)
+    opened = open_images(images, bad_images, open=open_picture).limited(limit)
+    explanations = explain_images(weights, opened, image_size, device, model)
+    try_folder(out)
+    folder, entries = Path(out), []
+    for number, explanation in enumerate(explanations):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{number:04d}.png"
         draw_explanation(explanation, folder / name)
         if arrays:
             explanation.save_arrays(folder / f"{number:04d}.npz")
         entries.append((" ".join(explanation.title.split("\n")), name))
-        print(f"{folder / name}  {entries[-1][0]}")
+        print(f"{folder / name}  {printable(entries[-1][0])}")
+    status = exit_status(opened, len(entries))
     page = write_index(out, entries, f"What {Path(weights).name or weights} attended to")
     print(f"index: {page}")
-    return 0
+    return status

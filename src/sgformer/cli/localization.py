@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sgformer.core.errors import UserError, require
+from sgformer.core.files import try_folder
 
 
 def localization(
@@ -36,6 +37,9 @@ def localization(
     from sgformer.explaining.localization import PERMUTATIONS, localize, table, write_localization
     from sgformer.tasks.api import load_explainer
 
+    if out is not None:
+        require("matplotlib", extra="train")
+        try_folder(out)
     explainer, objects = load_explainer(weights, device, model), find_objects(data, split)
     if image_size is not None:
         explainer.take_size(image_size)
@@ -46,7 +50,6 @@ def localization(
         f"shuffled: on other images' objects; p: permutation test, {PERMUTATIONS} permutations"
     )
     if out is not None:
-        require("matplotlib", extra="train")
         write_localization(found, out, {"weights": weights, "data": data, "split": split, "permutations": PERMUTATIONS})
         print(f"tables and plot: {out}")
     return 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from sgformer.cli.images import exit_status, open_images
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
-from sgformer.core.files import to_json, write_json
-from sgformer.core.names import dashed
+from sgformer.core.files import fitting, to_json, try_file, try_folder, write_json
+from sgformer.core.names import dashed, printable
 
 
 def predict(
@@ -28,6 +29,7 @@ def predict(
     sliding: bool = False,
     model: str | None = None,
     device: str = "auto",
+    bad_images: Literal["skip", "stop"] = "skip",
 ) -> int:
     """Run a network on images: the most probable classes, a class for every pixel, or objects.
 
@@ -46,6 +48,7 @@ def predict(
         sliding: segmentation: slide a window over the image instead of passing it whole
         model: network name, if the weights are a plain state dict
         device: auto, cpu, cuda, cuda:1, mps
+        bad_images: on an unreadable image: skip it, name it and exit with 1; or stop
     """
     for name, value in (("--top", top), ("--batch-size", batch_size)):
         if value is not None and value < 1:
@@ -55,7 +58,7 @@ def predict(
         for name in others:
             raise UserError(f"--features writes embeddings only; leave out --{dashed(name)}")
         how = given(model=model, image_size=image_size, batch_size=batch_size)
-        return write_features(weights, images, Path(features), device=device, **how)
+        return write_features(weights, images, Path(features), bad_images, device=device, **how)
     from sgformer.tasks.api import predict_images
 
     options = given(
@@ -67,41 +70,52 @@ def predict(
         flip=flip,
         sliding=sliding,
     )
-    task, results, metadata, sources = predict_images(weights, images, model=model, device=device, **options)
-    width = min(60, max(len(str(source)) for source in sources))
+    opened = open_images(images, bad_images)
+    task, results, metadata = predict_images(weights, opened, model=model, device=device, **options)
+    width = min(60, max(len(str(source)) for source in opened.sources))
     if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    kept, stems = [], Counter[str]()
-    for number, (result, image) in enumerate(results):
+        try_folder(out)
+    if json and json != "-":
+        try_file(json, "--json")
+    kept, stems, done = [], Counter[str](), 0
+    for done, (result, image) in enumerate(results, 1):
         if json:
             kept.append(result)
         if json != "-":
-            print(f"{result.image:<{width}}  {task.line(result)}", flush=True)
+            print(f"{printable(result.image):<{width}}  {printable(task.line(result))}", flush=True)
         if out:
-            task.draw(result, image, Path(out), number, own_stem(result.image, stems), metadata)
+            Path(out).mkdir(parents=True, exist_ok=True)
+            task.draw(result, image, Path(out), done - 1, own_stem(result.image, stems, out), metadata)
+    status = exit_status(opened, done)
     if json == "-":
         sys.stdout.write(to_json(task.to_json(kept, metadata)) + "\n")
     elif json:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
         write_json(json, task.to_json(kept, metadata))
-    return 0
+    return status
 
 
-def write_features(weights: str, images: list[str], path: Path, **options: Any) -> int:
+def write_features(weights: str, images: list[str], path: Path, bad_images: str, **options: Any) -> int:
     """`sgformer predict --features`."""
     if path.suffix != ".npz":
         raise UserError(f"--features {path}: the file's name must end in .npz")
-    if not path.parent.is_dir():  # before the work
-        raise UserError(f"--features {path}: the folder {path.parent} does not exist")
-    from sgformer.tasks.api import embed
+    try_file(path, "--features")
+    from sgformer.tasks.api import embed_images
 
-    result = embed(weights, images, **options)
+    opened = open_images(images, bad_images)
+    result = embed_images(weights, opened, **options)
+    status = exit_status(opened, len(result.images))
+    path.parent.mkdir(parents=True, exist_ok=True)
     result.write(path)
     print(f"{path}: names, and features {' x '.join(map(str, result.features.shape))}")
-    return 0
+    return status
 
 
-def own_stem(path: str, counts: Counter[str]) -> str:
-    """A file's stem, numbered if an earlier image had the same."""
-    stem = Path(path).stem
-    counts[stem] += 1
-    return stem if counts[stem] == 1 else f"{stem}-{counts[stem]}"
+def own_stem(path: str, taken: Counter[str], folder: str) -> str:
+    """A file's stem, cut if it is too long for the folder, and numbered if an earlier image had the same."""
+    stem = own = fitting(Path(path).stem, folder)
+    while own in taken:
+        taken[stem] += 1
+        own = f"{stem}-{taken[stem]}"
+    taken[own] += 1
+    return own

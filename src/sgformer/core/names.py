@@ -41,6 +41,18 @@ def quoted(names: Sequence[str], limit: int = 8) -> str:
     return some([visible(name) for name in names[:limit]] + list(names[limit:]), limit)
 
 
+def printable(text: str) -> str:
+    """Text in one line: control characters and bytes of names that are not UTF-8 become escapes such as \\n, \\xff."""
+    return "".join(character if character.isprintable() else escaped(character) for character in text)
+
+
+def escaped(character: str) -> str:
+    """A character as an escape in ASCII; of a file name's byte that is not UTF-8, the byte."""
+    if "\udc80" <= character <= "\udcff":  # how Python keeps such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def some(names: Sequence[str], limit: int = 8) -> str:
     """The first `limit` names, and the number of the remaining ones."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

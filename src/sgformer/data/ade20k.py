@@ -226,22 +226,22 @@ def _class_names(root: Path, labels: Sequence[Path], count: int | None, reduce_z
 def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = False) -> list[str]:
     """Read class names in index order.
 
-    The file has one name per line; or tab-separated columns under a header that starts with `Idx`, the label, and ends
-    with `Name` (ADE20K's `objectInfo150.txt`). Of several names (`floor, flooring`) the first is used. Such a table may
-    omit label 0, which is then "background".
+    The file has one name per line, quoted or not; or tab-separated columns under a header that starts with `Idx`, the
+    label, and ends with `Name` (ADE20K's `objectInfo150.txt`). Of several names (`floor, flooring`) the first is used.
+    Such a table may omit label 0, which is then "background".
 
     Raises:
         UserError: the file is unreadable, or the table lacks or repeats a label.
     """
     path = Path(path)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text ({error})") from None
     if not lines or not lines[0].lower().startswith("idx"):
         if not lines:
             raise UserError(f"{path}: no class names in it")
-        return [line.strip() for line in lines]
+        return [_unquoted(line.strip()) for line in lines]
     table: dict[int, str] = {}
     for line in lines[1:]:
         label, *_, names = line.split("\t")
@@ -257,6 +257,11 @@ def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = Fal
         missing = ", ".join(str(label) for label in sorted(set(wanted) - set(table))[:8])
         raise UserError(f"{path}: labels must be consecutive from {first}; missing: {missing or 'all'}")
     return [table[label] for label in wanted]
+
+
+def _unquoted(name: str) -> str:
+    """A name without the pair of quotes around it."""
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'" else name
 
 
 def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:

@@ -27,6 +27,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -264,7 +265,7 @@ def make_listing(
     Args:
         content: what a COCO file holds: `images`, `categories`, `annotations`.
         source: what messages name.
-        folders: image folders; the first one that contains the first image is used.
+        folders: image folders; the one that holds most of the images is used.
         categories: the classes in the order of their indices, e.g. those of the training split or of a trained model;
             by default those of the file, by ascending id. The file's own are matched to them by name.
         masks: whether masks are required; by default they are used if every object has one.
@@ -460,6 +461,30 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """A checked COCO segmentation (polygons or RLE) as (height, width) uint8 of 0 and 1."""
     return require("pycocotools.mask", "detect").decode(_rle(segmentation, height, width))
+
+
+#: Bytes that the masks of an image may take; beyond, image and masks are reduced before any transform.
+MASKS = 2**29
+
+
+def bounded_size(count: int, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) at which `count` masks of an image take at most `MASKS` bytes."""
+    ratio = min(1.0, math.sqrt(MASKS / max(1, count * height * width)))
+    return max(1, int(height * ratio)), max(1, int(width * ratio))
+
+
+def decode_masks(
+    segmentations: Sequence[Any], height: int, width: int, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Checked COCO segmentations as (N, height, width) uint8 of 0 and 1, or at another (height, width), one by one."""
+    high, wide = size or (height, width)
+    rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in ((high, height), (wide, width)))
+    place = np.ix_(rows.astype(np.int64), columns.astype(np.int64))
+    masks = np.empty((len(segmentations), high, wide), np.uint8)
+    for mask, segmentation in zip(masks, segmentations, strict=True):
+        whole = decode_mask(segmentation, height, width)
+        mask[:] = whole if (high, wide) == (height, width) else whole[place]
+    return masks
 
 
 def mask_area(segmentation: Any, height: int, width: int) -> float:
@@ -810,6 +835,9 @@ class CocoDataset(Dataset):
                 return Sample(None, {}, index, str(error))
             raise bad_image(error) from error
         target = self.target(index)
+        if "boxes" in target:
+            height, width = target["boxes"].canvas_size
+            image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BOX)
         if self.transform is not None:
             with seeded(self.seed, epoch, index):
                 image, target = self.transform(image, target)
@@ -826,21 +854,24 @@ class CocoDataset(Dataset):
         return image
 
     def target(self, index: int) -> dict[str, Any]:
-        """The objects of image `index`, before any transform."""
+        """The objects of image `index`, before any transform; if their masks would be larger than `MASKS`, reduced."""
         about = self.listing.images[index]
         size = (about.height, about.width)
         if not self.objects:
             return {"size": size}
         objects = self.listing.objects_of(index)
         boxes = torch.tensor([box for _, box, _ in objects], dtype=torch.float32).reshape(-1, 4)
+        canvas = bounded_size(len(objects), *size) if self.listing.has_masks else size
+        if canvas != size:
+            boxes *= torch.tensor([canvas[1] / size[1], canvas[0] / size[0]] * 2)
         target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas),  # type: ignore[call-overload]
             "labels": torch.tensor([label + 1 for label, _, _ in objects], dtype=torch.int64),
             "size": size,
         }
         if self.listing.has_masks:
-            masks = [decode_mask(segmentation, *size) for _, _, segmentation in objects]
-            target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, *size), np.uint8))
+            masks = decode_masks([segmentation for _, _, segmentation in objects], *size, canvas)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         return target
 
 

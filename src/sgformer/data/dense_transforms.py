@@ -59,9 +59,19 @@ def train_transform(
     )
 
 
-def eval_transform(normalization: Normalization = IMAGENET) -> DenseTransform:
-    """Normalisation only. Returns a transform like `train_transform`'s that keeps the image's size."""
-    return _on_arrays(*_normalized(normalization))
+def as_tensors(image: Image.Image, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The transform of evaluation: unchanged, (3, H, W) uint8 and (H, W) in the labels' smallest integer type.
+
+    Of a photograph of 12 megapixels, 48 MB instead of 240; `normalized` makes the network's input of it.
+    """
+    small = labels.astype(np.uint8 if labels.max(initial=0) <= 255 else np.int32)
+    return TF.pil_to_tensor(image), torch.from_numpy(small)
+
+
+def normalized(image: torch.Tensor, normalization: Normalization = IMAGENET) -> torch.Tensor:
+    """(..., 3, H, W) uint8 -> float32, normalised."""
+    pixels = TF.to_dtype(image, torch.float32, scale=True)
+    return TF.normalize(pixels, list(normalization.mean), list(normalization.std), inplace=True)
 
 
 class RatioResize(v2.Transform):

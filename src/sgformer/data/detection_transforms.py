@@ -38,11 +38,11 @@ def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip:
         return [max(1, round(size * short / SHORT)) for size in sizes]
 
     if multi_scale:
-        resize = v2.RandomShortestSize(scaled(*MULTI_SCALE), longest)
+        resize = ShortestSize(scaled(*MULTI_SCALE), longest)
         crop = RangeCrop(*scaled(*CROP))
-        steps = [v2.RandomChoice([resize, v2.Compose([v2.RandomShortestSize(scaled(*BEFORE_CROP)), crop, resize])])]
+        steps = [v2.RandomChoice([resize, v2.Compose([ShortestSize(scaled(*BEFORE_CROP)), crop, resize])])]
     else:
-        steps = [v2.RandomShortestSize([short], longest)]
+        steps = [ShortestSize([short], longest)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip(hflip), *_to_tensors()])
 
 
@@ -50,7 +50,7 @@ def eval_transform(image_size: int | tuple[int, int]) -> v2.Transform:
     """Deterministic resize to `image_size`; otherwise as `train_transform`. Also accepts an image alone."""
     short, longest = short_and_longest(image_size)
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-    return v2.Compose([v2.RandomShortestSize([short], longest), *to_tensor])
+    return v2.Compose([ShortestSize([short], longest), *to_tensor])
 
 
 def _to_tensors() -> list[nn.Module]:
@@ -61,6 +61,14 @@ def _to_tensors() -> list[nn.Module]:
         v2.SanitizeBoundingBoxes(),
         v2.ToPureTensor(),
     ]
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """torchvision's, except that no side becomes shorter than a pixel: that of 8,000 x 8 would vanish."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = super().make_params(flat_inputs)["size"]
+        return {"size": (max(1, height), max(1, width))}
 
 
 class RangeCrop(v2.Transform):

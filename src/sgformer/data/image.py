@@ -7,16 +7,18 @@ import io
 import math
 import os
 import queue
+import sys
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from sgformer.core.errors import StalledError, UserError
 from sgformer.data.addons import ADDONS, HEAD, activate, addon_of
@@ -51,9 +53,19 @@ SMALL_FILE = 64 * 2**20
 #: Seconds after which an unresponsive read is an error.
 READ_TIMEOUT = 300.0
 
+#: What turns an image of an EXIF orientation upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
-Images = str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image]
 
 # Pillow's own limit and its metadata warnings would appear once per file and worker; MAX_PIXELS is our limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -63,43 +75,207 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePl
 # -- which images, and each as RGB ------------------------------------------------------------------------------------
 
 
-def find_images(sources: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Path | Image.Image]:
-    """Yield files unchanged, and for each folder its images in sorted order.
+class Images:
+    """Images to read one by one as RGB: `for name, image in images`.
+
+    Args:
+        images: one image or several. A path is a file, or a folder that is searched for images, nested ones and those
+            behind links included, hidden ones excluded, as in training. All other forms: see `open_image`; an array
+            (N, H, W, C) or tensor (N, C, H, W) is N images.
+        bad_images: "stop": an unreadable image raises a UserError; "skip": it is left out.
+        on_skip: called with the line of each image left out; by default a warning.
+        open: reads one of them, given also its position.
+
+    Attributes:
+        sources: what is read, in this order; folders replaced by their files.
+        skipped: a line for each image left out so far, with its name and the reason.
 
     Raises:
-        UserError: a file does not exist, or a folder holds no images.
+        UserError: with "stop", a file does not exist or a folder holds no images; or there is no image at all.
     """
-    for source in sources:
-        if isinstance(source, Image.Image):
-            yield source
+
+    def __init__(
+        self,
+        images: Any,
+        bad_images: str = "stop",
+        on_skip: Callable[[str], None] | None = None,
+        open: Callable[[Any, int], Any] | None = None,
+    ):
+        if bad_images not in ("stop", "skip"):
+            raise UserError(f"--bad-images must be stop or skip, got {bad_images!r}")
+        self.skips, self.on_skip, self.open = bad_images == "skip", on_skip or _warn, open or open_image
+        self.skipped: list[str] = []
+        self.sources: list[Any] = []
+        missing: list[UserError] = []
+        for source in _each(images):
+            try:
+                self.sources += _files_of(source) if isinstance(source, str | os.PathLike) else _each(source)
+            except UserError as error:
+                missing.append(error)
+                if not self.skips:
+                    raise
+        if not self.sources:
+            more = f" (and {len(missing) - 1} more like it)" if len(missing) > 1 else ""
+            raise UserError(f"{missing[0]}{more}" if missing else "no image was given: name a file or a folder")
+        for problem in missing:
+            self.skip(problem)
+
+    def __len__(self) -> int:
+        """The number of images, unreadable ones included."""
+        return len(self.sources)
+
+    def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield each image's name, its path or its position as text, and the image: PIL, RGB.
+
+        Raises:
+            UserError: an image cannot be read, and is not to be skipped.
+            StalledError: a disk or mount does not respond; the images may be intact, so this is never skipped.
+        """
+        for number, source in enumerate(self.sources):
+            try:
+                image = self.open(source, number)
+            except UserError as error:
+                self.skip(error)
+                continue
+            yield source_name(source, number), image
+
+    def batches(self, size: int) -> Iterator[list[tuple[str, Image.Image]]]:
+        """As iterating, in lists of up to `size` readable images."""
+        images = iter(self)
+        while batch := list(islice(images, size)):
+            yield batch
+
+    def limited(self, limit: int | None) -> Images:
+        """At most `limit` of the images, evenly spaced."""
+        if limit is not None and len(self.sources) > limit:
+            self.sources = [self.sources[i * len(self.sources) // limit] for i in range(limit)]
+        return self
+
+    def skip(self, error: UserError) -> None:
+        """Leave out what failed, or raise."""
+        if not self.skips or isinstance(error, StalledError):
+            raise error
+        self.skipped.append(str(error))
+        self.on_skip(str(error))
+
+
+def _warn(line: str) -> None:
+    warnings.warn(f"left out: {line}", stacklevel=4)
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The images of a folder in sorted order: nested ones too, links are followed, hidden files and folders are not.
+
+    Raises:
+        UserError: it holds no images.
+    """
+    visited: set[str] = set()  # a link may lead back up
+    files: list[Path] = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in visited:
+            folders.clear()
             continue
-        path = Path(source)
-        if not path.is_dir():
-            if not path.exists():
-                raise UserError(f"{path}: no such image or folder")
-            yield path
-            continue
-        files = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and not p.name.startswith(".")
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [
+            Path(here, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+        ]
+    if not files:
+        raise UserError(f"{folder}: no images in this folder")
+    return sorted(files)
+
+
+def _files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """A file itself, or a folder's images."""
+    path = Path(path)
+    if path.is_dir():
+        return list(find_images(path))
+    if not path.exists():
+        raise UserError(f"{path}: no such image or folder")
+    return [path]
+
+
+def _each(images: Any) -> Iterable[Any]:
+    """One image as a list; several unchanged. A batch in one array or tensor is several images."""
+    if isinstance(images, np.ndarray) or _is_tensor(images):
+        return images if images.ndim == 4 else [images]
+    single = isinstance(images, str | os.PathLike | Image.Image | bytes | bytearray | memoryview)
+    return [images] if single or hasattr(images, "read") or not isinstance(images, Iterable) else images
+
+
+def source_name(source: Any, number: int) -> str:
+    """The image's name in results: its path or, for an image in memory, its position as text."""
+    return str(source) if isinstance(source, str | os.PathLike) else str(number)
+
+
+def open_image(source: Any, number: int = 0) -> Image.Image:
+    """Any image as RGB, 8 bits, upright: one in memory is read as its file would be, see `read_image`.
+
+    Args:
+        source: a path; the bytes of an image file, or an open one; a PIL image, whose current frame is taken; an array
+            (H, W), (H, W, 1), (H, W, 2) grey with alpha, (H, W, 3) or (H, W, 4); a tensor (H, W) or (C, H, W).
+            Arrays and tensors are bool, uint8, uint16 (0..65535) or floats in 0..1; (H, W) also as read_image has it.
+        number: its position, to name it in errors.
+
+    Raises:
+        UserError: it cannot be read; names the file or the position.
+    """
+    if isinstance(source, str | os.PathLike):
+        return read_image(source)
+    name = f"image {number}"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return read_image(bytes(source), name)
+    if isinstance(source, Image.Image):
+        with _named_errors(str(getattr(source, "filename", "") or name), None, MAX_PIXELS):
+            return _decoded(_limited(source, MAX_PIXELS))
+    if hasattr(source, "read"):
+        return read_image(source, str(getattr(source, "name", name)))
+    if _is_tensor(source):
+        source = source.detach().cpu()
+        values = (source.float() if source.is_floating_point() else source).numpy()
+        return _from_array(values if values.ndim != 3 else values.transpose(1, 2, 0), name, tuple(source.shape))
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name, source.shape)
+    kind = type(source).__name__
+    raise UserError(f"{name}: an image is a file, bytes, a PIL image, an array or a tensor, got {kind}")
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # exported files run without it
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _from_array(values: np.ndarray, name: str, shape: Sequence[int]) -> Image.Image:
+    """An array (H, W) or (H, W, 1 to 4) as RGB; `shape` is the caller's, for errors."""
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (2, 3, 4))) or not values.size:
+        raise UserError(
+            f"{name}: an array must be (height, width) or (height, width, 1 to 4 channels), "
+            f"a tensor (channels, height, width); got {' x '.join(map(str, shape)) or 'a single value'}"
         )
-        if not files:
-            raise UserError(f"{path}: no images in this folder")
-        yield from files
-
-
-def list_images(images: Images) -> list[Path | Image.Image]:
-    """`find_images` of one or several files, folders or PIL images."""
-    return list(find_images([images] if isinstance(images, (str, os.PathLike, Image.Image)) else images))
-
-
-def source_name(source: Path | Image.Image, number: int) -> str:
-    """The image's name in results: its path or, for an image object, its position as text."""
-    return str(number) if isinstance(source, Image.Image) else str(source)
-
-
-def open_image(source: Path | Image.Image) -> Image.Image:
-    """Open an image as RGB; see `read_image`."""
-    return source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
+    if values.shape[0] * values.shape[1] > MAX_PIXELS:
+        raise UserError(f"{name}: too large, the limit is {MAX_PIXELS} pixels ({values.shape[1]} x {values.shape[0]})")
+    kind = values.dtype
+    if kind == np.bool_:
+        values = values.astype(np.uint8) * np.uint8(255)
+    elif kind != np.uint8:
+        grey = values.ndim == 2
+        if not np.issubdtype(kind, np.floating) and kind != np.uint16 and not (grey and kind == np.int32):
+            raise UserError(f"{name}: values must be bool, uint8, uint16 or floats in 0..1, got {kind}")
+        if np.issubdtype(kind, np.floating) and not grey:
+            low, high = float(np.fmin.reduce(values, None)), float(np.fmax.reduce(values, None))
+            if not (low >= 0 and high <= 1):
+                raise UserError(
+                    f"{name}: floats must be in 0..1, not normalised, got {low:g} to {high:g}; values of 0..255 belong "
+                    "in uint8"
+                )
+        flat = values.reshape(len(values), -1)  # rows of grey values: channels are scaled alike
+        values = _to_8_bit(flat).reshape(values.shape)
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(values)))
 
 
 class ImageHeader(NamedTuple):
@@ -162,10 +338,15 @@ def _small_file(path: str | os.PathLike[str]) -> bytes | None:
 
 def _read(source: ImageSource, name: str | None, formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
     with opened(source, name, formats, max_pixels) as image:
-        image.load()
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return _decoded(image)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """An opened image, loaded, upright, and as RGB."""
+    image.load()
+    # By hand: ImageOps.exif_transpose writes all tags anew, and fails if any of them is odd.
+    method = UPRIGHT.get(_orientation(image))
+    return _to_rgb(image if method is None else image.transpose(method))
 
 
 def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
@@ -253,12 +434,19 @@ def opened(
     if name is None:
         path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
         name = str(path or "image")
-    try:
+    with _named_errors(name, formats, max_pixels):
         if isinstance(source, (str, os.PathLike)):
             with Path(source).open("rb") as file:
                 yield _checked(file, formats, max_pixels)
         else:
             yield _checked(io.BytesIO(source) if isinstance(source, bytes) else source, formats, max_pixels)
+
+
+@contextmanager
+def _named_errors(name: str, formats: Sequence[str] | None, max_pixels: int) -> Iterator[None]:
+    """Any failure in the block becomes a UserError that starts with the image's name."""
+    try:
+        yield
     except Exception as error:  # Pillow's decoders raise many types on broken files
         raise UserError(f"{name}: {_reason(error, formats, max_pixels)}") from error
 
@@ -272,7 +460,10 @@ def _checked(file: IO[bytes], formats: Sequence[str] | None, max_pixels: int) ->
         if not addon.installed:
             raise UnidentifiedImageError(addon.advice)
         activate(addon)
-    image = Image.open(file, formats=None if formats is None else tuple(formats))
+    return _limited(Image.open(file, formats=None if formats is None else tuple(formats)), max_pixels)
+
+
+def _limited(image: Image.Image, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     return image
@@ -310,7 +501,11 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # viewers ignore broken EXIF data
         return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    value = value[0] if isinstance(value, tuple) and value else value  # some programs write a list, or a fraction
+    try:
+        return int(value) if 1 <= int(value) <= 8 else 1
+    except (TypeError, ValueError, ArithmeticError):
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -373,6 +568,10 @@ def short_and_longest(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return image_size[0], image_size[1]
 
 
+#: Images with one side that many times the other are cropped and resized in one step, which may round differently.
+ELONGATED = 16
+
+
 def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str = "bicubic") -> np.ndarray:
     """Resize to ``size / crop_pct``, crop the centre: (height, width, 3) uint8. As timm evaluates."""
     goal = [math.floor(side / crop_pct) for side in size]
@@ -383,10 +582,11 @@ def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpola
     else:
         ratio = min(image.height / goal[0], image.width / goal[1])
         height, width = round(image.height / ratio), round(image.width / ratio)
-    image = (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling[interpolation.upper()])
-    )
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    resampling = Image.Resampling[interpolation.upper()]
+    if max(height, width) > ELONGATED * max(goal):  # 20,000 x 1 pixels would become five million x 256
+        x, y = image.width / width, image.height / height
+        part = (max(0.0, left * x), max(0.0, top * y), min(width, left + size[1]) * x, min(height, top + size[0]) * y)
+        return np.asarray(image.resize((size[1], size[0]), resampling, box=part))
+    image = image if image.size == (width, height) else image.resize((width, height), resampling)
     return np.asarray(image.crop((left, top, left + size[1], top + size[0])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import list_images, open_image
+from sgformer.data.image import Images, open_image
 from sgformer.data.preparing import IMAGENET, Normalization, denormalize
 from sgformer.models.backbone import GuidedBlock, Inspection, SGFormer
 from sgformer.models.significance import make_source
 from sgformer.results import Explanation
 
-#: An image in any supported form: a file, a PIL image, a (H, W, 3) uint8 array, or a tensor ready for the network.
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+#: An image in any form of `data.image.open_image`; a tensor of floats is ready for the network.
+Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
 
 def explain_batch(model: SGFormer, x: Tensor, normalization: Normalization = IMAGENET) -> list[Explanation]:
@@ -153,51 +153,40 @@ class Explainer(ABC):
         """The metadata entries for another image size."""
         return {"image_size": image_size}
 
-    def explain_all(self, pictures: Iterable[Picture]) -> Iterator[Explanation]:
+    def explain_all(self, images: Images) -> Iterator[Explanation]:
         """Explain images one by one; each title starts with the file name."""
-        for picture in pictures:
-            explanation = self.explain_image(picture)
-            name = Path(picture).name if isinstance(picture, str | os.PathLike) else ""
-            yield dataclasses.replace(explanation, title="\n".join(filter(None, [name, explanation.title])))
+        for name, image in images:
+            explanation = self.explain_image(image)
+            file = "" if name.isdecimal() else Path(name).name
+            yield dataclasses.replace(explanation, title="\n".join(filter(None, [file, explanation.title])))
 
     def explain_image(self, image: Picture) -> Explanation:
         """Explain an image given in any supported form.
 
         Args:
-            image: a file, a PIL image, an array (H, W, 3) uint8, or a tensor (3, H, W) ready for the network
-                (normalised; for a detector in [0, 1]).
+            image: see `Picture`; a tensor of floats is (3, H, W), ready for the network (normalised; for a detector in
+                [0, 1]).
 
         Raises:
             UserError: the image cannot be read, or has another shape or dtype.
         """
-        if isinstance(image, Tensor):
-            x = image[0] if image.ndim == 4 and len(image) == 1 else image
-            if x.ndim != 3:
-                raise UserError(f"an image tensor must be (3, H, W), got {tuple(image.shape)}")
-            return self.explain(x)
-        if isinstance(image, np.ndarray):
-            valid_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-            if image.dtype != np.uint8 or not valid_shape:
-                raise UserError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
-            image = Image.fromarray(image)
-        return self.explain(self.read(open_image(image if isinstance(image, Image.Image) else Path(image))))
+        opened = open_picture(image)
+        return self.explain(opened if isinstance(opened, Tensor) else self.read(opened))
 
 
-def as_pictures(
-    images: Picture | Iterable[Picture], limit: int | None = None
-) -> list[Path | Image.Image | np.ndarray | Tensor]:
-    """List one or several images, expanding folders; `limit` takes that many, evenly spaced.
+def open_picture(image: Picture, number: int = 0) -> Image.Image | Tensor:
+    """An image as RGB, see `open_image`; a tensor of floats as it is, (3, H, W).
 
     Raises:
-        UserError: a file does not exist, or a folder holds no images.
+        UserError: the image cannot be read, or has another shape or dtype.
     """
-    single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
-    pictures: list[Any] = []
-    for image in [images] if single else images:  # type: ignore[list-item, union-attr]
-        pictures += [image] if isinstance(image, np.ndarray | Tensor) else list_images(image)  # type: ignore[arg-type]
-    if limit is not None and len(pictures) > limit:
-        pictures = [pictures[i * len(pictures) // limit] for i in range(limit)]
-    return pictures
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        return open_image(image, number)
+    if image.ndim == 4 and len(image) == 1:
+        image = image[0]
+    if image.ndim != 3:
+        raise UserError(f"image {number}: a tensor of an image must be (3, H, W), got {tuple(image.shape)}")
+    return image
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sgformer import ops
 from sgformer.core.errors import UserError
+from sgformer.core.files import try_file
 from sgformer.data.image import height_and_width
 from sgformer.exporting.formats import FORMATS, ExportFormat, Runner
 from sgformer.exporting.graphs import Graph
@@ -128,8 +129,7 @@ def export_graph(
         raise UserError("--calibration is for --precision int8 and fp16")
     if out.suffix != kind.suffix:
         raise UserError(f"{out}: the name of a file of format {format} ends in {kind.suffix}")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} does not exist")
+    try_file(out)
     kind.require()
     graph = graph_of(kind.whole)
     size = _fixed_size(graph, image_size)
@@ -140,6 +140,7 @@ def export_graph(
     about = {**graph.about, "precision": precision, "input_size": size, "multiple": step}
     torch.manual_seed(0)
     example = torch.randn(1 if graph.whole_image else TRACED[0], 3, *(size or TRACED[1:]))
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         unfinished = Path(folder) / out.name
         files = kind.write(graph, example, size, about, unfinished)

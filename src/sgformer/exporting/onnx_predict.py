@@ -93,16 +93,33 @@ def resize_smooth(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear resize, corners not aligned, without antialiasing: (C, H, W) -> (C, *size)."""
-    for axis, length in enumerate(size, 1):
-        size_in = x.shape[axis]
-        if size_in == length:
-            continue
-        at = np.maximum((np.arange(length) + 0.5) * (size_in / length) - 0.5, 0)
-        low = np.minimum(at.astype(np.int64), size_in - 1)
-        share = (at - low).astype(x.dtype).reshape((-1, 1) if axis == 1 else (-1,))
-        above = np.minimum(low + 1, size_in - 1)
-        x = x.take(low, axis) * (1 - share) + x.take(above, axis) * share
-    return x
+    return _resize_axis(_resize_axis(x, 1, size[0]), 2, size[1])
+
+
+def _resize_axis(x: np.ndarray, axis: int, length: int, part: slice = slice(None)) -> np.ndarray:
+    """`resize` of axis 1 or 2 alone, or a part of its result."""
+    size_in = x.shape[axis]
+    if size_in == length:
+        return x[:, part] if axis == 1 else x[:, :, part]
+    at = np.maximum((np.arange(length)[part] + 0.5) * (size_in / length) - 0.5, 0)
+    low = np.minimum(at.astype(np.int64), size_in - 1)
+    share = (at - low).astype(x.dtype).reshape((-1, 1) if axis == 1 else (-1,))
+    above = np.minimum(low + 1, size_in - 1)
+    return x.take(low, axis) * (1 - share) + x.take(above, axis) * share
+
+
+#: Bytes of class scores that are resized at once.
+PART = 2**28
+
+
+def labels_of(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The class of the largest of resized logits (C, h, w) at each pixel: (H, W) int64, in bounded memory."""
+    step = max(1, PART // (logits.itemsize * len(logits) * size[1]))
+    parts = []
+    for top in range(0, size[0], step):
+        rows = _resize_axis(logits, 1, size[0], slice(top, min(top + step, size[0])))
+        parts.append(_resize_axis(rows, 2, size[1]).argmax(0))
+    return np.concatenate(parts)
 
 
 def softmax(x: np.ndarray, axis: int) -> np.ndarray:

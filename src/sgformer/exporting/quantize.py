@@ -7,13 +7,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sgformer.data.image import list_images, open_image
+from sgformer.data.image import Images
 from sgformer.exporting.formats.onnx import onnx_session, set_onnx_metadata
 from sgformer.exporting.onnx_predict import ExportedNetwork
 from sgformer.exporting.quiet import quiet
@@ -93,8 +94,8 @@ def read_pictures(
     network: ExportedNetwork, folder: str | os.PathLike[str], most: int, prepare: Any
 ) -> Iterator[np.ndarray]:
     """The images of a folder as network inputs, (1, 3, H, W) float32, one at a time."""
-    for source in list_images(folder)[:most]:
-        yield prepare(network, open_image(source))
+    for _, image in islice(Images(folder), most):
+        yield prepare(network, image)
 
 
 def _static(twin: Path, path: Path, calibration: str, prepare: Any) -> None:

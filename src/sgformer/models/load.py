@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +237,8 @@ def build_network(
 
 def _build_timm(weights: Weights, pruned: bool, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     assert weights.model is not None
+    if not pruned and "image_size" in weights.metadata:
+        options = {**size_option(weights.model, weights.metadata["image_size"]), **options}
     model: Any = build_model(weights.model, weights.metadata.get("num_classes"), **options)
     head = next((name for name, module in model.named_modules() if module is model.get_classifier()), "")
     weight = weights.tensors.get(f"{head}.weight")
@@ -298,6 +300,19 @@ def build_pretrained(name: str) -> nn.Module:
         raise UserError(f"timm has no pretrained weights for it here ({first_sentence(error)})") from None
     model.metadata = {"model": name, **_preprocessing(name)}
     return model.eval()
+
+
+def size_option(name: str, size: int | Sequence[int]) -> dict[str, Any]:
+    """The option of `build_model` that a network of timm's needs for an image size, if it takes one size only."""
+    if name in VARIANTS:
+        return {}
+    import timm
+
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    wanted = (size, size) if isinstance(size, int) else tuple(size)
+    if known is None or not known.fixed_input_size or tuple(known.input_size[1:]) == wanted:
+        return {}
+    return {"img_size": wanted}
 
 
 def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> Any:

@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import UserError, first_line
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
 from sgformer.models.load import Weights, build_model, build_network, network_name, read_weights
@@ -51,12 +53,48 @@ class Pyramid(nn.Module):
         # DDP requires a gradient for every parameter: drop the layers after the maps.
         self.places = prune(places, prune_norm=True) if prune else places
         self.network = network
+        self.pads = False
+        if not isinstance(network, SGFormer):
+            self.pads = self._needs_padding()
         self._freeze(freeze_stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> four feature maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))."""
+        """(B, 3, H, W) -> four feature maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])).
+
+        Networks that take multiples of their patches only, such as Swin, see the image padded with zeros to the right
+        and below; what the maps hold of the padding is cut off.
+        """
+        height, width = x.shape[-2:]
+        down, right = -height % STRIDES[-1], -width % STRIDES[-1]
+        if not self.pads or not (down or right):
+            return self._maps(x)
+        maps = self._maps(F.pad(x, [0, right, 0, down]))
+        return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, STRIDES, strict=True)]
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
         run = self.network.forward_intermediates
         return run(x, indices=self.places, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
+
+    def _needs_padding(self) -> bool:
+        """Whether images must be padded to multiples of 32: timm does not tell, so it is tried.
+
+        Raises:
+            UserError: the network refuses those, too.
+        """
+        like, training = next(self.network.parameters()), self.network.training
+        self.network.eval()
+        try:
+            for padded, size in ((False, (97, 131)), (True, (96, 128))):
+                try:
+                    with torch.no_grad():
+                        self._maps(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+                    return padded
+                except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+                    reason = first_line(error)
+        finally:
+            self.network.train(training)
+        model = self.architecture["model"]
+        raise UserError(f"{model} does not take images of any size ({reason}); pick another hierarchical network")
 
     def train(self, mode: bool = True) -> Pyramid:
         """Set training mode, except for frozen modules: their batch statistics stay and drop path is off."""

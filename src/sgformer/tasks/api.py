@@ -24,6 +24,7 @@ from sgformer.tasks.registry import get_task, refuse_foreign, task_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from sgformer.data.image import Images
     from sgformer.explaining.base import Explainer, Picture
     from sgformer.exporting.export import Export
     from sgformer.models.load import Weights
@@ -175,14 +176,23 @@ def _score_features(
 
 
 def predict(
-    weights: Source, images: Any, *, model: str | None = None, stream: bool = False, **options: Any
+    weights: Source,
+    images: Any,
+    *,
+    model: str | None = None,
+    bad_images: str = "stop",
+    stream: bool = False,
+    **options: Any,
 ) -> list[Any] | Iterator[Any]:
     """Run a network on images.
 
     Args:
         weights: see the module; also an `.onnx` file of `sgformer export`, which needs no torch.
-        images: one or several files, folders (searched for images, also nested) or PIL images.
+        images: one or several files, folders (searched for images, also nested), or images in memory, which are read
+            as their files are: PIL images, bytes, arrays (H, W, C), tensors (C, H, W); see `data.image.open_image`.
         model: the network's name, for a plain state dict.
+        bad_images: "stop" at an image that cannot be read, or "skip" it with a warning: then there are fewer results
+            than images, each with the name of its own.
         stream: return an iterator that yields results one by one, for more images than fit in memory.
         options: `image_size`, `device`, and the task's own: `top`, `batch_size`; `multi_scale`, `flip`, `sliding`;
             `score`.
@@ -193,21 +203,21 @@ def predict(
     Raises:
         UserError: weights or an image cannot be read, or an option is invalid.
     """
-    results = (result for result, _ in predict_images(weights, images, model=model, **options)[1])
+    from sgformer.data.image import Images
+
+    _, pairs, _ = predict_images(weights, Images(images, bad_images), model=model, **options)
+    results = (result for result, _ in pairs)
     return results if stream else list(results)
 
 
 def predict_images(
-    weights: Source, images: Any, *, model: str | None = None, **options: Any
-) -> tuple[Any, Iterator[tuple[Any, Any]], dict[str, Any], Sequence[Any]]:
+    weights: Source, images: Images, *, model: str | None = None, **options: Any
+) -> tuple[Any, Iterator[tuple[Any, Any]], dict[str, Any]]:
     """:func:`predict` for callers that also show the images.
 
     Returns:
-        The task, an iterator over (result, PIL RGB image), the metadata of the weights, and the images' sources.
+        The task, an iterator over (result, PIL RGB image), and the metadata of the weights.
     """
-    from sgformer.data.image import list_images
-
-    sources = list_images(images)
     if is_exported(weights):
         from sgformer.exporting.onnx_predict import ExportedNetwork
 
@@ -220,11 +230,11 @@ def predict_images(
         for name in ("multi_scale", "flip", "sliding"):
             if options.get(name):
                 raise UserError(f"--{dashed(name)} is for weights; {weights} is an exported file")
-        return task, task.predict_exported(network, sources, **options), network.metadata, sources
+        return task, task.predict_exported(network, images, **options), network.metadata
     stored, task = _read(weights, model)
     task.require()
     refuse_foreign(options, task, "predict_options", weights)
-    return task, task.predict(stored, sources, **options), dict(stored.metadata), sources
+    return task, task.predict(stored, images, **options), dict(stored.metadata)
 
 
 def embed(
@@ -234,6 +244,7 @@ def embed(
     model: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 32,
+    bad_images: str = "stop",
     device: str = "auto",
 ) -> Embeddings:
     """The features that a network sees in images: the input of its classifier or, of detection and segmentation, the
@@ -241,10 +252,11 @@ def embed(
 
     Args:
         weights: see the module; of any task.
-        images: one or several files, folders (searched for images, also nested) or PIL images.
+        images: as for `predict`.
         model: the network's name, for a plain state dict.
         image_size: pixels, or (height, width); by default as trained or, of detection and segmentation, 224.
         batch_size: images per batch.
+        bad_images: "stop" at an image that cannot be read, or "skip" it with a warning.
         device: "auto", "cpu", "cuda" ...
 
     Returns:
@@ -253,16 +265,22 @@ def embed(
     Raises:
         UserError: weights or an image cannot be read, or an option is invalid.
     """
+    from sgformer.data.image import Images
+
+    options = {"model": model, "image_size": image_size, "batch_size": batch_size, "device": device}
+    return embed_images(weights, Images(images, bad_images), **options)  # type: ignore[arg-type]
+
+
+def embed_images(weights: Source, images: Images, *, model: str | None = None, **options: Any) -> Embeddings:
+    """:func:`embed` for callers that are told which images are left out."""
     if is_exported(weights):
         raise UserError(f"{weights}: an exported file has no embeddings; take them from the weights it was made from")
-    from sgformer.data.image import list_images
     from sgformer.tasks.features import embed
 
-    sources = list_images(images)
     stored, task = _read(weights, model)
     if stored.architecture is not None:
         task.require()
-    return embed(stored, sources, image_size=image_size, batch_size=batch_size, device=device)
+    return embed(stored, images, **options)
 
 
 def is_exported(weights: Source) -> bool:
@@ -317,6 +335,7 @@ def explain(
     *,
     image_size: int | tuple[int, int] | None = None,
     limit: int | None = None,
+    bad_images: str = "stop",
     device: str = "auto",
     model: str | None = None,
 ) -> Iterator[Explanation]:
@@ -324,27 +343,41 @@ def explain(
 
     Args:
         weights: of any task, see the module; or a network in memory, whose mode is kept.
-        images: one or several files, folders (searched for images, also nested), PIL images, (H, W, 3) uint8 arrays, or
-            tensors (3, H, W) as the network takes them (normalised; for a detector in 0..1).
+        images: as for `predict`, except that tensors of floats (3, H, W) are taken as the network takes them
+            (normalised; for a detector in 0..1).
         image_size: pixels, as in validation (classification: height and width; segmentation: the short side; detection:
             short side, or short and longest); by default as trained or, if unknown, the image's own.
         limit: maximum number of images, spread evenly over those given.
+        bad_images: "stop" at an image that cannot be read, or "skip" it with a warning.
         device: "auto", "cpu", "cuda" ...; a network in memory stays where it is.
         model: the network's name, for a plain state dict.
 
     Raises:
         UserError: weights or an image cannot be read, or the network is not an SG-Former.
     """
-    from sgformer.explaining.base import as_pictures
+    from sgformer.data.image import Images
+    from sgformer.explaining.base import open_picture
 
-    pictures = as_pictures(images, limit)
+    return explain_images(
+        weights, Images(images, bad_images, open=open_picture).limited(limit), image_size, device, model
+    )
+
+
+def explain_images(
+    weights: Source | nn.Module,
+    images: Images,
+    image_size: int | tuple[int, int] | None = None,
+    device: str = "auto",
+    model: str | None = None,
+) -> Iterator[Explanation]:
+    """:func:`explain` for callers that are told which images are left out."""
     if isinstance(weights, str | os.PathLike):
         explainer = load_explainer(weights, device, model)
     else:
         explainer = explainer_for(weights)
     if image_size is not None:
         explainer.take_size(image_size)
-    return explainer.explain_all(pictures)
+    return explainer.explain_all(images)
 
 
 def export(

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError, require
 from sgformer.core.files import write_json
-from sgformer.data.image import open_image, source_name
+from sgformer.data.image import Images
 from sgformer.data.preparing import EvalTransform, eval_transform
 from sgformer.models.backbone import SGFormer
 from sgformer.models.load import Weights, build_network
@@ -94,7 +93,7 @@ def extract(network: nn.Module, images: Tensor, device: torch.device, path: Path
 
 def embed(
     weights: Weights,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 32,
@@ -104,7 +103,7 @@ def embed(
 
     Args:
         weights: of any task.
-        sources: files or PIL images.
+        images: the images; those left out have no row.
         image_size: pixels, or (height, width); by default see `preparation`.
         batch_size: images per batch.
         device: "auto", "cpu", "cuda" ...
@@ -115,12 +114,14 @@ def embed(
     if batch_size < 1:
         raise UserError(f"--batch-size must be above 0, got {batch_size}")
     where, transform = find_device(device), preparation(weights, image_size)
-    network = embedder(weights, where, len(sources))
-    parts = []
-    for start in range(0, len(sources), batch_size):
-        images = torch.stack([transform(open_image(source)) for source in sources[start : start + batch_size]])
-        parts.append(extract(network, images, where, weights.path))
-    return Embeddings(tuple(source_name(source, i) for i, source in enumerate(sources)), np.concatenate(parts))
+    network = embedder(weights, where, len(images))
+    names: list[str] = []
+    parts = [np.zeros((0, 0), np.float32)]
+    for batch in images.batches(batch_size):
+        names += [name for name, _ in batch]
+        pixels = torch.stack([transform(image) for _, image in batch])
+        parts.append(extract(network, pixels, where, weights.path))
+    return Embeddings(tuple(names), np.concatenate(parts[1:] or parts))
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,11 @@ from typing import Any
 import yaml
 
 from sgformer.core.errors import UserError
+from sgformer.core.files import write_text
 from sgformer.core.names import nearest
 from sgformer.tasks.registry import TASKS, get_task
 from sgformer.training.config import RunConfig, make_config, read_yaml, to_yaml
+from sgformer.training.report import cell
 
 log = logging.getLogger("sgformer")
 
@@ -339,7 +341,7 @@ def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
-    (folder / f"{ablation.name}.md").write_text(markdown(ablation, table), encoding="utf-8")
+    write_text(folder / f"{ablation.name}.md", markdown(ablation, table))
     from sgformer.viz.ablation import draw_ablation, draw_runs
     from sgformer.viz.curves import read_metrics
 
@@ -370,8 +372,9 @@ def markdown(ablation: Ablation, table: list[dict[str, Any]]) -> str:
         against = "" if row["difference"] is None else f"{row['difference']:+.1f}"
         against += "" if row["difference_sd"] is None else f" ± {row['difference_sd']:.1f}"
         seconds = "" if row["processor_seconds"] is None else f"{row['processor_seconds'] / 60:.1f} min"
+        name = cell(row["variant"])
         lines.append(
-            f"| {row['variant']} | {row['mean']:.1f}{spread} | {row['least']:.1f} to {row['most']:.1f} | {against} | "
+            f"| {name} | {row['mean']:.1f}{spread} | {row['least']:.1f} to {row['most']:.1f} | {against} | "
             f"{row['runs']} | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.0f} M | {seconds} |"
         )
     return "\n".join(lines) + "\n\nMean and standard deviation over seeds; differences within seeds; last epoch.\n"

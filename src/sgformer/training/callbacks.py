@@ -254,10 +254,11 @@ class RunLog(Callback):
         self.seconds, self._start = self._elapsed(), time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Lightning's loss is already divided by the number of accumulated batches.
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        for name, value in {"train_loss": loss, **outputs.get("parts", {})}.items():
-            self._losses.setdefault(name, []).append(value)
+        if outputs:  # empty: no image of the batch could be read
+            # Lightning's loss is already divided by the number of accumulated batches.
+            loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+            for name, value in {"train_loss": loss, **outputs.get("parts", {})}.items():
+                self._losses.setdefault(name, []).append(value)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -285,7 +286,7 @@ class RunLog(Callback):
         shown = [f"{name} {100 * value:.2f}" for name, value in metrics.items() if "loss" not in name]
         shown = [f"val {metrics['val_loss']:.3f}", *shown] if "val_loss" in metrics else shown
         log.info(
-            f"{self._progress()}  loss {losses['train_loss']:.3f}  {'  '.join(shown)}  "
+            f"{self._progress()}  loss {losses.get('train_loss', math.nan):.3f}  {'  '.join(shown)}  "
             f"lr {_rate(trainer):.2e}  {self.images_per_second:.0f} img/s  {clock(eta)} left"
         )
 

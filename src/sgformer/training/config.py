@@ -227,6 +227,7 @@ class RunConfig:
             self._check(name, math.isfinite, "must be finite")
         for name in ("workers", "seed", "split_seed", "weight_decay", "record_significance"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
+        self._check("seed", lambda v: v < 2**32, "must be below 2^32, as NumPy's generators require")
         for name in ("drop_path", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
         self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")

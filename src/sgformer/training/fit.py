@@ -31,7 +31,7 @@ from sgformer.training.planning import Cost, Stopwatch, chosen, data_facts, plan
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.task import Splits, Task
 from sgformer.training.trainer import build_trainer, machine_options, per_process_batch, trainer_options
-from sgformer.training.worker_errors import worker_errors
+from sgformer.training.worker_errors import refuse_reentry, worker_errors
 from sgformer.viz.curves import draw_curves
 
 log = logging.getLogger("sgformer")
@@ -49,6 +49,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
         UserError: a setting, the data or the machine is unsuitable; raised before the folder is created if possible.
         Interrupted: a signal stopped the run; the checkpoint is written.
     """
+    refuse_reentry()
     began = time.monotonic()
     is_main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     trainer = build_trainer(**machine_options(config))
@@ -79,6 +80,9 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     planned = planned or previous.get("planned")
     previous_kernels = previous.get("kernels", "torch") if resume else None
     kernels, why = use_native_kernels(config, model, device, previous_kernels)
+
+    for dataset, split in ((splits.train, "the training data"), (splits.val, "the validation data")):
+        require_readable(dataset, split)
 
     steps = len(splits.train_sampler) // config.accumulate  # from one validation to the next
     if not steps:
@@ -362,6 +366,18 @@ def use_native_kernels(
             raise UserError(f"--native on: {reason}") from reason
         return "torch", f"{reason}{'; results will differ in the last bits' if previous else ''}"
     return "native", ""
+
+
+def require_readable(dataset: Any, split: str) -> None:
+    """Raise UserError if no image of a data set that skips bad images can be read; looks no further than the first."""
+    problem = ""
+    for index in range(len(dataset)) if dataset.bad_images == "skip" else ():
+        sample = dataset[index]
+        if sample.skipped is None:
+            return
+        problem = problem or sample.skipped
+    if problem:
+        raise UserError(f"none of the {len(dataset)} images of {split} can be read; the first: {problem}")
 
 
 def build_loader(dataset: Dataset, sampler: Any, workers: int, collate: Callable[..., Any]) -> DataLoader:

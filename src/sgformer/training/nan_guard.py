@@ -57,6 +57,9 @@ class NanGuard(Callback):
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: L.Trainer, task: Any, optimizer: torch.optim.Optimizer) -> None:
+        if not self._losses:  # no image of this update could be read
+            self._batches = []
+            return
         losses = torch.stack(self._losses).float()
         largest = losses.abs().max()
         if trainer.precision != "16-mixed":

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from typing import Any
 import numpy as np
 
 from sgformer.core.files import write_json, write_text
+from sgformer.core.names import printable
 from sgformer.viz.confusion import draw_confusion
 
 
 def facts_table(facts: Mapping[str, Any]) -> list[str]:
     """A Markdown table without a heading, one fact per row."""
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    return ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in facts.items()), ""]
+
+
+def cell(value: Any) -> str:
+    """A value as text in a cell of a Markdown table, which no character of it leaves or formats."""
+    return re.sub(r"([\\|`*_<\[$])", r"\\\1", printable(str(value)))
 
 
 def taken_for(confusion: np.ndarray, names: Sequence[str], i: int) -> str:
@@ -57,7 +64,7 @@ def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list
     lines = []
     for title, rows in tables:
         lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+        lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
         lines.append("")
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -68,7 +69,7 @@ class RunFolder:
             UserError: the folder is not empty, or is a file.
         """
         name = f"{task}-{config.model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = cls(config.run or Path("runs") / name, writes)
+        folder = cls(config.run or (_own_folder(Path("runs") / name) if writes else Path("runs") / name), writes)
         if writes:
             leftover = f"{CONFIG}.tmp"  # of a run that was killed while writing its first file
             if folder.path.exists() and not folder.path.is_dir():
@@ -210,14 +211,17 @@ class RunFolder:
     def note(self, text: str) -> None:
         """Append a line to `log.txt` only; write errors are ignored."""
         if self.writes:
-            with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            with (
+                suppress(OSError),
+                (self.path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 file.write(f"{time.strftime(TIME)} {text}\n")
 
     def start_log(self) -> logging.Handler:
         """Add a `log.txt` handler to the `sgformer` logger; the caller must remove the returned handler."""
         handler: logging.Handler = logging.NullHandler()
         if self.writes:
-            handler = _LogFile(self.path / "log.txt", encoding="utf-8")
+            handler = _LogFile(self.path / "log.txt", encoding="utf-8", errors="backslashreplace")
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
         log.addHandler(handler)
         return handler
@@ -281,6 +285,16 @@ def _commit() -> str | None:
         return None
 
 
+def _own_folder(path: Path) -> Path:
+    """Create the folder or, if another run of the same second has it, the first free of `PATH-2`, `PATH-3` ..."""
+    for number in itertools.count(1):
+        own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            own.mkdir(parents=True)
+            return own
+    raise AssertionError
+
+
 class _LogFile(logging.FileHandler):
     """Drops lines silently on a full disk; the error that stops the run reports the cause."""
 
@@ -292,7 +306,8 @@ class _Terminal(logging.Handler):
     """Prints messages to the current standard output, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        text, encoding = self.format(record), getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 @contextmanager

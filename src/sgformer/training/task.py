@@ -235,22 +235,22 @@ class Task:
         """
         return self.part("predict").evaluate(weights, data, out=out, **options)
 
-    def predict(self, weights: Any, sources: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+    def predict(self, weights: Any, images: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (result, PIL RGB image) for each image, lazily.
 
         Args:
             weights: a `models.load.Weights`.
-            sources: files or PIL images, as yielded by `data.image.find_images`.
+            images: a `data.image.Images`, which yields (name, PIL RGB image) and leaves out the unreadable ones.
             options: of the task's `predict`.
 
         Raises:
             UserError: an image cannot be read.
         """
-        return self.part("predict").predict(weights, sources, **options)
+        return self.part("predict").predict(weights, images, **options)
 
-    def predict_exported(self, network: Any, sources: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+    def predict_exported(self, network: Any, images: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
         """As `predict`, with an `exporting.onnx_predict.ExportedNetwork`; does not import torch."""
-        return self.part("predict_onnx").predict(network, sources, **options)
+        return self.part("predict_onnx").predict(network, images, **options)
 
     def line(self, result: Any) -> str:
         """A result as printed by `sgformer predict`, without the image's name."""

@@ -23,8 +23,8 @@ class TaskModule(L.LightningModule):
     """Trains `model` and validates `eval_model`.
 
     A task's module computes a loss from a batch (images, targets, indices, skipped) and accumulates validation metrics:
-    `training_step` returns the loss, or {"loss": ..., "parts": {name: scalar}} to log the parts in `metrics.csv`, too;
-    after a validation, `evaluation` returns the result.
+    `loss` returns the loss, or {"loss": ..., "parts": {name: scalar}} to log the parts in `metrics.csv`, too; after a
+    validation, `evaluation` returns the result.
 
     Under a strategy with a device mesh, `fully_shard` shards the parameters of `model` over the processes before
     training, block by block. Validation, weight files and pictures then use `unsharded`, a full copy on every process
@@ -101,6 +101,25 @@ class TaskModule(L.LightningModule):
         """Mix a batch for training; by default unchanged."""
         return images, targets
 
+    def loss(self, images: Any, targets: Any) -> Any:
+        """The training loss of a batch of at least one image; see the class."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss, or None for a batch of unreadable images: it adds no gradient, and alone makes no update.
+
+        Raises:
+            UserError: all images of a batch are unreadable, and other processes wait for its gradients.
+        """
+        images, targets = batch[:2]
+        if len(targets):
+            return self.loss(images, targets)
+        if self._trainer is not None and self.trainer.world_size > 1:
+            raise UserError(
+                f"no image of one process's batch could be read: repair them, or raise --batch-size; {batch[3][0]}"
+            )
+        return None
+
     def evaluation(self, skipped: Sequence[str]) -> Any:
         """The last validation's `Evaluation`; `skipped` has a line for each unreadable image."""
         raise NotImplementedError
@@ -160,18 +179,6 @@ class ScheduledModule(TaskModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lr_schedulers"] = []
-
-
-def readable(batch: Any) -> tuple[Any, Any]:
-    """The images and targets of a batch.
-
-    Raises:
-        UserError: no image of the batch could be read.
-    """
-    images, targets = batch[:2]
-    if not len(targets):
-        raise UserError(f"no image of this batch could be read; the first error: {batch[3][0]}")
-    return images, targets
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

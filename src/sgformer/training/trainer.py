@@ -35,6 +35,7 @@ NOISE = (
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler resumes mid-epoch
     r".*Our suggested max number of worker.*",  # the user sets --workers
     r".*Grad strides do not match bucket view strides.*",
+    r".*`training_step` returned `None`.*",  # a batch of unreadable images
     r".*module\(s\) in eval mode at the start of training.*",  # frozen stages
 )
 

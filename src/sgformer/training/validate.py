@@ -9,10 +9,10 @@ from typing import Any
 from sgformer.core.errors import UserError
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.training.callbacks import SkippedImages
-from sgformer.training.fit import build_loader
+from sgformer.training.fit import build_loader, require_readable
 from sgformer.training.run_folder import shown_log
 from sgformer.training.trainer import build_trainer, quiet
-from sgformer.training.worker_errors import worker_errors
+from sgformer.training.worker_errors import refuse_reentry, worker_errors
 
 log = logging.getLogger("sgformer")
 
@@ -48,6 +48,8 @@ def validate(
     """
     if batch_size < 1 or workers < 0:
         raise UserError(f"--batch-size must be above 0 and --workers 0 or more, got {batch_size} and {workers}")
+    refuse_reentry()
+    require_readable(dataset, "this split")
     skipped = SkippedImages()
     with quiet(), shown_log():
         trainer = build_trainer(device=device, devices=devices, precision=precision, callbacks=[skipped])

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sgformer.core.errors import require
 from sgformer.core.files import replacing
 from sgformer.results import Detections
 from sgformer.viz.segmentation import palette
-from sgformer.viz.style import COLOURS, INK, figure
+from sgformer.viz.style import COLOURS, INK, figure, label_font
 
 #: Images are enlarged by an integer factor to a short side of about this many pixels, so that labels are legible.
 LEGIBLE = 400
@@ -69,7 +69,7 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
             pixels = np.where(mask[..., None], 0.5 * pixels + 0.5 * colour, pixels)
         canvas = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(11, round(min(canvas.size) / 32)))
+    height = max(11, round(min(canvas.size) / 32))
     order = list(range(len(objects.boxes)))[::-1]
     boxes = np.asarray(objects.boxes, dtype=np.float64).reshape(-1, 4) * zoom
     for i in order:
@@ -78,6 +78,7 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
         text = names[int(objects.labels[i])]
         if objects.scores is not None:
             text += f" {100 * objects.scores[i]:.0f}"
+        font, text = label_font(text, height)
         left, top, right, bottom = font.getbbox(text)
         wide, high = right - left + 8, bottom - top + 6
         x = min(max(0, boxes[i][0]), max(0, canvas.width - wide))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sgformer.core.errors import require
+from sgformer.core.files import write_text
 from sgformer.results import Explanation
 from sgformer.viz.style import figure
 
@@ -236,7 +237,7 @@ one token; below, the significance of all blocks.</p>
 </html>
 """
     path = Path(folder) / "index.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

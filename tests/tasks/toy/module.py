@@ -3,7 +3,7 @@
 import torch
 
 from sgformer.models.load import build_model, build_network
-from sgformer.training.task_module import TaskModule, readable
+from sgformer.training.task_module import TaskModule
 from toy.metrics import Evaluation
 
 
@@ -21,8 +21,8 @@ class ToyModule(TaskModule):
         """(B,)"""
         return model(images)[:, 0] - self.numbers[targets]
 
-    def training_step(self, batch, batch_idx):
-        return self.scale * self.differences(self.model, *readable(batch)).square().mean()
+    def loss(self, images, targets):
+        return self.scale * self.differences(self.model, images, targets).square().mean()
 
     def on_validation_epoch_start(self):
         self.errors = []

@@ -3,7 +3,6 @@
 import torch
 
 from sgformer.data.formats import open_data
-from sgformer.data.image import open_image, source_name
 from sgformer.data.imagefolder import ImageFolderDataset, collate
 from sgformer.data.preparing import eval_transform
 from sgformer.models.load import build_network
@@ -13,13 +12,12 @@ from toy.module import ToyModule
 network = build_network
 
 
-def predict(weights, sources, *, device="cpu"):
+def predict(weights, images, *, device="cpu"):
     """See `Task.predict`: (name, number) of each image."""
     model, transform = build_network(weights).to(device), eval_transform(weights.metadata["image_size"], 1.0)
-    for i, source in enumerate(sources):
-        image = open_image(source)
+    for name, image in images:
         with torch.inference_mode():
-            yield (source_name(source, i), model(transform(image)[None].to(device)).item()), image
+            yield (name, model(transform(image)[None].to(device)).item()), image
 
 
 def evaluate(weights, data, *, split="val", batch_size=64, out=None, **machine):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,17 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import UserError, first_line
 from sgformer.data.identity import class_differences
 from sgformer.data.preparing import Normalization
 from sgformer.models.config import VARIANTS
-from sgformer.models.load import Weights, build_model, build_network
+from sgformer.models.load import Weights, build_model, build_network, size_option
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.classify.metrics import Evaluation, balanced_accuracy
 from sgformer.tasks.classify.teacher import StepShare, Teacher, open_teacher
 from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
-from sgformer.training.task_module import ScheduledModule, readable
+from sgformer.training.task_module import ScheduledModule
 
 log = logging.getLogger("sgformer")
 
@@ -103,8 +104,8 @@ class ClassificationModule(ScheduledModule):
             images, soft = torch.cat([mixed, images[even:]]), torch.cat([mixed_targets, soft[even:]])
         return images, soft
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Any]:
-        images, targets = self.mix(*readable(batch))
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor | dict[str, Any]:
+        images, targets = self.mix(images, targets)
         logits = self.model(images).float()
         # With probabilities as targets the mean is over images, not over weights: it does not depend on how the batch
         # is split.
@@ -258,6 +259,17 @@ def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:
     return []
 
 
+@contextmanager
+def refused_size(name: str, size: tuple[int, int]) -> Iterator[None]:
+    """Turn what a network of one size says to another into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
+        raise UserError(f"{name} does not take images of {size[0]} x {size[1]} pixels ({first_line(error)})") from error
+
+
 def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | None = None) -> nn.Module:
     """The network to train: fresh, or from some weights, with their classifier kept if the number of classes fits."""
     options: dict[str, Any] = {"drop_path_rate": config.drop_path}
@@ -265,10 +277,15 @@ def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | 
         options |= {"coarse": config.coarse, "img_size": config.image_hw, **config.guidance}
     elif not config.drop_path:
         options = {}  # not every network of timm takes drop_path_rate
-    if weights is None:
-        model = build_model(config.model, num_classes, **options)
-    else:
-        model = build_network(weights, num_classes=num_classes, partial=True, **options)
+    options |= size_option(config.model, config.image_hw)
+    with refused_size(config.model, config.image_hw):
+        if weights is None:
+            model = build_model(config.model, num_classes, **options)
+        else:
+            model = build_network(weights, num_classes=num_classes, partial=True, **options)
+        if options.get("img_size") and config.model not in VARIANTS:  # what a size lacks shows when it is used
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, *config.image_hw))
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model.train()

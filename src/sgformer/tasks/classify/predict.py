@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.image import open_image, source_name
+from sgformer.data.image import Images, height_and_width
 from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.backbone import SGFormer
 from sgformer.models.load import Weights, build_network
@@ -27,7 +26,7 @@ network = build_network
 
 def predict(
     weights: Weights,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     top: int = 5,
     batch_size: int = 32,
@@ -38,7 +37,7 @@ def predict(
 
     Args:
         weights: of a classifier.
-        sources: files or PIL images.
+        images: the images.
         top: number of classes per image.
         batch_size: images per batch.
         image_size: pixels, or (height, width); by default as trained.
@@ -50,22 +49,21 @@ def predict(
     model: Any = build_network(weights)
     where = find_device(device)
     model.to(where)
-    if where.type == "cpu" and isinstance(model, SGFormer) and len(sources) >= WORTH_PREPARING:
+    refuse_size(weights, model, image_size)
+    if where.type == "cpu" and isinstance(model, SGFormer) and len(images) >= WORTH_PREPARING:
         from sgformer.backends import optimize
 
         model = optimize.optimize(model)
     names = weights.metadata.get("classes") or [str(i) for i in range(model.num_classes)]
     transform = eval_transform(**reading(weights.metadata, image_size))
-    for start in range(0, len(sources), batch_size):
-        part = sources[start : start + batch_size]
-        images = [open_image(source) for source in part]
+    for batch in images.batches(batch_size):
         with torch.inference_mode():
-            pixels = torch.stack([transform(image) for image in images])
+            pixels = torch.stack([transform(image) for _, image in batch])
             shares = model(pixels.to(where)).float().softmax(-1).cpu()
         values, indices = shares.topk(min(top, shares.shape[1]))
-        for i, (source, image) in enumerate(zip(part, images, strict=True)):
-            labels = tuple((names[k], v) for k, v in zip(indices[i].tolist(), values[i].tolist(), strict=True))
-            yield Prediction(source_name(source, start + i), labels), image
+        for (name, image), best, share in zip(batch, indices.tolist(), values.tolist(), strict=True):
+            labels = tuple((names[k], v) for k, v in zip(best, share, strict=True))
+            yield Prediction(name, labels), image
 
 
 def evaluate(
@@ -109,6 +107,7 @@ def evaluate(
         listing = open_data("classes", data, split, names)
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
+    refuse_size(weights, model, image_size)
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
     module = ClassificationModule(model, class_names=listing.classes)
@@ -116,6 +115,14 @@ def evaluate(
     if "classes" not in weights.metadata:
         notes.append(f"{weights.path} names no classes: class i is the i-th folder in sorted order")
     return validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)[0]
+
+
+def refuse_size(weights: Weights, model: Any, image_size: Any) -> None:
+    """Raise UserError if another image size is given to a network of timm's that takes one only."""
+    own = height_and_width(weights.metadata.get("image_size", 224))
+    fixed = not isinstance(model, SGFormer) and (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    if fixed and image_size is not None and height_and_width(image_size) != own:
+        raise UserError(f"{weights.path}: {weights.model} takes {own[0]} x {own[1]} pixels only, without --image-size")
 
 
 def reading(metadata: Mapping[str, Any], image_size: Any = None, crop_pct: float | None = None) -> dict[str, Any]:

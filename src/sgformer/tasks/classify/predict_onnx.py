@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import centre, height_and_width, open_image, source_name
+from sgformer.data.image import Images, centre, height_and_width
 from sgformer.exporting.onnx_predict import ExportedNetwork, softmax
 from sgformer.results import Prediction
 
 
 def predict(
     network: ExportedNetwork,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     top: int = 5,
     batch_size: int = 32,
@@ -27,7 +26,7 @@ def predict(
 
     Args:
         network: an exported classifier.
-        sources: files or PIL images.
+        images: the images.
         top: number of classes per image.
         batch_size: images per batch.
         image_size: pixels, or (height, width); by default as trained. Only if the file leaves it open.
@@ -41,15 +40,13 @@ def predict(
     if network.input_size is None and (min(size) < 32 or size[0] % step or size[1] % step):
         steps = f" in steps of {step}" if step > 1 else ""
         raise UserError(f"{network.path}: takes images from 32 pixels up{steps}, got {size[0]} x {size[1]}")
-    for start in range(0, len(sources), batch_size):
-        part = sources[start : start + batch_size]
-        images = [open_image(source) for source in part]
-        batch = np.concatenate([_prepare(network, image, size) for image in images])
-        shares = softmax(network(batch)["logits"].astype(np.float32), 1)
-        for i, (source, image, row) in enumerate(zip(part, images, shares, strict=True), start):
+    for batch in images.batches(batch_size):
+        pixels = np.concatenate([_prepare(network, image, size) for _, image in batch])
+        shares = softmax(network(pixels)["logits"].astype(np.float32), 1)
+        for (name, image), row in zip(batch, shares, strict=True):
             order = np.argsort(-row, kind="stable")[:top]
             labels = tuple((network.classes[k], float(row[k])) for k in order)
-            yield Prediction(source_name(source, i), labels), image
+            yield Prediction(name, labels), image
 
 
 def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:

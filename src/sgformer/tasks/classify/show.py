@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sgformer.core.files import fitting
 from sgformer.results import Prediction
 
 
@@ -27,4 +28,5 @@ def draw(
     from sgformer.viz.sheets import draw_prediction
 
     path = Path(result.image)
-    draw_prediction(np.asarray(image), result.labels, out / f"{number:04d}-{path.stem}.png", path.name)
+    file = out / f"{number:04d}-{fitting(path.stem, out)}.png"
+    draw_prediction(np.asarray(image), result.labels, file, path.name)

@@ -16,7 +16,7 @@ from sgformer.tasks.detect.metrics import CocoMetric, DetectionEvaluation
 from sgformer.tasks.detect.network import Detector, coco_results, new_detector
 from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
-from sgformer.training.task_module import TaskModule, decay_groups, readable
+from sgformer.training.task_module import TaskModule, decay_groups
 
 
 class DetectionModule(TaskModule):
@@ -64,9 +64,9 @@ class DetectionModule(TaskModule):
     def forward(self, images: Sequence[Tensor], sizes: Any = None) -> Any:
         return self.model(images, sizes=sizes)
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def loss(self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The sum of the losses, and each of them under "parts"."""
-        losses = self.model(*readable(batch))
+        losses = self.model(images, targets)
         return {"loss": sum(losses.values()), "parts": {name: value.detach() for name, value in losses.items()}}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from PIL import Image
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
 from sgformer.data import splitting
-from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_mask
+from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_masks
 from sgformer.data.detection_transforms import eval_transform
 from sgformer.data.formats import open_data
-from sgformer.data.image import open_image, source_name
+from sgformer.data.image import Images
 from sgformer.models.load import Weights
 from sgformer.results import SHOWN, Detections, named
 from sgformer.tasks.detect.data import coco_metric, reading, require_truth, without_objects
@@ -31,7 +31,7 @@ network = Detector.from_weights
 
 def predict(
     weights: Weights,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     score: float = SHOWN,
     image_size: int | tuple[int, int] | None = None,
@@ -41,7 +41,7 @@ def predict(
 
     Args:
         weights: of a detector.
-        sources: files or PIL images.
+        images: the images.
         score: minimum confidence, of .05 or more.
         image_size: short side, or (short, longest); by default as trained.
         device: "auto", "cpu", "cuda" ...
@@ -55,14 +55,12 @@ def predict(
     model = Detector.from_weights(weights).to(where)
     names = weights.metadata["classes"]
     transform = eval_transform(reading(weights.metadata, image_size))
-    for number, source in enumerate(sources):
-        image = open_image(source)
+    for name, image in images:
         size = (image.height, image.width)
         with torch.inference_mode():
             (found,) = model([transform(image).to(where)], sizes=[size])
         keep = found["scores"] >= score
         found = {name: value[keep] for name, value in found.items()}
-        name = source_name(source, number)
         results = coco_results(found, name, range(len(names)), size)
         yield Detections(name, named(results, weights.metadata["category_ids"], names), size), image
 
@@ -129,7 +127,7 @@ def evaluate(
 def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
     """`examples.png`: best and worst images by F1 at IoU .5, from the results of an evaluation in `folder`."""
     from sgformer.tasks.detect.metrics import read_image_scores
-    from sgformer.viz.detection import Example, Instances, draw_examples, stack_masks
+    from sgformer.viz.detection import Example, Instances, draw_examples
 
     scores = read_image_scores(folder)
     place = {str(image.id): i for i, image in enumerate(listing.images)}
@@ -153,12 +151,14 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
         mine.sort(key=lambda pair: -pair[0]["score"])
         corners = np.array([b["bbox"] for b, _ in mine], dtype=float).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
+        wide, high = sample.image.size  # smaller than the file's with very many masks
+        corners *= np.array([wide / about.width, high / about.height] * 2)
         found = Instances(
             corners,
             np.array([index[b["category_id"]] for b, _ in mine], dtype=np.int64),
             np.array([b["score"] for b, _ in mine]),
-            stack_masks([decode_mask(m["segmentation"], about.height, about.width) for _, m in mine])
-            if kind == "mask"
+            decode_masks([m["segmentation"] for _, m in mine], about.height, about.width, (high, wide)).astype(bool)
+            if kind == "mask" and mine
             else None,
         )
         target = sample.target

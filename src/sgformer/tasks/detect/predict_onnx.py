@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import open_image, short_and_longest, source_name
+from sgformer.data.image import Images, short_and_longest
 from sgformer.exporting.onnx_predict import ExportedNetwork, resize, resize_smooth
 from sgformer.results import SHOWN, Detections, coco_result, named
 
 
 def predict(
     network: ExportedNetwork,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     score: float = SHOWN,
     image_size: Any = None,
@@ -30,7 +29,7 @@ def predict(
 
     Args:
         network: an exported whole detector.
-        sources: files or PIL images.
+        images: the images.
         score: minimum confidence, of .05 or more.
         image_size: must be None: the file of a detector has a fixed size.
 
@@ -44,8 +43,7 @@ def predict(
     if metadata["part"] != "whole" or network.input_size is None:
         raise UserError(f"{network.path}: holds {metadata['part']}, not a whole detector")
     sides = short_and_longest(metadata["image_size"])
-    for i, source in enumerate(sources):
-        image = open_image(source)
+    for name, image in images:
         size = image.height, image.width
         height, width = _fit_inside(size, sides, network.input_size)
         found = network(_in_corner(network, image, (height, width)))
@@ -56,7 +54,6 @@ def predict(
         boxes = boxes[keep] * np.array([size[1] / width, size[0] / height] * 2, np.float32)
         rows = zip(boxes, found["labels"][keep].tolist(), found["scores"][keep].tolist(), strict=True)
         masks = found["masks"][keep][:, 0] if "masks" in found else None
-        name = source_name(source, i)
         results = [
             coco_result(name, label, box.tolist(), conf, None if masks is None else paste_mask(masks[k], box, size))
             for k, (box, label, conf) in enumerate(rows)

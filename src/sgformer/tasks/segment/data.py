@@ -10,7 +10,7 @@ import torch
 from sgformer.core.errors import UserError
 from sgformer.data import splitting
 from sgformer.data.ade20k import LabelledFolder, LabelledFolderDataset, StepSampler, collate, collate_sizes, scan
-from sgformer.data.dense_transforms import eval_transform, train_transform
+from sgformer.data.dense_transforms import as_tensors, train_transform
 from sgformer.data.imagefolder import EpochSampler, left_out
 from sgformer.data.label_values import check_values
 from sgformer.data.objects import object_pixels
@@ -62,7 +62,7 @@ def open_data(
     rounds = min(config.val_every, total) * config.accumulate
     return Splits(
         train=LabelledFolderDataset(train, augmentation, seed=config.seed, bad_images=config.bad_images),
-        val=LabelledFolderDataset(val, eval_transform(normalization), bad_images=config.bad_images),
+        val=LabelledFolderDataset(val, as_tensors, bad_images=config.bad_images),
         train_sampler=StepSampler(len(train), batch, rounds, seed=config.seed, rank=rank, world=world),
         val_sampler=EpochSampler(len(val), batch, train=False, rank=rank, world=world),
         total_steps=total,

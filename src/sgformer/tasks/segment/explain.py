@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sgformer.core.errors import UserError
+from sgformer.data.dense_transforms import normalized
 from sgformer.data.image import fit_size
 from sgformer.data.preparing import eval_transform
 from sgformer.explaining.base import Explainer, explanations, pixels
@@ -36,7 +37,7 @@ class SegmentExplainer(Explainer):
 
     def _explain(self, x: Tensor) -> Explanation:
         size = self._size(x.shape[-2], x.shape[-1])
-        x = x[None]
+        x = x[None] if x.is_floating_point() else normalized(x[None], self.normalization)
         if size != tuple(x.shape[-2:]):  # as in validation
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         inspection = self.network.inspect(x)

@@ -13,13 +13,18 @@ from timm.scheduler import PolyLRScheduler
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
+from sgformer.data.dense_transforms import normalized
+from sgformer.data.preparing import IMAGENET, Normalization
 from sgformer.models.load import Weights
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.tasks.segment.metrics import SegmentationEvaluation
-from sgformer.tasks.segment.network import InferenceSettings, Segmenter, class_probabilities, new_segmenter
+from sgformer.tasks.segment.network import InferenceSettings, Segmenter, new_segmenter, probabilities_by_rows
 from sgformer.training.optimizer import check_optimizer, create_optimizer
 from sgformer.training.task import Splits
-from sgformer.training.task_module import ScheduledModule, decay_groups, readable
+from sgformer.training.task_module import ScheduledModule, decay_groups
+
+#: Pixels of images of one size that validation runs through the network at once.
+AT_ONCE = 2**23
 
 
 class SegmentationModule(ScheduledModule):
@@ -33,6 +38,7 @@ class SegmentationModule(ScheduledModule):
         class_names: one per class; by default the indices.
         ignore: the index of pixels that have no class.
         inference: how validation runs on images; by default whole, at `config.short`.
+        normalization: of validation images that are uint8; floats are taken as they are.
 
     Validation runs `eval_model` on images of any size (a list of (3, H, W), or (B, 3, H, W)) and counts pixels at the
     size of their labels. It leaves `result`, and `by_image` (pixel accuracy by index, of this process; `best_by_image`
@@ -49,6 +55,7 @@ class SegmentationModule(ScheduledModule):
         class_names: Sequence[str] | None = None,
         ignore: int = 255,
         inference: InferenceSettings | None = None,
+        normalization: Normalization = IMAGENET,
     ):
         super().__init__()
         self.model = model
@@ -57,6 +64,7 @@ class SegmentationModule(ScheduledModule):
         self.class_names = tuple(class_names or map(str, range(model.num_classes)))
         self.ignore = ignore
         self.inference = inference or InferenceSettings(self.config.short)
+        self.normalization = normalization
         self.result: SegmentationEvaluation | None = None
         self.by_image: dict[int, float] = {}
         self.best_by_image: dict[int, float] = {}
@@ -75,8 +83,7 @@ class SegmentationModule(ScheduledModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)["out"]
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, targets = readable(batch)
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         outputs = self.model(images)
         loss = self.pixel_loss(outputs["out"], targets)
         if "aux" in outputs:
@@ -90,20 +97,22 @@ class SegmentationModule(ScheduledModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         images, targets = batch[:2]
-        by_size: dict[Any, list[int]] = {}
-        for i, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(i)
-        for places in by_size.values():  # one pass for all images of a size
-            shares = class_probabilities(self.eval_model, torch.stack([images[i] for i in places]), self.inference)
-            truth = torch.stack([targets[i] for i in places])
-            pixels = (truth != self.ignore).sum()
-            if pixels:
-                loss = F.nll_loss(shares.clamp(min=1e-12).log(), truth, ignore_index=self.ignore)
-                self.val_loss.update(loss, weight=pixels)
-            guess = shares.argmax(1)
-            self.confusion.update(guess, truth)
-            known = (truth != self.ignore).flatten(1).sum(1)
-            hits = ((guess == truth) & (truth != self.ignore)).flatten(1).sum(1)
+        for places in groups_of_a_size(images):  # one pass for all images of a size
+            known = hits = torch.zeros(len(places), dtype=torch.int64, device=images[0].device)
+            stacked = torch.stack([images[i] for i in places])
+            if not stacked.is_floating_point():
+                stacked = normalized(stacked, self.normalization)
+            labels = torch.stack([targets[i] for i in places])
+            for rows, shares in probabilities_by_rows(self.eval_model, stacked, self.inference):
+                truth = labels[:, rows].long()
+                pixels = (truth != self.ignore).sum()
+                if pixels:
+                    loss = F.nll_loss(shares.clamp(min=1e-12).log(), truth, ignore_index=self.ignore)
+                    self.val_loss.update(loss, weight=pixels)
+                guess = shares.argmax(1)
+                self.confusion.update(guess, truth)
+                known = known + (truth != self.ignore).flatten(1).sum(1)
+                hits = hits + ((guess == truth) & (truth != self.ignore)).flatten(1).sum(1)
             for i, share in zip(places, (hits / known.clamp(min=1)).tolist(), strict=True):
                 self.by_image[int(batch[2][i])] = share
             self.images.update(len(places))
@@ -151,4 +160,23 @@ def build(config: SegmentConfig, splits: Splits, weights: Weights | None) -> Seg
     """See `Task.module`."""
     listing = splits.train.listing
     model = new_segmenter(config, len(listing.classes), weights)
-    return SegmentationModule(model, config, splits.total_steps, listing.classes, listing.ignore)
+    return SegmentationModule(
+        model,
+        config,
+        splits.total_steps,
+        listing.classes,
+        listing.ignore,
+        normalization=Normalization.of(splits.metadata),
+    )
+
+
+def groups_of_a_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of images (3, H, W) of the same size, in groups of up to `AT_ONCE` pixels or of one image."""
+    by_size: dict[Any, list[int]] = {}
+    for i, image in enumerate(images):
+        by_size.setdefault(image.shape[-2:], []).append(i)
+    groups = []
+    for (height, width), places in by_size.items():
+        count = max(1, AT_ONCE // (height * width))
+        groups += [places[start : start + count] for start in range(0, len(places), count)]
+    return groups

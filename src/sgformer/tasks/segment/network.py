@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +135,47 @@ class InferenceSettings:
     flip: bool = False
 
 
-@torch.no_grad()
 def class_probabilities(model: nn.Module, images: Tensor, how: InferenceSettings) -> Tensor:
     """Normalised images (B, 3, H, W) of any size -> class probabilities (B, num_classes, H, W), float32."""
+    return torch.cat([part for _, part in probabilities_by_rows(model, images, how)], 2)
+
+
+#: Bytes of class probabilities that are computed at once.
+PART = 2**28
+
+
+def predicted_labels(model: nn.Module, images: Tensor, how: InferenceSettings) -> Tensor:
+    """Normalised images (B, 3, H, W) of any size -> the most probable class of every pixel, (B, H, W) int64."""
+    return torch.cat([part.argmax(1) for _, part in probabilities_by_rows(model, images, how)], 1)
+
+
+@torch.no_grad()
+def probabilities_by_rows(model: nn.Module, images: Tensor, how: InferenceSettings) -> Iterator[tuple[slice, Tensor]]:
+    """Class probabilities from top to bottom in parts of bounded size: those of a large photograph fill the memory.
+
+    Args:
+        model, images, how: see `class_probabilities`.
+
+    Yields:
+        The rows, and their probabilities (B, num_classes, rows, W), float32. Of images up to `PART` one part.
+    """
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    passes = list(_passes(model, images, how))
+    row = 4 * passes[0].shape[0] * passes[0].shape[1] * size[1]
+    step = max(1, PART // row)
+    for top in range(0, size[0], step):
+        rows = slice(top, min(top + step, size[0]))
+        total: Tensor | None = None
+        for logits in passes:
+            probabilities = _resize_rows(logits, size, rows).softmax(1)
+            total = probabilities if total is None else total + probabilities
+        assert total is not None
+        yield rows, total / len(passes)
+
+
+def _passes(model: nn.Module, images: Tensor, how: InferenceSettings) -> Iterator[Tensor]:
+    """The logits (B, num_classes, h, w) of every scale, as they are and mirrored."""
     size = images.shape[-2:]
-    total: Tensor | None = None
     for factor in how.scales:
         target = fit_size(size[0], size[1], how.short_side, factor)
         scaled = images
@@ -148,10 +184,20 @@ def class_probabilities(model: nn.Module, images: Tensor, how: InferenceSettings
         for mirrored in (False, True) if how.flip else (False,):
             x = scaled.flip(-1) if mirrored else scaled
             logits = (model(x)["out"] if how.window is None else slide(model, x, how.window)).float()
-            probabilities = resize(logits.flip(-1) if mirrored else logits, images).softmax(1)
-            total = probabilities if total is None else total + probabilities
-    assert total is not None
-    return total / (len(how.scales) * (1 + how.flip))
+            yield logits.flip(-1) if mirrored else logits
+
+
+def _resize_rows(x: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
+    """The rows of a bilinear resize (corners not aligned) of (B, C, h, w) to `size`; all of them as `F.interpolate`."""
+    if rows == slice(0, size[0]):
+        return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    height = x.shape[-2]
+    at = (torch.arange(rows.start, rows.stop, device=x.device) + 0.5) * (height / size[0]) - 0.5
+    at = at.clamp(min=0)
+    low = at.long().clamp(max=height - 1)
+    share = (at - low)[:, None]
+    between = x[..., low, :] * (1 - share) + x[..., (low + 1).clamp(max=height - 1), :] * share
+    return F.interpolate(between, (len(low), size[1]), mode="bilinear", align_corners=False)
 
 
 def slide(model: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
-from sgformer.data.image import height_and_width, open_image, source_name
-from sgformer.data.preparing import IMAGENET, Normalization, denormalize
+from sgformer.data.image import Images, height_and_width
+from sgformer.data.preparing import IMAGENET, Normalization
 from sgformer.models.load import Weights, read_weights
 from sgformer.results import Segments
-from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segmenter, class_probabilities
+from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segmenter, predicted_labels
 from sgformer.training.task import Splits
 
 network = Segmenter.from_weights
@@ -24,7 +24,7 @@ network = Segmenter.from_weights
 
 def predict(
     weights: Weights,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     image_size: int | tuple[int, int] | None = None,
     multi_scale: bool = False,
@@ -36,7 +36,7 @@ def predict(
 
     Args:
         weights: of a segmentation.
-        sources: files or PIL images.
+        images: the images.
         image_size, multi_scale, flip, sliding: see `inference_settings`.
         device: "auto", "cpu", "cuda" ...
 
@@ -48,11 +48,10 @@ def predict(
     where = find_device(device)
     model = Segmenter.from_weights(weights).to(where)
     normalize = Normalization.of(metadata)
-    for i, source in enumerate(sources):
-        image = open_image(source)
-        labels = class_probabilities(model, normalize(image)[None].to(where), how)[0].argmax(0).cpu().numpy()
+    for name, image in images:
+        labels = predicted_labels(model, normalize(image)[None].to(where), how)[0].cpu().numpy()
         first = int(metadata["reduce_zero_label"])
-        yield Segments(source_name(source, i), labels, tuple(metadata["classes"]), first), image
+        yield Segments(name, labels, tuple(metadata["classes"]), first), image
 
 
 def evaluate(
@@ -88,7 +87,7 @@ def evaluate(
     """
     from sgformer.data import splitting
     from sgformer.data.ade20k import LabelledFolderDataset, collate_sizes, scan
-    from sgformer.data.dense_transforms import eval_transform
+    from sgformer.data.dense_transforms import as_tensors
     from sgformer.data.imagefolder import left_out
     from sgformer.data.label_values import check_values
     from sgformer.tasks.segment.module import SegmentationModule
@@ -104,16 +103,18 @@ def evaluate(
     listing, notes = check_values(listing, bool(metadata.get("binary")))
     notes = [*left_out(listing), *notes]
     normalization = Normalization.of(metadata)
-    dataset = LabelledFolderDataset(listing, eval_transform(normalization), bad_images=bad_images)
+    dataset = LabelledFolderDataset(listing, as_tensors, bad_images=bad_images)
     model = Segmenter.from_weights(weights)
-    module = SegmentationModule(model, class_names=listing.classes, ignore=listing.ignore, inference=how)
+    module = SegmentationModule(
+        model, class_names=listing.classes, ignore=listing.ignore, inference=how, normalization=normalization
+    )
     result, first = validate(
         module,
         dataset,
         collate_sizes,
         batch_size=batch_size,
         device=device,
-        notes=[*left_out(listing), *notes],
+        notes=notes,
         **machine,
     )
     if out is not None and first:
@@ -166,6 +167,7 @@ def draw_examples(
     each: int = 4,
 ) -> None:
     """A sheet of the images with the lowest and the highest pixel accuracy: image, labels, prediction."""
+    from sgformer.data.dense_transforms import normalized
     from sgformer.viz.segmentation import draw_comparison
 
     order = sorted(by_image, key=lambda i: by_image[i])
@@ -174,9 +176,12 @@ def draw_examples(
     images = [s.image for s in samples if s.image is not None]
     where = next(model.parameters()).device
     draw_comparison(
-        [denormalize(image, normalization).permute(1, 2, 0).numpy() for image in images],
+        [image.permute(1, 2, 0).numpy() for image in images],
         [s.target.numpy() for s in samples if s.target is not None],
-        [class_probabilities(model, image[None].to(where), how)[0].argmax(0).cpu().numpy() for image in images],
+        [
+            predicted_labels(model, normalized(image[None].to(where), normalization), how)[0].short().cpu().numpy()
+            for image in images
+        ],
         dataset.listing.classes,
         Path(out),
         [f"{100 * by_image[i]:.0f} % right" for i in chosen],

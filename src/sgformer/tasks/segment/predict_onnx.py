@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError
-from sgformer.data.image import open_image, source_name
-from sgformer.exporting.onnx_predict import ExportedNetwork, fit_multiple, resize, resize_smooth
+from sgformer.data.image import Images
+from sgformer.exporting.onnx_predict import ExportedNetwork, fit_multiple, labels_of, resize_smooth
 from sgformer.results import Segments
 
 
 def predict(
     network: ExportedNetwork,
-    sources: Sequence[Path | Image.Image],
+    images: Images,
     *,
     image_size: Any = None,
 ) -> Iterator[tuple[Segments, Image.Image]]:
@@ -25,7 +24,7 @@ def predict(
 
     Args:
         network: an exported segmenter.
-        sources: files or PIL images.
+        images: the images.
         image_size: short side in pixels; by default as trained.
 
     Raises:
@@ -36,14 +35,12 @@ def predict(
         raise UserError(f"--image-size is one number from 32 up, the short side; got {image_size}")
     if network.input_size:
         short = max(short, *network.input_size)  # so that the window fits
-    for i, source in enumerate(sources):
-        image = open_image(source)
+    for name, image in images:
         target = fit_multiple(image, short, 1 if network.input_size else network.metadata["multiple"])
         pixels = resize_smooth(network.normalised(np.asarray(image)), target)
         logits = network(pixels[None])["logits"][0] if network.input_size is None else slide(network, pixels)
-        labels = resize(logits.astype(np.float32), (image.height, image.width)).argmax(0)
-        name, first = source_name(source, i), int(network.metadata["reduce_zero_label"])
-        yield Segments(name, labels, network.classes, first), image
+        labels = labels_of(logits.astype(np.float32), (image.height, image.width))
+        yield Segments(name, labels, network.classes, int(network.metadata["reduce_zero_label"])), image
 
 
 def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
