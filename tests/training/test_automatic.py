@@ -142,6 +142,14 @@ def test_the_typical_side(tmp_path):
     assert typical_side(open_data("classes", root, "train")) == 40
 
 
+def test_the_typical_side_of_shards(tmp_path):
+    from sgformer.data.formats import open_data
+    from sgformer.data.sharding import make_shards
+
+    make_shards(make_photos(tmp_path / "photos", size=48), tmp_path / "shards")
+    assert typical_side(open_data("classes", tmp_path / "shards", "train")) == 48
+
+
 def test_what_is_known_of_the_weights(tmp_path):
     pytest.importorskip("lightning")
     from sgformer.data.formats import open_data

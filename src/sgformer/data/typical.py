@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sgformer.core.errors import StalledError, UserError
-from sgformer.data.image import probe_image
+from sgformer.data.image import in_time, probe_image
 
 
 def typical_side(listing: Any, sample: int = 48) -> int | None:
@@ -27,17 +29,16 @@ def typical_side(listing: Any, sample: int = 48) -> int | None:
     count = min(sample, len(listing))
     indices = [i * len(listing) // count for i in range(count)]
     sides = []
-    if hasattr(listing, "read_bytes"):
-        sources: list[Any] = listing.read_bytes(indices)
-    else:
-        sources = [listing.path(index) for index in indices]
+    sources: list[Any] = [listing.path(index) for index in indices]
+    if not all(isinstance(source, Path) for source in sources):  # names of images in shards
+        sources = listing.read_bytes(indices)
     for source in sources:
-        if isinstance(source, StalledError):
-            raise source
-        if isinstance(source, UserError):
-            continue
         try:
-            header = probe_image(source)
+            if isinstance(source, UserError):
+                raise source
+            header = in_time(partial(probe_image, source), source) if isinstance(source, Path) else probe_image(source)
+        except StalledError:
+            raise
         except UserError:
             continue
         sides.append(min(header.width, header.height))
