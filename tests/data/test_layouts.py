@@ -8,6 +8,7 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.data import ade20k
+from sgformer.data.converting import convert
 from sgformer.data.formats import open_both, open_data
 from sgformer.data.splitting import ValSplit, open_classes
 
@@ -138,3 +139,9 @@ def test_files_and_data_to_be_divided_say_so_too(tmp_path):
 
     with pytest.raises(UserError, match=r"data\.yaml: it looks like YOLO labels: `sgformer data from .*data\.yaml OUT"):
         read_splits(DetectConfig(data=str(tmp_path / "data.yaml")))
+
+
+def test_our_own_layouts_are_not_converted(tmp_path):
+    label_maps(tmp_path / "in")
+    with pytest.raises(UserError, match="the ADE20K layout, which `sgformer train segment` reads as it is"):
+        convert(tmp_path / "in", tmp_path / "out", "coco")
