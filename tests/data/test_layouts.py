@@ -8,7 +8,9 @@ from PIL import Image
 
 from sgformer.core.errors import UserError
 from sgformer.data import ade20k
+from sgformer.data.converting import convert
 from sgformer.data.formats import open_both, open_data
+from sgformer.data.splitting import ValSplit, open_classes
 
 
 def classes(root):
@@ -124,3 +126,22 @@ def test_a_damaged_data_set_of_the_right_layout_is_not_called_another(tmp_path):
     (tmp_path / "annotations/instances_train.json").write_text('{"annotations": [')
     with pytest.raises(UserError, match=r"malformed JSON at line 1, column 18: Expecting value$"):
         objects(tmp_path)
+
+
+def test_files_and_data_to_be_divided_say_so_too(tmp_path):
+    yolo(tmp_path)
+    with pytest.raises(
+        UserError, match=r"it looks like YOLO labels, which `sgformer data from .* --layout coco` converts"
+    ):
+        open_classes(tmp_path, ValSplit(0.2))
+    from sgformer.tasks.detect.config import DetectConfig
+    from sgformer.tasks.detect.data import read_splits
+
+    with pytest.raises(UserError, match=r"data\.yaml: it looks like YOLO labels: `sgformer data from .*data\.yaml OUT"):
+        read_splits(DetectConfig(data=str(tmp_path / "data.yaml")))
+
+
+def test_our_own_layouts_are_not_converted(tmp_path):
+    label_maps(tmp_path / "in")
+    with pytest.raises(UserError, match="the ADE20K layout, which `sgformer train segment` reads as it is"):
+        convert(tmp_path / "in", tmp_path / "out", "coco")

@@ -21,6 +21,7 @@ from sgformer.core.names import some
 from sgformer.core.progress import track
 from sgformer.data import sources
 from sgformer.data.coco import decode_mask, make_listing, mask_of_box
+from sgformer.data.layouts import OWN, own_layout
 from sgformer.data.sources.base import Found, Picture
 from sgformer.data.store import appearing
 
@@ -60,6 +61,8 @@ def convert(
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
+    if form is None and sources.recognize(source) is None and (own := own_layout(Path(source))) is not None:
+        raise UserError(f"{source}: this is {OWN[own]} as it is; it does not become another layout")
     found = sources.read(source, layout, form, images, table, bad_images)
     if not found.classes:
         raise UserError(f"{source}: holds no {sources.LAYOUTS[layout]}, which --layout {layout} needs")

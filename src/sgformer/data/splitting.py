@@ -25,7 +25,7 @@ from sgformer.data import ade20k, imagefolder
 from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import EMPTY, CocoListing, find_coco, image_folders, read_coco, single_coco
 from sgformer.data.imagefolder import ImageFolder
-from sgformer.data.layouts import class_folders, is_single
+from sgformer.data.layouts import class_folders, hint, is_single
 from sgformer.data.store import is_address
 
 FILE = "split.json"
@@ -163,7 +163,10 @@ def open_classes(
     if (folder / "val").is_dir():
         raise _has_its_own(folder / "val")
     if not (folder / "train").is_dir() and not class_folders(folder):
-        raise UserError(f"{folder}: --val-split divides {folder}/CLASS/*.jpg or {folder}/train/CLASS/*.jpg")
+        says = hint(folder, "imagenet")
+        raise UserError(
+            f"{folder}: --val-split divides {folder}/CLASS/*.jpg or {folder}/train/CLASS/*.jpg{says and f'; {says}'}"
+        )
     whole = imagefolder.scan(folder, "train" if (folder / "train").is_dir() else ".", classes)
     whole = dataclasses.replace(whole, folder=folder / whole.split)
     files = [whole.path(i) for i in range(len(whole))]

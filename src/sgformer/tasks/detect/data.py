@@ -17,6 +17,7 @@ from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.formats import open_data as open_format
 from sgformer.data.image import short_and_longest
 from sgformer.data.imagefolder import EpochSampler
+from sgformer.data.layouts import hint
 from sgformer.data.objects import annotated_pixels
 from sgformer.data.preparing import Normalization
 from sgformer.heads.registry import DETECTORS
@@ -93,6 +94,8 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
     if not config.val_split and config.val_data is None and Path(config.data).is_file():
         stem = Path(config.data).name
         twin = Path(config.data).with_name(stem.replace("train", "val"))
+        if (twin.name == stem or not twin.is_file()) and (says := hint(config.data, "coco")):
+            raise UserError(f"{config.data}: {says}")
         if twin.name == stem or not twin.is_file():
             raise UserError(
                 f"--val-data is missing: the JSON to validate on beside --data {config.data}, or --val-split .2"
