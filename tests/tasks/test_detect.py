@@ -200,8 +200,8 @@ def test_no_truth_is_an_error_and_absent_classes_are_named(tmp_path):
 
 
 def test_drops_beyond_the_run_are_said():
-    assert late_drops(DetectConfig()) == []
-    assert late_drops(DetectConfig(epochs=10)) == [
+    assert late_drops(DetectConfig().resolved()) == []
+    assert late_drops(DetectConfig(epochs=10).resolved()) == [
         "the run ends with epoch 10, before the rate falls after 11 (--lr-drops)"
     ]
 

@@ -58,7 +58,12 @@ def test_only_the_head_learns(photos, tmp_path, caplog):
     assert not (tmp_path / "none").exists()
     start = train("classify", data=str(photos), run=str(tmp_path / "start"), max_steps=1, **QUICK).path
     run = train(
-        "classify", data=str(photos), run=str(tmp_path / "run"), weights=str(start), freeze=True, max_steps=3, **QUICK
+        "classify",
+        data=str(photos),
+        run=str(tmp_path / "run"),
+        freeze=True,
+        max_steps=3,
+        **{**QUICK, "weights": str(start)},
     ).path
     before, after = (read_safetensors(r / "best.safetensors")[0] for r in (start, run))
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.fc.weight", "head.fc.bias"}

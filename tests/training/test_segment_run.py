@@ -22,7 +22,7 @@ QUICK = {
     "batch_size": 4,
     "steps": 6,
     "val_every": 4,
-    "warmup_steps": 2,
+    "warmup_steps": 1,
     "lr": 1e-3,
     "ema": 0.9,
     "drop_path": 0.2,

@@ -301,7 +301,11 @@ class RunConfig:
             UserError: a value that was given does not fit those that follow from the data.
         """
         config = self if data is None or not any(map(self.is_auto, self.automatic())) else self.choose(data)
-        return config.fill(**self.automatic())
+        return config.fill(**config.standard())
+
+    def standard(self) -> dict[str, Any]:
+        """The values of `automatic` options that nothing else decides."""
+        return self.automatic()
 
     def choose(self, data: DataFacts) -> Self:
         """The settings with what the data suggest for `auto`; a task may leave options to their standard values."""

@@ -111,6 +111,11 @@ class ClassifyConfig(RunConfig):
             warmup_epochs=min(5.0, round(config.epochs / 10, 4)), **(LIGHT if config.epochs < LONG_RUN else {})
         )
 
+    def standard(self) -> dict[str, Any]:
+        values = self.automatic()
+        epochs = values["epochs"] if self.is_auto("epochs") else self.epochs
+        return values | {"warmup_epochs": min(values["warmup_epochs"], epochs / 2)}
+
     def for_updates(self, updates: int, steps_per_pass: float) -> Self:
         if updates / steps_per_pass <= self.cooldown_epochs:
             raise UserError(
@@ -126,7 +131,7 @@ class ClassifyConfig(RunConfig):
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
         if self.warmup_epochs >= self.epochs:
             raise UserError(
-                f"--warmup-epochs {self.warmup_epochs:g} is not shorter than the run ({self.epochs:g} epochs): lower "
+                f"--warmup-epochs {self.warmup_epochs:g} is not below the {self.epochs:g} epochs of the run: lower "
                 "it, or leave it out"
             )
 

@@ -57,8 +57,8 @@ class ClassificationModule(ScheduledModule):
         config: ClassifyConfig | None = None,
         steps_per_epoch: int | None = None,
         class_names: Sequence[str] | None = None,
-        class_counts: Sequence[int] | None = None,
         teacher: Teacher | None = None,
+        class_counts: Sequence[int] | None = None,
     ):
         super().__init__()
         self.model = model
@@ -243,7 +243,7 @@ def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> Cl
         kind = "hard labels" if config.teacher_labels == "hard" else f"temperature {config.teacher_temperature:g}"
         notes = [f"{about}; {config.teacher_weight:g} of the loss, {kind}"]
     counts = splits.train.listing.counts()
-    module = ClassificationModule(model, config, int(splits.steps_per_pass), classes, counts, teacher)
+    module = ClassificationModule(model, config, int(splits.steps_per_pass), classes, teacher, counts)
     module.notes = [*(f"note: {line}" for line in (classifier_notes(weights, classes) if weights else ())), *notes]
     return module
 

@@ -95,7 +95,8 @@ class DetectConfig(RunConfig):
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
         if (self.warmup_steps or 0) >= total_steps:
             raise UserError(
-                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates: lower it, or leave it out"
+                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates of the run: lower it, or "
+                "leave it out"
             )
 
     def warmup_updates(self, total_steps: int) -> int:

@@ -104,7 +104,8 @@ class SegmentConfig(RunConfig):
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
         if self.warmup_steps >= total_steps:
             raise UserError(
-                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates: lower it, or leave it out"
+                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates of the run: lower it, or "
+                "leave it out"
             )
 
     def total_steps(self, steps_per_pass: float) -> int:
