@@ -49,7 +49,7 @@ CHANGES = {
     "last norm left out": lambda m: setattr(m.stages[1], "norm", nn.Identity()),
     "strides": lambda m: setattr(m.stages[1].downsample.reduce.conv, "stride", (1, 1)),
     "dilation": lambda m: [setattr(block(m, 0, 1).attn.local, k, (2, 2)) for k in ("dilation", "padding")],
-    "dilation in an MLP": lambda m: [setattr(block(m, 0, 1).mlp.conv, k, (2, 2)) for k in ("dilation", "padding")],
+    "no convolution in an MLP": lambda m: setattr(block(m, 0, 1).mlp, "conv", nn.Identity()),
     "padding": lambda m: circular(m.stem.conv2.conv),
     "a bias": lambda m: m.stem.conv2.conv.register_parameter("bias", nn.Parameter(torch.arange(24.0))),
     "groups": lambda m: setattr(m.stem.conv1.norm, "num_groups", 8),

@@ -22,7 +22,7 @@ from sgformer.models.backbone import (
     PlainBlock,
     SelfGuidedAttention,
 )
-from sgformer.models.layers import ConvNorm, DepthwiseConv, DropPath, Mlp
+from sgformer.models.layers import ConvNorm, DepthwiseConv, DropPath, Mlp, ResidualDepthwiseConv, WeightedSum
 from sgformer.models.significance import LinearAggregation
 
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -100,7 +100,7 @@ def _halves_or_mixes(conv: nn.Conv2d) -> bool:
 
 #: The supported types, each with a check that a module is configured as in the networks here.
 KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
-    **dict.fromkeys((nn.Identity, DropPath), lambda m: True),
+    **dict.fromkeys((nn.Identity, DropPath, ResidualDepthwiseConv, WeightedSum), lambda m: True),
     nn.Linear: lambda m: m.bias is not None,
     nn.LayerNorm: lambda m: m.bias is not None and len(m.normalized_shape) == 1,
     nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
@@ -112,8 +112,8 @@ KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
         and m.conv.bias is None
         and _halves_or_mixes(m.conv)
     ),
-    Mlp: lambda m: _holds(m, fc1=nn.Linear, conv=DepthwiseConv, fc2=nn.Linear),
-    LinearAggregation: lambda m: all(type(child) is nn.Linear for child in m),
+    Mlp: lambda m: _holds(m, fc1=nn.Linear, conv=ResidualDepthwiseConv, fc2=nn.Linear),
+    LinearAggregation: lambda m: all(type(child) is WeightedSum for child in m),
     HybridScaleAttention: lambda m: (
         _attends(m, reduce=nn.Conv2d, reduce_norm=nn.LayerNorm, kv_coarse=nn.Linear)
         and _convolves(m.reduce, m.reduction, m.reduction, 0, 1)

@@ -18,7 +18,7 @@ from sgformer import ops
 from sgformer.backends import native
 from sgformer.backends.eligibility import readable
 from sgformer.models.backbone import Block, GuidedBlock, HybridBlock, PlainBlock, Stage
-from sgformer.models.layers import ConvNorm, Downsample, Mlp, Stem
+from sgformer.models.layers import ConvNorm, DepthwiseConv, Downsample, Mlp, Stem, convolve
 from sgformer.models.significance import LinearAggregation
 from sgformer.ops import TokenGroups
 
@@ -28,11 +28,14 @@ class FoldedMlp(nn.Module):
 
     def __init__(self, mlp: Mlp):
         super().__init__()
-        self.fc1, self.conv, self.act, self.fc2 = mlp.fc1, mlp.conv, nn.GELU(), mlp.fc2
+        self.fc1, self.act, self.fc2 = mlp.fc1, nn.GELU(), mlp.fc2
+        with torch.device("meta"):
+            self.conv = DepthwiseConv(len(mlp.conv.weight))
+        self.conv.weight, self.conv.bias = mlp.conv.weight, mlp.conv.bias
         self.conv.weight[:, :, 1, 1] += 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.conv(self.fc1(x))))
+        return self.fc2(self.act(convolve(self.conv, self.fc1(x))))
 
 
 class InplaceGELU(nn.Module):

@@ -88,12 +88,11 @@ def optimize(
             if intact(child, Mlp):
                 setattr(module, name, FoldedMlp(child))
     if pack:
-        for path, module in list(fast.named_modules()):
+        for module in list(fast.modules()):
             if isinstance(module, FoldedMlp | ConvNorm) and intact(module.act, nn.GELU):
                 module.act = InplaceGELU()
             for name, child in module.named_children():
-                read = "aggregate" in f"{path}.{name}"  # not called
-                if readable(child, nn.Linear) and not read:
+                if readable(child, nn.Linear):
                     setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
         if type(getattr(block, "drop_path", None)) is DropPath:

@@ -25,7 +25,7 @@ from sgformer.backends.native_autograd import restore
 from sgformer.backends.optimize import FoldedMlp
 from sgformer.models.backbone import HybridScaleAttention, MultiScaleAttention
 from sgformer.models.config import SGFormerConfig
-from sgformer.models.layers import Mlp, PositionTable
+from sgformer.models.layers import Mlp, PositionTable, convolve
 from sgformer.models.significance import LinearAggregation, MeanAggregation
 
 #: Smallest token grid of a guided stage, in tokens, for images from 32 x 32 pixels: 8 x 8, 4 x 4, 2 x 2.
@@ -160,7 +160,7 @@ class HybridScale(nn.Module):
             kv, is_global = attn.kv_coarse(reduced), attn.coarse == "global"
             out_coarse, coarse = self.attend_scale(q_coarse, kv, attn.reduction, is_global)
             out_fine, fine = self.attend_scale(q_fine, kv_fine, 1, False)
-            return attn.proj(torch.cat([out_coarse, out_fine], dim=-1) + attn.local(local)), coarse, fine
+            return attn.proj(torch.cat([out_coarse, out_fine], dim=-1) + convolve(attn.local, local)), coarse, fine
         queries, local = attn.proj_in(x).split((C, C), dim=-1)
         outs, coarse, fine = [], x.new_zeros(B, H, W), x.new_zeros(B, H, W)
         groups = zip(
@@ -171,7 +171,7 @@ class HybridScale(nn.Module):
             out, received = self.attend_scale(q, kv(pooled), scale, scale > 1 and attn.coarse == "global")
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
-        return attn.proj(torch.cat(outs, dim=-1) + attn.local(local)), coarse, fine
+        return attn.proj(torch.cat(outs, dim=-1) + convolve(attn.local, local)), coarse, fine
 
     def reduce(self, x: Tensor, conv: Any, norm: nn.Module) -> Tensor:
         r, (H, W) = conv.kernel_size[0], sides(x, 1, self.fixed)
@@ -220,11 +220,7 @@ class Aggregation(nn.Module):
         else:
             order = significance.argsort(dim=1, stable=True)
         groups = self.groups(order)
-        if isinstance(self.inner, LinearAggregation):
-            weights, bias = [m.weight for m in self.inner], [m.bias for m in self.inner]
-        else:
-            weights, bias = self.inner._weights(x)
-        return ops.aggregate(x, groups, weights, bias), groups
+        return self.inner.pool(x, groups), groups
 
     def groups(self, order: Tensor) -> list[Tensor]:
         """See ``ops.group_tokens``: region ends are cumulative shares of N, rounded half up; positions are even."""

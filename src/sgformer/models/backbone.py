@@ -31,6 +31,7 @@ from sgformer.models.layers import (
     DropPath,
     Mlp,
     Stem,
+    convolve,
     created_on,
     init_module,
 )
@@ -81,13 +82,13 @@ class HybridScaleAttention(nn.Module):
         """(B, H, W, C) -> the output, of the same shape, and the coarse and fine terms of significance, (B, H, W)."""
         C = x.shape[-1]
         q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
-        reduced = reduce_grid(x, self.reduce, self.reduce_norm)  # (B, ceil(H / r), ceil(W / r), C)
+        reduced = reduce_grid(x, self.reduction, self.reduce, self.reduce_norm)  # (B, ceil(H / r), ceil(W / r), C)
         coarse_out, coarse_significance = attend_scale(
             q_coarse, self.kv_coarse(reduced), self.heads, self.reduction, self.window, self.coarse == "global"
         )
         fine_out, fine_significance = attend_scale(q_fine, kv_fine, self.heads, 1, self.window)
-        out = torch.cat([coarse_out, fine_out], dim=-1) + self.local(
-            local.contiguous()
+        out = torch.cat([coarse_out, fine_out], dim=-1) + convolve(
+            self.local, local.contiguous()
         )  # a copy, so that proj_in's output can be freed
         return self.proj(out), coarse_significance, fine_significance
 
@@ -117,24 +118,22 @@ class MultiScaleAttention(nn.Module):
             self.scales, queries.chunk(len(self.scales), -1), self.reduce, self.reduce_norm, self.kv, strict=True
         )
         for scale, q, reduce, norm, kv in groups:
-            keys = x if scale == 1 else reduce_grid(x, reduce, norm)
+            keys = x if scale == 1 else reduce_grid(x, scale, reduce, norm)
             out, received = attend_scale(
                 q, kv(keys), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
             )
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
-        out = torch.cat(outs, dim=-1) + self.local(local.contiguous())
+        out = torch.cat(outs, dim=-1) + convolve(self.local, local.contiguous())
         return self.proj(out), coarse.expand_as(received), fine.expand_as(received)
 
 
-def reduce_grid(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+def reduce_grid(x: Tensor, r: int, conv: nn.Module, norm: nn.Module) -> Tensor:
     """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C): strided convolution of the zero-padded grid, norm, GELU."""
     _, H, W, _ = x.shape
-    r = conv.kernel_size[0]
-    image = x.permute(0, 3, 1, 2)
     if H % r or W % r:
-        image = F.pad(image, (0, -W % r, 0, -H % r))
-    return F.gelu(norm(conv(image).permute(0, 2, 3, 1)))
+        x = F.pad(x, (0, 0, 0, -W % r, 0, -H % r))
+    return F.gelu(norm(convolve(conv, x)))
 
 
 def attend_scale(
@@ -195,7 +194,7 @@ class SelfGuidedAttention(nn.Module):
         pooled, grouped = self.aggregate(x.flatten(1, -2), significance.flatten(1))
         k, v = (ops.split_heads(t, self.heads) for t in self.kv(pooled).chunk(2, dim=-1))
         out = self.attend(ops.split_heads(q.flatten(1, -2), self.heads), k, v)
-        return self.proj(ops.join_heads(out).view_as(x) + self.local(local)), grouped
+        return self.proj(ops.join_heads(out).view_as(x) + convolve(self.local, local)), grouped
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups | MergedTokens:
         return self.aggregate.describe(grouped, grid)
@@ -215,7 +214,7 @@ class PlainAttention(nn.Module):
         _, H, W, C = x.shape
         qkv, local = self.proj_in(x).split((3 * C, C), dim=-1)
         q, k, v = (ops.split_heads(t, self.heads) for t in qkv.flatten(1, 2).chunk(3, dim=-1))
-        return self.proj(ops.join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + self.local(local))
+        return self.proj(ops.join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + convolve(self.local, local))
 
 
 class Block(nn.Module):

@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgformer import ops
+
 
 class ConvNorm(nn.Sequential):
     """Convolution without bias, GroupNorm with one group, and a GELU if `act`. NCHW."""
@@ -87,19 +89,44 @@ class Downsample(nn.Module):
         return self.mix(self.reduce(self.expand(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
 
 
+# Tools change layers by their type: they quantize, prune and adapt every linear layer, and load its weights when it is
+# called. So a layer with torch's type is used as torch's, called, on tensors laid out as torch's.
 class DepthwiseConv(nn.Conv2d):
-    """3 x 3 depthwise convolution of tokens, (B, H, W, C) to the same."""
+    """3 x 3 depthwise convolution of images, (B, C, H, W) to the same; of tokens with :func:`convolve`."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        image = x.permute(0, 3, 1, 2)
-        return self._conv_forward(image, self.weight if weight is None else weight, self.bias).permute(0, 2, 3, 1)
 
-    def plus_input(self, x: Tensor) -> Tensor:
-        """``x + self(x)`` in one pass over x, by adding 1 to each kernel's centre tap."""
-        return self(x, self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1)))
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of tokens, (B, H, W, C_in) -> (B, H', W', C), or (B, N, C_in) -> (B, N', C)."""
+    return conv(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class ResidualDepthwiseConv(nn.Module):
+    """x + 3 x 3 depthwise convolution of x, of tokens (B, H, W, C), in one pass by adding 1 to each centre tap."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        conv = DepthwiseConv(dim)  # its draws, so that a seed keeps its network
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        image = x.permute(0, 3, 1, 2)
+        return F.conv2d(image, weight, self.bias, padding=1, groups=image.shape[1]).permute(0, 2, 3, 1)
+
+
+class WeightedSum(nn.Module):
+    """A learned weight for each of r members and a bias, the same for all channels: (B, G, r, C) -> (B, G, C)."""
+
+    def __init__(self, members: int):
+        super().__init__()
+        linear = nn.Linear(members, 1)  # its draws, so that a seed keeps its network
+        self.weight, self.bias = linear.weight, linear.bias  # (1, r), (1,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.weighted_sum(x, self.weight, self.bias)
 
 
 class Mlp(nn.Module):
@@ -109,11 +136,11 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden)
-        self.conv = DepthwiseConv(hidden)
+        self.conv = ResidualDepthwiseConv(hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.conv.plus_input(self.fc1(x))))
+        return self.fc2(F.gelu(self.conv(self.fc1(x))))
 
 
 class DropPath(nn.Module):
@@ -199,11 +226,12 @@ def init_module(module: nn.Module) -> None:
     """Linear: truncated normal, std .02. Convolution: normal, std sqrt(2 / fan out). Biases 0, norms 1 and 0."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return  # nothing to fill; torch would import its compiler to do so, which costs seconds
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | WeightedSum):
         # Sampled in float32: in half precision the inverse error function overflows and leaves weights at the bounds.
         module.weight.copy_(truncated_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02))
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+    elif isinstance(module, nn.Conv2d | ResidualDepthwiseConv):
+        groups = len(module.weight) if isinstance(module, ResidualDepthwiseConv) else module.groups
+        fan_out = math.prod(module.weight.shape[2:]) * len(module.weight) // groups
         module.weight.normal_(0, math.sqrt(2 / fan_out))
     elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
         module.weight.fill_(1)

@@ -25,13 +25,10 @@ NEED_HYBRID = ("hybrid", "coarse", "fine", "inverted")
 
 
 class LocalConv1d(nn.Conv1d):
-    """Depthwise convolution with kernel size 3, (B, N, C) to the same."""
+    """Depthwise convolution with kernel size 3, (B, C, N) to the same."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class SelfGuidedAttention1d(nn.Module):

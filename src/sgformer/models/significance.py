@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sgformer import ops
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, Region
+from sgformer.models.layers import WeightedSum
 from sgformer.ops import MergedTokens, TokenGroups
 
 # -- significance -----------------------------------------------------------------------------------------------------
@@ -159,15 +160,20 @@ class Aggregation(nn.Module):
 
 
 class LinearAggregation(nn.ModuleList):
-    """y = sum over k of w_i[k] x[k] + b_i (section 3.3), with one learned linear map per region."""
+    """y = sum over k of w_i[k] x[k] + b_i (section 3.3), with one learned sum per region."""
 
     def __init__(self, regions: Sequence[Region]):
-        super().__init__(nn.Linear(region.rate, 1) for region in regions)
+        super().__init__(WeightedSum(region.rate) for region in regions)
         self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         groups = ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
-        return ops.aggregate(x, groups, [m.weight for m in self], [m.bias for m in self]), groups
+        return self.pool(x, groups), groups
+
+    def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
+        """(B, N, C) and the groups of each region -> (B, M, C)."""
+        parts = zip(self, ops.gather_groups(x, groups), strict=True)
+        return torch.cat([region(members) for region, members in parts], dim=1)
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         return TokenGroups(grid, grouped, [m.weight.detach()[0] for m in self], [m.bias.detach()[0] for m in self])
@@ -178,7 +184,11 @@ class MeanAggregation(Aggregation):
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         groups = self.group(significance)
-        return ops.aggregate(x, groups, *self._weights(x)), groups
+        return self.pool(x, groups), groups
+
+    def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
+        """(B, N, C) and the groups of each region -> (B, M, C)."""
+        return ops.aggregate(x, groups, *self._weights(x))
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         return TokenGroups(grid, grouped, *self._weights(grouped[0].new_zeros((), dtype=torch.float32)))

@@ -4,7 +4,15 @@ from sgformer.ops.attention import attend, attention_and_received
 from sgformer.ops.layout import attend_windows, join_heads, split_heads
 from sgformer.ops.linear_attention import attend_linearly
 from sgformer.ops.merging import MergedTokens, merge_similar
-from sgformer.ops.regroup import TokenGroups, aggregate, group_tokens, region_lengths, sort_tokens
+from sgformer.ops.regroup import (
+    TokenGroups,
+    aggregate,
+    gather_groups,
+    group_tokens,
+    region_lengths,
+    sort_tokens,
+    weighted_sum,
+)
 from sgformer.ops.windows import merge, partition, valid_tokens
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "attend_linearly",
     "attend_windows",
     "attention_and_received",
+    "gather_groups",
     "group_tokens",
     "join_heads",
     "merge",
@@ -24,4 +33,5 @@ __all__ = [
     "sort_tokens",
     "split_heads",
     "valid_tokens",
+    "weighted_sum",
 ]

@@ -126,15 +126,22 @@ def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bi
     Returns:
         (B, sum of G_i, C).
     """
+    parts = zip(gather_groups(x, groups), weights, bias, strict=True)
+    return torch.cat([weighted_sum(members, weight, b) for members, weight, b in parts], dim=1)
+
+
+def gather_groups(x: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
+    """The members of each group: x (B, N, C) and one (B, G_i, r_i) per region -> one (B, G_i, r_i, C) per region."""
     B, N, C = x.shape
     rows = x.reshape(B * N, C)  # row gathers are far faster than an element-wise gather of (B, N, C)
     index = torch.cat([group.flatten(1) for group in groups], dim=1)  # (B, S): one gather for all regions
     if B > 1:
         index = index + torch.arange(0, B * N, N, device=x.device)[:, None]
     members = rows.index_select(0, index.flatten()).view(B, -1, C)
-    out = []
-    sizes = [group.shape[1] * group.shape[2] for group in groups]
-    for part, group, weight, b in zip(members.split(sizes, dim=1), groups, weights, bias, strict=True):
-        part = part.unflatten(1, group.shape[1:])  # (B, G, r, C)
-        out.append((weight.view(1, -1) @ part).squeeze(2) + b)
-    return torch.cat(out, dim=1)
+    parts = members.split([group.shape[1] * group.shape[2] for group in groups], dim=1)
+    return [part.unflatten(1, group.shape[1:]) for part, group in zip(parts, groups, strict=True)]
+
+
+def weighted_sum(members: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sum over k of w[k] x[k] + b: (B, G, r, C), r weights and one bias -> (B, G, C)."""
+    return (weight.view(1, -1) @ members).squeeze(2) + bias
