@@ -327,4 +327,4 @@ def test_a_network_within_another():
 
 def test_no_image_at_all():
     _, b = pair()
-    b.stages[0](torch.randn(0, 16, 16, 24)).sum().backward()
+    b.stages[0](torch.randn(0, 16, 16, 24).permute(0, 3, 1, 2)).sum().backward()

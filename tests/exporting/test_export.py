@@ -1,12 +1,16 @@
 """Exported files agree with PyTorch at sizes they were not traced at, say what they are, and are not left if wrong."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from small_export import SMALL, small
 
 import sgformer
@@ -203,6 +207,97 @@ def test_differences_of_shape_and_nan_never_pass():
     assert difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
 
 
+@pytest.mark.parametrize("traced", [1, 2])
+def test_the_network_itself_as_onnx_takes_any_batch(traced, tmp_path):
+    """By torch's own exporter, without `sgformer export`."""
+    model, path = small().float(), tmp_path / "bare.onnx"
+    names = {"input_names": ["image"], "dynamic_axes": {"image": {0: "batch"}}}
+    torch.onnx.export(model, (torch.randn(traced, 3, 75, 64),), str(path), dynamo=False, **names)
+    graph = ClassifierGraph(model, {}).eval()
+    checks = compare(graph, FORMATS.get("onnx")().open(path), [(1, 75, 64), (3, 75, 64)])
+    assert max(check.largest for check in checks) < 1e-4
+
+
+# -- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "photos"
+    assert main(["export", str(weights), "--format", "hub", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_folder_for_the_hub_opens_in_timm_with_the_same_numbers(hub, weights):
+    import timm
+
+    assert {path.name for path in hub.iterdir()} == {
+        *("model.safetensors", "config.json", "README.md", "modeling_sgformer.py"),
+    }
+    model = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+    image = torch.randn(2, 3, 75, 64)
+    with torch.no_grad():
+        assert torch.equal(model(image), sgformer.load_model(weights)(image))
+    assert timm.data.resolve_data_config(model=model)["crop_pct"] == 0.9
+    card = (hub / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "`eel`" in card and "64 x 64" in card
+
+
+PIPELINE = """
+import json, sys
+{first}
+from transformers import pipeline
+classify = pipeline("image-classification", sys.argv[1], top_k=None{options})
+print(json.dumps({{x["label"]: x["score"] for x in classify(sys.argv[2])}}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "options"), [("import sgformer", ""), ("", ", trust_remote_code=True")], ids=["import", "trust"]
+)
+def test_a_folder_for_the_hub_is_served_by_transformers(first, options, hub, weights, tmp_path):
+    pytest.importorskip("transformers")
+    script = tmp_path / "serve.py"
+    picture = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(picture)
+    script.write_text(PIPELINE.format(first=first, options=options))
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, script, hub, picture], capture_output=True, text=True, env=offline)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = dict(sgformer.predict(weights, [picture], top=5)[0].labels)
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_folder_for_the_hub_cannot_be_is_one_line(hub, weights, segmenter, tmp_path, capsys):
+    for given, options, message in (
+        (weights, ["--out", str(hub)], "exists already"),
+        (weights, ["--out", str(tmp_path / "new"), "--image-size", "64"], "takes any"),
+        (weights, ["--out", str(tmp_path / "new"), "--features"], "for classifiers"),
+        (segmenter, ["--out", str(tmp_path / "new")], "for classifiers"),
+    ):
+        assert main(["export", str(given), "--format", "hub", *options]) == 2
+        line = capsys.readouterr().err
+        assert message in line and line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["merge", "resnet10t"])
+def test_a_folder_holds_networks_that_no_tracer_takes(name, tmp_path):
+    import timm
+
+    from sgformer.models.load import save_weights
+
+    torch.manual_seed(0)
+    model = small(aggregation=name).float() if name == "merge" else timm.create_model(name, num_classes=5).eval()
+    save_weights(model, tmp_path / "w.safetensors", {"task": "classify", "classes": CLASSES, "image_size": 64})
+    sgformer.export(tmp_path / "w.safetensors", tmp_path / "hub", format="hub")
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+        torch.testing.assert_close(again(image), model(image))
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +310,7 @@ def test_differences_of_shape_and_nan_never_pass():
         (["--out", "m.onnx", "--image-size", "100"], "multiples of 32"),
         (["--out", "m.xml", "--format", "openvino", "--precision", "int8"], "for --format onnx"),
         (["--out", "m.onnx", "--calibration", "."], "--precision int8"),
-        (["--out", "m.onnx", "--format", "tflite"], "--format is one of onnx, openvino, torch-export, got tflite"),
+        (["--out", "m.onnx", "--format", "tflite"], "--format is one of hub, onnx, openvino, torch-export, got tflite"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, weights, tmp_path, monkeypatch, capsys):

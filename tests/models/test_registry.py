@@ -87,6 +87,26 @@ def test_features_only(out_indices):
     assert maps[-1].shape[-1] == 128 // REDUCTIONS[out_indices[-1]]
 
 
+@pytest.mark.parametrize("kind", ["hook", "fx", "dict", "list"])
+def test_every_way_of_timm_to_take_features_is_nchw(kind, nano):
+    model = create_model("sgformer_n", features_only=True, feature_cls=kind, out_indices=(1, 3)).eval()
+    given = nano.state_dict()
+    own = {name: name.removeprefix("graph_module.").replace("stages_", "stages.") for name in model.state_dict()}
+    model.load_state_dict({name: given[theirs] for name, theirs in own.items()})
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        found, expected = model(x), nano.forward_intermediates(x, [1, 3], intermediates_only=True)
+    found = list(found.values()) if isinstance(found, dict) else found
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True, True]
+    assert getattr(model, "output_fmt", "NCHW") == "NCHW"
+
+
+def test_stages_have_no_dilation():
+    assert create_model("sgformer_n", features_only=True, output_stride=32, device="meta")
+    with pytest.raises(ValueError, match="output_stride must be 32"):
+        create_model("sgformer_n", features_only=True, output_stride=16)
+
+
 def test_forward_intermediates(nano):
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tools that change a network by the types of its layers, and load, quantize or adapt weights when a layer is called."""
+"""Tools that change a network by the types of its layers, and load or adapt weights when a layer is called."""
 
 import copy
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_backbone import lively, small
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import sgformer
 from sgformer.models.config import AGGREGATION, with_stages
@@ -170,3 +171,67 @@ def test_names_and_shapes_of_weights_are_those_of_released_files():
     assert pooled == {f"stages.0.blocks.1.attn.aggregate.{name}": shape for name, shape in expected.items()}
     assert state["stages.0.blocks.0.mlp.conv.weight"].shape == (32, 1, 3, 3)
     assert state["stages.0.blocks.0.attn.local.weight"].shape == (8, 1, 3, 3)
+
+
+# -- transformations and exporters of torch ---------------------------------------------------------------------------
+
+
+def test_vmap_and_gradients_of_each_image():
+    model, x, target = lively(small()), torch.randn(3, 3, 75, 64), torch.tensor([0, 3, 1])
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, x, target):
+        return F.cross_entropy(torch.func.functional_call(model, weights, (x[None],)), target[None])
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(model)(x[:, None])[:, 0], model(x))
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, target)
+    F.cross_entropy(model(x), target, reduction="sum").backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"aggregation": name} for name in AGGREGATION),
+        *({"significance": name} for name in ("uniform", "random", "feature-norm", "learned")),
+        {"pairs": "hybrid"},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_torchvision_extracts_features(options):
+    """Its tracer knows no sizes, and takes them from the image at every call."""
+    model = lively(small(**options))
+    nodes = [*(f"stages.{i}" for i in range(4)), "head.fc"]
+    extract = create_feature_extractor(model, nodes)
+    with torch.no_grad():
+        for size in ((75, 64), (64, 96)):
+            x = torch.randn(2, 3, *size)
+            found, maps = extract(x), model.forward_intermediates(x, intermediates_only=True)
+            assert all(torch.equal(found[node], m) for node, m in zip(nodes, [*maps, model(x)], strict=True))
+
+
+@pytest.mark.slow
+def test_the_network_itself_as_onnx_fails_at_other_sizes(tmp_path):
+    """Rather than giving other numbers; `sgformer export` writes files for any size."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, path = lively(small()), tmp_path / "bare.onnx"
+    axes = {"image": {0: "n", 2: "height", 3: "width"}}
+    example = (torch.randn(2, 3, 96, 64),)
+    torch.onnx.export(model, example, str(path), dynamo=False, input_names=["image"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"image": torch.randn(1, 3, 96, 64).numpy()})[0].shape == (1, 5)
+    for size in ((96, 128), (64, 96), (128, 160), (192, 128)):
+        with pytest.raises(Exception, match="Add"):
+            session.run(None, {"image": torch.randn(2, 3, *size).numpy()})
+
+
+@pytest.mark.slow
+def test_timms_onnx_export(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from timm.utils.onnx import onnx_export
+
+    path = tmp_path / "timm.onnx"
+    onnx_export(small(), str(path), batch_size=2, input_size=(3, 64, 64), check=True, check_forward=True)
+    assert path.stat().st_size > 0

@@ -284,7 +284,7 @@ def test_an_export_format_is_a_file(tmp_path):
     export = ["export", tmp_path / "w.safetensors", "--format", "archive", "--image-size", "64", "--out"]
     assert "wrote" in run(plugin, *export, out) and out.is_file()
     assert "ends in .archive" in run(plugin, *export, tmp_path / "w.onnx", fails=True)
-    assert "--format is one of onnx, openvino, torch-export, got archive" in run(None, *export, out, fails=True)
+    assert "--format is one of hub, onnx, openvino, torch-export, got archive" in run(None, *export, out, fails=True)
     assert "torch-export, archive" in run(plugin, "export", "--help")
 
 

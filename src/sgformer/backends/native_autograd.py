@@ -174,7 +174,8 @@ class FastStem(Stem):
     def forward(self, x: Tensor) -> Tensor:
         if not _served(x, dict.fromkeys((self.conv1, self.conv2, self.conv3), ConvNorm)):
             return super().forward(x)
-        return self.position(self.norm(_convolved(x.permute(0, 2, 3, 1), self.conv1, self.conv2, self.conv3)))
+        x = self.norm(_convolved(x.permute(0, 2, 3, 1), self.conv1, self.conv2, self.conv3))
+        return self.position(x).permute(0, 3, 1, 2)
 
 
 class FastDownsample(Downsample):

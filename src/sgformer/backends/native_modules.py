@@ -232,7 +232,7 @@ def make_native(model: nn.Module) -> None:
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):
                 module.norm = NativeNorm(module.norm)
-            module.forward = functools.partial(_in_parts, module.forward, _widest(module), isinstance(module, Stem))
+            module.forward = functools.partial(_in_parts, module.forward, _widest(module))
         for name, child in module.named_children():
             if type(child) in NATIVE and readable(child, type(child)):
                 setattr(module, name, NATIVE[type(child)](child))
@@ -250,14 +250,13 @@ def _widest(module: Stem | Stage) -> float:
     return max(hidden / 4, expanded)
 
 
-def _in_parts(forward: Any, floats: float, first: bool, x: Tensor, inspection: Any = None, name: str = "") -> Tensor:
+def _in_parts(forward: Any, floats: float, x: Tensor, inspection: Any = None, name: str = "") -> Tensor:
     """The forward of a stem or stage, on as many images at a time as keep the widest tensor within ``native.CHUNK``.
 
     Smaller tensors stay in the cache, and in the process when freed; larger ones are returned to the system.
     """
     extra = () if inspection is None else (inspection, name)
-    positions = x.shape[2] * x.shape[3] if first else x.shape[1] * x.shape[2]
-    step = max(1, int(native.CHUNK // (floats * positions)))
+    step = max(1, int(native.CHUNK // (floats * x.shape[2] * x.shape[3])))
     if step >= len(x) or extra:
         return forward(x, *extra)
-    return torch.cat([forward(few) for few in x.split(step)])
+    return torch.cat([forward(few).permute(0, 2, 3, 1) for few in x.split(step)]).permute(0, 3, 1, 2)

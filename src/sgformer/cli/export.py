@@ -23,7 +23,7 @@ def export(
 
     Args:
         weights: a run folder, .safetensors, a released or timm checkpoint, sgformer_n
-        out: the file to write: .onnx, .pt2 (torch-export) or .xml (openvino)
+        out: the file to write: .onnx, .pt2 (torch-export) or .xml (openvino); hub: a new folder
         format: one of FORMATS
         image_size: fixed input size, a multiple of 32; by default any multiple of 32 (a detector: as trained)
         features: also output the four feature maps

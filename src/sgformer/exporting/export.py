@@ -61,7 +61,7 @@ class Export:
     """The files written, and how they compare with PyTorch.
 
     Attributes:
-        files: the files.
+        files: the files, or the folder.
         fixed: why the image size is fixed; None if sizes are open.
         input_size: that size, (height, width).
         step: open sizes are multiples of this many pixels.
@@ -85,7 +85,8 @@ class Export:
 
     def describe(self) -> str:
         """The report to print."""
-        megabytes = sum(file.stat().st_size for file in self.files) / 1e6
+        inner = [f for file in self.files for f in (file.rglob("*") if file.is_dir() else [file])]
+        megabytes = sum(file.stat().st_size for file in inner) / 1e6
         takes = f"images from 32 pixels up{'' if self.step == 1 else f', in multiples of {self.step}'}, any batch"
         if self.input_size:
             takes = f"{self.input_size[0]} x {self.input_size[1]} pixels only ({self.fixed})"
@@ -127,12 +128,18 @@ def export_graph(
         raise UserError(f"--precision {precision} is for --format onnx; other formats have their own tools for it")
     if calibration is not None and precision == "fp32":
         raise UserError("--calibration is for --precision int8 and fp16")
-    if out.suffix != kind.suffix:
+    if kind.folder and image_size is not None:
+        raise UserError(f"--image-size is for formats of one size; a network of format {format} takes any")
+    if kind.folder and out.exists():
+        raise UserError(f"{out}: exists already; --out is a new folder for format {format}")
+    if out.suffix != kind.suffix and not kind.folder:
         raise UserError(f"{out}: the name of a file of format {format} ends in {kind.suffix}")
     try_file(out)
     kind.require()
     graph = graph_of(kind.whole)
-    size = _fixed_size(graph, image_size)
+    if not kind.folder and (reason := graph.why_unsupported()):
+        raise UserError(f"this network cannot be exported: {reason}")
+    size = None if kind.folder else _fixed_size(graph, image_size)
     reason = None
     if size is not None:
         reason = "as requested" if image_size is not None else "a whole detector has a fixed size"
@@ -144,7 +151,8 @@ def export_graph(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         unfinished = Path(folder) / out.name
         files = kind.write(graph, example, size, about, unfinished)
-        checks = compare(graph, kind.open(unfinished), _shapes(graph, size, step))
+        tried = height_and_width(graph.about["image_size"]) if kind.folder else size
+        checks = compare(graph, kind.open(unfinished), _shapes(graph, tried, step))
         worst = max(checks, key=lambda check: check.largest)
         if not worst.largest <= TOLERANCE:  # also if NaN
             name = max(worst.differences, key=lambda n: worst.differences[n])

@@ -41,8 +41,6 @@ class Graph(nn.Module):
         if (features or significance) and not isinstance(network, SGFormer):
             name = metadata.get("model") or type(network).__name__
             raise UserError(f"--features and --significance are for SG-Former, got {name}")
-        if isinstance(network, SGFormer) and (reason := why_unsupported(network.config)):
-            raise UserError(f"this network cannot be exported: {reason}")
         self._significance = self._maps(network)
         size = metadata.get("image_size", 224)
         self.names = [*self._own(), *(FEATURES if features else ()), *self._significance]
@@ -58,6 +56,11 @@ class Graph(nn.Module):
             "image_size": size if isinstance(size, int) else list(size),
             **self._reading(metadata),
         }
+
+    def why_unsupported(self) -> str | None:
+        """Why no tracing format can hold it; None if they can."""
+        network = self._network()
+        return why_unsupported(network.config) if isinstance(network, SGFormer) else None
 
     def why_fixed_size(self) -> str | None:
         """Why it can be exported for one image size only; None if sizes may stay open."""

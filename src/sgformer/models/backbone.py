@@ -6,20 +6,20 @@ attend to a few pooled tokens, most of them spent where significance is high (:c
 3.3). Stage 4 is global self-attention. docs/method.md maps every formula to its function and lists the differences
 between code and paper.
 
-Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d = C / h. Internally every tensor is
-(B, H, W, C), which convolutions read as a channels-last image without a copy; NCHW only at the interface.
+Legend: B batch, H x W token grid of a stage, N = H * W, C channels, h heads, d = C / h. Within a stage every tensor is
+(B, H, W, C), which convolutions read as a channels-last image without a copy; before and after it, (B, C, H, W).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from sgformer import ops
@@ -60,7 +60,6 @@ class Inspection:
     tokens: dict[str, TokenGroups | MergedTokens] = field(default_factory=dict)
 
 
-# Symbolic tracing stops at attention: padding and grouping depend on the grid's size, which a trace does not know.
 class HybridScaleAttention(nn.Module):
     """Half of the heads attend coarsely over a wide reach, half finely within windows (section 3.2).
 
@@ -113,14 +112,13 @@ class MultiScaleAttention(nn.Module):
         """As in :class:`HybridScaleAttention`; coarse sums over groups with s_j > 1, fine over those with s_j = 1."""
         C = x.shape[-1]
         queries, local = self.proj_in(x).split((C, C), dim=-1)
+        queries = queries.chunk(len(self.scales), -1)
         outs, coarse, fine = [], x.new_zeros(()), x.new_zeros(())
-        groups = zip(
-            self.scales, queries.chunk(len(self.scales), -1), self.reduce, self.reduce_norm, self.kv, strict=True
-        )
-        for scale, q, reduce, norm, kv in groups:
+        groups = zip(self.scales, self.reduce, self.reduce_norm, self.kv, strict=True)
+        for j, (scale, reduce, norm, kv) in enumerate(groups):
             keys = x if scale == 1 else reduce_grid(x, scale, reduce, norm)
             out, received = attend_scale(
-                q, kv(keys), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
+                queries[j], kv(keys), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
             )
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
@@ -130,12 +128,19 @@ class MultiScaleAttention(nn.Module):
 
 def reduce_grid(x: Tensor, r: int, conv: nn.Module, norm: nn.Module) -> Tensor:
     """(B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C): strided convolution of the zero-padded grid, norm, GELU."""
+    return F.gelu(norm(convolve(conv, pad_grid(x, r))))
+
+
+# Padding, windows and groups depend on the size of the grid, which symbolic tracing (torchvision's feature extraction)
+# does not know: functions that read it are one step to it.
+@fx.wrap
+def pad_grid(x: Tensor, r: int) -> Tensor:
+    """(B, H, W, C), with zeros to the right and below up to multiples of r."""
     _, H, W, _ = x.shape
-    if H % r or W % r:
-        x = F.pad(x, (0, 0, 0, -W % r, 0, -H % r))
-    return F.gelu(norm(convolve(conv, x)))
+    return F.pad(x, (0, 0, 0, (r - W % r) % r, 0, (r - H % r) % r)) if H % r or W % r else x
 
 
+@fx.wrap
 def attend_scale(
     q: Tensor, kv: Tensor, heads: int, scale: int, window: int, is_global: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,8 @@ class SelfGuidedAttention(nn.Module):
         dim: channels; a multiple of ``heads``.
         regions: least significant first.
         aggregation, attention: see :class:`~sgformer.models.config.SGFormerConfig`.
-        local: the class of the local term's convolution; it determines whether tokens are (H, W) or (N,).
+        local: the class of the local term's convolution.
+        convolve: how it is applied to tokens; it determines whether these are (H, W) or (N,).
     """
 
     def __init__(
@@ -177,9 +183,10 @@ class SelfGuidedAttention(nn.Module):
         aggregation: str = "linear",
         attention: str = "softmax",
         local: type[nn.Module] = DepthwiseConv,
+        convolve: Callable[[nn.Module, Tensor], Tensor] = convolve,
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.convolve = heads, convolve
         self.attend = ops.attend if attention == "softmax" else ops.attend_linearly
         self.aggregate = AGGREGATIONS[aggregation](regions)
         self.proj_in = nn.Linear(dim, 2 * dim)  # queries, local term
@@ -192,9 +199,9 @@ class SelfGuidedAttention(nn.Module):
         C = x.shape[-1]
         q, local = self.proj_in(x).split((C, C), dim=-1)
         pooled, grouped = self.aggregate(x.flatten(1, -2), significance.flatten(1))
-        k, v = (ops.split_heads(t, self.heads) for t in self.kv(pooled).chunk(2, dim=-1))
-        out = self.attend(ops.split_heads(q.flatten(1, -2), self.heads), k, v)
-        return self.proj(ops.join_heads(out).view_as(x) + convolve(self.local, local)), grouped
+        k, v = self.kv(pooled).chunk(2, dim=-1)
+        out = self.attend(*(ops.split_heads(t, self.heads) for t in (q.flatten(1, -2), k, v)))
+        return self.proj(ops.join_heads(out).view_as(x) + self.convolve(self.local, local)), grouped
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups | MergedTokens:
         return self.aggregate.describe(grouped, grid)
@@ -213,7 +220,8 @@ class PlainAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, C = x.shape
         qkv, local = self.proj_in(x).split((3 * C, C), dim=-1)
-        q, k, v = (ops.split_heads(t, self.heads) for t in qkv.flatten(1, 2).chunk(3, dim=-1))
+        q, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
+        q, k, v = (ops.split_heads(t, self.heads) for t in (q, k, v))
         return self.proj(ops.join_heads(ops.attend(q, k, v)).unflatten(1, (H, W)) + convolve(self.local, local))
 
 
@@ -270,7 +278,7 @@ def run_part(owner: nn.Module, part: nn.Module, *args: Any) -> Any:
 
 
 class Stage(nn.Module):
-    """Downsampling (except in the first stage), blocks, norm: (B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C)."""
+    """Downsampling (except in the first stage), blocks, norm: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, stage: StageConfig, dim_in: int | None, config: SGFormerConfig, drop_path: Sequence[float]):
         super().__init__()
@@ -289,7 +297,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, inspection: Inspection | None = None, name: str = "") -> Tensor:
-        x = run_part(self, self.downsample, x)
+        x = run_part(self, self.downsample, x.permute(0, 2, 3, 1).contiguous())
         for i, block in enumerate(self.blocks):
             key = f"{name}.{i}"
             if isinstance(block, HybridBlock):
@@ -307,7 +315,7 @@ class Stage(nn.Module):
                     inspection.tokens[key] = block.attn.describe(grouped, (x.shape[1], x.shape[2]))
             else:
                 x = run_part(self, block, x)
-        return self.norm(x)
+        return self.norm(x).permute(0, 3, 1, 2)
 
     @staticmethod
     def _hybrid(stage: StageConfig, config: SGFormerConfig) -> nn.Module:
@@ -348,10 +356,11 @@ class SGFormer(nn.Module):
         rates = iter([config.drop_path_rate * i / max(1, total - 1) for i in range(total)])
         with created_on(device, dtype):
             self.stem = Stem(config.in_chans, dims[0], config.img_size)
-            self.stages = nn.ModuleList(
+            stages = (
                 Stage(stage, dims[i - 1] if i else None, config, [next(rates) for _ in range(stage.depth)])
                 for i, stage in enumerate(config.stages)
             )
+            self.stages = nn.Sequential(*stages)
             self.head = ClassifierHead(dims[-1], config.num_classes, global_pool, config.drop_rate)
         self.grad_checkpointing = False
         self.init_weights()
@@ -372,7 +381,7 @@ class SGFormer(nn.Module):
         x = run_part(self, self.stem, x)
         for stage in self.stages:
             x = stage(x)
-        return x.permute(0, 3, 1, 2)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -383,7 +392,7 @@ class SGFormer(nn.Module):
         x = run_part(self, self.stem, x)
         for i, stage in enumerate(self.stages, start=1):
             x = stage(x, inspection, str(i))
-            inspection.features.append(x.permute(0, 3, 1, 2))
+            inspection.features.append(x)
         inspection.logits = self.forward_head(inspection.features[-1])
         return inspection
 
@@ -409,8 +418,8 @@ class SGFormer(nn.Module):
                 break
             x = stage(x)
             if i in take:
-                maps.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
-        return maps if intermediates_only else (x.permute(0, 3, 1, 2), maps)
+                maps.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
+        return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

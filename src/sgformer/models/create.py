@@ -47,7 +47,16 @@ def from_fields(base: SGFormerConfig, **kwargs: Any) -> SGFormer:
 
 
 def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwargs: Any) -> SGFormer:
-    """timm's builder: ``kwargs`` are SGFormerConfig's fields, SGFormer's arguments, and timm's own."""
+    """timm's builder: ``kwargs`` are SGFormerConfig's fields, SGFormer's arguments, and timm's own.
+
+    Raises:
+        ValueError: an option is unknown or its value invalid, for instance an ``output_stride`` other than 32.
+    """
+    if (stride := kwargs.pop("output_stride", 32)) != 32:
+        raise ValueError(
+            f"SG-Former has no dilated stages: output_stride must be 32 (got {stride}); "
+            "for finer maps take those of strides 4, 8 and 16"
+        )
     out_indices = kwargs.pop("out_indices", tuple(range(len(config.stages))))
     return build_model_with_cfg(
         from_fields,
@@ -55,7 +64,7 @@ def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwar
         pretrained,
         base=config,
         pretrained_filter_fn=_fit,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
 

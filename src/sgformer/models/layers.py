@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from sgformer import ops
 
@@ -48,9 +48,13 @@ class PositionTable(nn.Module):
         self.table.copy_(torch.cat([cols, rows], dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + resize_table(self.table, (x.shape[1], x.shape[2]))
+        H, W = x.shape[1], x.shape[2]
+        if torch.jit.is_tracing():  # windows and regions become those of this grid: at others, the sum below shall fail
+            H, W = int(H), int(W)
+        return x + resize_table(self.table, (H, W))
 
 
+@fx.wrap
 def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a (H, W, C) position table to ``grid`` bicubically; returns the table itself if the grid is the same."""
     if tuple(table.shape[:2]) == tuple(grid):
@@ -60,7 +64,7 @@ def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Stem(nn.Module):
-    """Image to tokens at stride 4: (B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), C)."""
+    """The image at stride 4, with its positions: (B, in_chans, H, W) -> (B, C, ceil(H / 4), ceil(W / 4))."""
 
     def __init__(self, in_chans: int, dim: int, img_size: tuple[int, int]):
         super().__init__()
@@ -71,9 +75,9 @@ class Stem(nn.Module):
         self.position = PositionTable(dim, (-(-img_size[0] // 4), -(-img_size[1] // 4)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # so that the tokens need no copy
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels last, so that the tokens need no copy
         x = self.conv3(self.conv2(self.conv1(x)))
-        return self.position(self.norm(x.permute(0, 2, 3, 1)))
+        return self.position(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -99,8 +103,8 @@ class DepthwiseConv(nn.Conv2d):
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of tokens, (B, H, W, C_in) -> (B, H', W', C), or (B, N, C_in) -> (B, N', C)."""
-    return conv(x.movedim(-1, 1)).movedim(1, -1)
+    """A convolution of tokens, (B, H, W, C_in) -> (B, H', W', C)."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ResidualDepthwiseConv(nn.Module):
@@ -109,12 +113,19 @@ class ResidualDepthwiseConv(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         conv = DepthwiseConv(dim)  # its draws, so that a seed keeps its network
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight, self.bias = conv.weight, conv.get_parameter("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         image = x.permute(0, 3, 1, 2)
-        return F.conv2d(image, weight, self.bias, padding=1, groups=image.shape[1]).permute(0, 2, 3, 1)
+        return convolve_plus(image, self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+def convolve_plus(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x + 3 x 3 depthwise convolution of x, (B, C, H, W)."""
+    if torch.onnx.is_in_onnx_export():  # its operator wants a constant kernel
+        return x + F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+    return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
 
 
 class WeightedSum(nn.Module):

@@ -31,6 +31,11 @@ class LocalConv1d(nn.Conv1d):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
 
+def convolve_sequence(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of tokens, (B, N, C) to the same."""
+    return conv(x.transpose(1, 2)).transpose(1, 2)
+
+
 class SelfGuidedAttention1d(nn.Module):
     """Self-guided attention of (B, N, C) tokens: a drop-in for self-attention at O(N M) for M pooled tokens, not O(N²).
 
@@ -76,7 +81,7 @@ class SelfGuidedAttention1d(nn.Module):
             )
         self.source: Any = make_source(significance, dim) if isinstance(significance, str) else significance
         self.named = isinstance(significance, str)
-        self.attn = SelfGuidedAttention(dim, heads, cut, aggregation, attention, LocalConv1d)
+        self.attn = SelfGuidedAttention(dim, heads, cut, aggregation, attention, LocalConv1d, convolve_sequence)
         self.tokens: TokenGroups | MergedTokens | None = None
         self.apply(init_module)
         nn.init.normal_(self.attn.local.get_parameter("weight"), std=math.sqrt(2 / 3))  # sqrt(2 / fan out), as images'

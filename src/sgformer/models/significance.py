@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, fx
 
 from sgformer import ops
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, Region
@@ -94,6 +94,11 @@ def uniform(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
 
 @register_significance("random")
 def random(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    return _random_ranks(x)
+
+
+@fx.wrap
+def _random_ranks(x: Tensor) -> Tensor:
     grid = tuple(x.shape[1:-1])
     order = torch.tensor(_random_order(int(math.prod(grid))), dtype=_precise(x), device=x.device)
     return order.view(1, *grid).expand(x.shape[:-1])
@@ -127,6 +132,7 @@ def gate(x: Tensor, significance: Tensor) -> Tensor:
     return x * (2 * significance.sigmoid()).to(x.dtype)[..., None]
 
 
+@fx.wrap
 def _precise(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -140,6 +146,20 @@ def _random_order(tokens: int) -> list[int]:
 
 # -- aggregation ------------------------------------------------------------------------------------------------------
 
+# What depends on the number of tokens is a step of its own to symbolic tracing, which does not know the number.
+
+
+@fx.wrap
+def group(significance: Tensor, shares: list[float], rates: list[int]) -> list[Tensor]:
+    """(B, N) -> one (B, G_i, r_i) int64 tensor per region: the tokens of each group."""
+    return ops.group_tokens(ops.sort_tokens(significance), shares, rates)
+
+
+@fx.wrap
+def gather(x: Tensor, groups: list[Tensor]) -> list[Tensor]:
+    """See :func:`sgformer.ops.gather_groups`."""
+    return ops.gather_groups(x, groups)
+
 
 class Aggregation(nn.Module):
     """Pools sorted tokens: ``forward`` maps (B, N, C) and significance (B, N) to (B, M, C) and the grouping;
@@ -151,9 +171,6 @@ class Aggregation(nn.Module):
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         raise NotImplementedError
-
-    def group(self, significance: Tensor) -> list[Tensor]:
-        return ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups | MergedTokens:
         raise NotImplementedError
@@ -167,13 +184,13 @@ class LinearAggregation(nn.ModuleList):
         self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = ops.group_tokens(ops.sort_tokens(significance), self.shares, self.rates)
+        groups = group(significance, self.shares, self.rates)
         return self.pool(x, groups), groups
 
     def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
         """(B, N, C) and the groups of each region -> (B, M, C)."""
-        parts = zip(self, ops.gather_groups(x, groups), strict=True)
-        return torch.cat([region(members) for region, members in parts], dim=1)
+        members = gather(x, groups)
+        return torch.cat([region(members[i]) for i, region in enumerate(self)], dim=1)
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         return TokenGroups(grid, grouped, [m.weight.detach()[0] for m in self], [m.bias.detach()[0] for m in self])
@@ -183,12 +200,12 @@ class MeanAggregation(Aggregation):
     """The mean of each group."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = self.group(significance)
+        groups = group(significance, self.shares, self.rates)
         return self.pool(x, groups), groups
 
     def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
         """(B, N, C) and the groups of each region -> (B, M, C)."""
-        return ops.aggregate(x, groups, *self._weights(x))
+        return _aggregate(x, groups, *self._weights(x))
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         return TokenGroups(grid, grouped, *self._weights(grouped[0].new_zeros((), dtype=torch.float32)))
@@ -201,27 +218,42 @@ class WeightedAggregation(Aggregation):
     """The mean of each group, weighted by the softmax of significance standardised over the image's tokens."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = self.group(significance)
-        centred = significance - significance.mean(1, keepdim=True)
-        scaled = centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
-        pooled = []
-        for index in groups:
-            flat = index.flatten(1)
-            weights = scaled.gather(1, flat).view(index.shape).softmax(-1).to(x.dtype)  # (B, G, r)
-            members = x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, -1)
-            pooled.append((weights[..., None, :] @ members).squeeze(2))
-        return torch.cat(pooled, 1), groups
+        groups = group(significance, self.shares, self.rates)
+        return _weighted_mean(x, significance, groups), groups
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         # The weights differ by group; drawing needs only the grouping.
         return TokenGroups(grid, grouped, [], [])
 
 
+@fx.wrap
+def _weighted_mean(x: Tensor, significance: Tensor, groups: list[Tensor]) -> Tensor:
+    centred = significance - significance.mean(1, keepdim=True)
+    scaled = centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+    pooled = []
+    for index in groups:
+        flat = index.flatten(1)
+        weights = scaled.gather(1, flat).view(index.shape).softmax(-1).to(x.dtype)  # (B, G, r)
+        members = x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, -1)
+        pooled.append((weights[..., None, :] @ members).squeeze(2))
+    return torch.cat(pooled, 1)
+
+
+@fx.wrap
+def _aggregate(x: Tensor, groups: list[Tensor], weights: list[Tensor], bias: list[Tensor]) -> Tensor:
+    return ops.aggregate(x, groups, weights, bias)
+
+
+@fx.wrap
+def _merge(x: Tensor, significance: Tensor, shares: list[float], rates: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.merge_similar(x, ops.sort_tokens(significance), shares, rates)
+
+
 class MergeAggregation(Aggregation):
     """The mean of similar tokens; see :func:`sgformer.ops.merge_similar`."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        pooled, token, region = ops.merge_similar(x, ops.sort_tokens(significance), self.shares, self.rates)
+        pooled, token, region = _merge(x, significance, self.shares, self.rates)
         return pooled, [token, region]
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> MergedTokens:

@@ -47,7 +47,7 @@ def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
     The identity if ``rate`` divides ``length``. Otherwise G * rate positions are sampled evenly: a few tokens count
     twice, none is dropped, and none is padding.
     """
-    groups = -(-length // rate)
+    groups = (length + rate - 1) // rate
     samples = groups * rate
     positions = torch.arange(samples, device=device)
     if samples != length:
@@ -135,7 +135,7 @@ def gather_groups(x: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
     B, N, C = x.shape
     rows = x.reshape(B * N, C)  # row gathers are far faster than an element-wise gather of (B, N, C)
     index = torch.cat([group.flatten(1) for group in groups], dim=1)  # (B, S): one gather for all regions
-    if B > 1:
+    if B > 1 or torch.jit.is_tracing():  # a traced network takes other batches
         index = index + torch.arange(0, B * N, N, device=x.device)[:, None]
     members = rows.index_select(0, index.flatten()).view(B, -1, C)
     parts = members.split([group.shape[1] * group.shape[2] for group in groups], dim=1)

@@ -398,8 +398,9 @@ def export(
 
     Args:
         weights: see the module.
-        out: the file; its ending is the format's (.onnx, .pt2, .xml).
-        format: "onnx", "torch-export", "openvino", or one of your own (:func:`register_export`).
+        out: the file; its ending is the format's (.onnx, .pt2, .xml). For "hub" a new folder.
+        format: "onnx", "torch-export", "openvino", "hub" (classifiers, for the Hugging Face Hub), or one of your own
+            (:func:`register_export`).
         image_size: fixed input size: pixels or (height, width), multiples of 32. A whole detector always has a fixed
             size, by default the square of the side it was trained with.
         features: also output the four feature maps.

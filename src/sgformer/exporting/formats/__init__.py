@@ -39,11 +39,13 @@ class ExportFormat:
         suffix: of the file's name.
         any_size: whether images of open size may have sides that are not multiples of 32.
         whole: whether it can hold a whole detector, not only its backbone and pyramid.
+        folder: whether it is a new folder with the network as it is, for any image size, rather than a file.
     """
 
     suffix: ClassVar[str]
     any_size: ClassVar[bool] = False
     whole: ClassVar[bool] = True
+    folder: ClassVar[bool] = False
 
     def require(self) -> None:
         """Raise UserError if a package is missing."""
