@@ -109,7 +109,7 @@ def _resize_axis(x: np.ndarray, axis: int, length: int, part: slice = slice(None
 
 
 #: Bytes of class scores that are resized at once.
-PART = 2**28
+PART = 2**26
 
 
 def labels_of(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
