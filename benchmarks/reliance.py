@@ -74,15 +74,17 @@ def classifier(weights: str, data: str, batch: int, size: int | None, limit: int
 def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Measure]:
     """The network, and what measures it: mIoU in percent."""
     from sgformer.data.ade20k import LabelledFolderDataset, scan
-    from sgformer.data.dense_transforms import eval_transform
+    from sgformer.data.dense_transforms import as_tensors, normalized
+    from sgformer.data.preparing import Normalization
     from sgformer.tasks.segment.network import class_probabilities
     from sgformer.tasks.segment.predict import inference_settings
 
     model = sgformer.load_model(weights)
     metadata = model.metadata
     how = inference_settings(metadata)
+    normalization = Normalization.of(metadata)
     listing = scan(data, "validation", metadata["classes"], metadata["reduce_zero_label"])
-    dataset = LabelledFolderDataset(listing, eval_transform())
+    dataset = LabelledFolderDataset(listing, as_tensors)
     samples = [dataset[i] for i in range(len(dataset))]
     n = len(listing.classes)
 
@@ -90,7 +92,9 @@ def segmenter(weights: str, data: str, batch: int) -> tuple[Any, Measure]:
         counts = torch.zeros(n, n, dtype=torch.int64)
         for start in range(0, len(samples), batch):
             part = samples[start : start + batch]
-            guess = class_probabilities(model, torch.stack([s.image for s in part]), how).argmax(1)
+            guess = class_probabilities(
+                model, normalized(torch.stack([s.image for s in part]), normalization), how
+            ).argmax(1)
             truth = torch.stack([s.target for s in part])
             known = truth != listing.ignore
             counts += torch.bincount(truth[known] * n + guess[known], minlength=n * n).view(n, n)

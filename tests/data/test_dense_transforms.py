@@ -13,7 +13,8 @@ from sgformer.data.dense_transforms import (
     PadTo,
     PhotometricDistortion,
     RatioResize,
-    eval_transform,
+    as_tensors,
+    normalized,
     train_transform,
 )
 from sgformer.data.image import fit_size
@@ -110,6 +111,6 @@ def test_mirroring_moves_both():
 
 def test_evaluation_input_is_the_file():
     image, labels = coded(blocks(40, 50))
-    pixels, target = eval_transform()(image, labels)
-    assert torch.equal(target, torch.from_numpy(labels))
-    assert torch.allclose(denormalize(pixels)[1] * 255, target.float() * 60, atol=0.51)
+    pixels, target = as_tensors(image, labels)
+    assert (target.numpy() == labels).all() and pixels.dtype == torch.uint8
+    assert torch.allclose(denormalize(normalized(pixels))[1] * 255, target.float() * 60, atol=0.51)

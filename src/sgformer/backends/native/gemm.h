@@ -37,10 +37,10 @@ struct Row {
     if (K > 3) store(p + 3 * L, d);
   }
   inline void add(float x, const Row& o) {
-    a += x * o.a;
-    if (K > 1) b += x * o.b;
-    if (K > 2) c += x * o.c;
-    if (K > 3) d += x * o.d;
+    a = multiply_add(x, o.a, a);
+    if (K > 1) b = multiply_add(x, o.b, b);
+    if (K > 2) c = multiply_add(x, o.c, c);
+    if (K > 3) d = multiply_add(x, o.d, d);
   }
 };
 

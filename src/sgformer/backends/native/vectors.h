@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "interface.h"
 
 namespace {
@@ -42,6 +48,19 @@ inline void store(float* p, vec v, int n) { std::memcpy(p, &v, 4 * n); }
 // Otherwise GCC reloads an operand from memory at every use, and loads, not arithmetic, become the bottleneck.
 inline void keep_in_register(vec& v) { IN_REGISTER(v); }
 inline vec broadcast(float x) { return vec{} + x; }
+// x y + z, rounded once where the processor can. Said, not left to the compiler: GCC contracts the expression in some
+// loops and not in others, and then a row's result would depend on how many rows are computed beside it.
+inline vec multiply_add(float x, vec y, vec z) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps(_mm512_set1_ps(x), (__m512)y, (__m512)z);
+#elif defined(__FMA__)
+  return (vec)_mm256_fmadd_ps(_mm256_set1_ps(x), (__m256)y, (__m256)z);
+#elif defined(__aarch64__)
+  return (vec)vfmaq_n_f32((float32x4_t)z, (float32x4_t)y, x);
+#else
+  return x * y + z;
+#endif
+}
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
 inline ivec lane_mask(Index n) {  // all bits set in the first n lanes
