@@ -264,7 +264,7 @@ def test_parameters_that_kernels_cannot_read_go_to_torch(path):
 
 def test_what_backward_reads_is_guarded():
     _, b = pair()
-    block, x = b.stages[0].blocks[1], torch.randn(1, 16, 16, 24)
+    block, x = b.stages[0].blocks[1], torch.randn(1, 16, 16, 32)
     out, _, groups = block(x.requires_grad_(), *torch.rand(2, 1, 16, 16))
     groups[0].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -327,4 +327,4 @@ def test_a_network_within_another():
 
 def test_no_image_at_all():
     _, b = pair()
-    b.stages[0](torch.randn(0, 16, 16, 24).permute(0, 3, 1, 2)).sum().backward()
+    b.stages[0](torch.randn(0, 16, 16, 32).permute(0, 3, 1, 2)).sum().backward()

@@ -229,7 +229,7 @@ def test_names_of_heads_need_no_torch():
     code += "FORMATS; print(HEADS.names(), DETECTORS.names(), FORMATS.names(), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == (
-        "['semantic-fpn', 'upernet'] ['faster-rcnn', 'mask-rcnn'] ['onnx', 'openvino', 'torch-export'] False\n"
+        "['semantic-fpn', 'upernet'] ['faster-rcnn', 'mask-rcnn'] ['hub', 'onnx', 'openvino', 'torch-export'] False\n"
     )
 
 

@@ -231,7 +231,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics():
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224"])
 def test_networks_of_one_size_are_built_for_the_image_size(name, tmp_path):
     """The weights come back at that size, and another one is refused in a line."""
-    config = ClassifyConfig(model=name, image_size=64)
+    config = ClassifyConfig(model=name, image_size=64).resolved()
     model = new_classifier(config, 3)
     metadata = {"task": "classify", "model": name, "classes": ["a", "b", "c"], "image_size": 64, "crop_pct": 0.9}
     save_weights(model, tmp_path / "w.safetensors", metadata)
@@ -243,4 +243,4 @@ def test_networks_of_one_size_are_built_for_the_image_size(name, tmp_path):
 
 def test_a_size_that_a_network_cannot_take_is_a_line():
     with pytest.raises(UserError, match=r"^maxvit_rmlp_pico_rw_256 does not take images of 72 x 72 pixels \(.*\)$"):
-        new_classifier(ClassifyConfig(model="maxvit_rmlp_pico_rw_256", image_size=72), 3)
+        new_classifier(ClassifyConfig(model="maxvit_rmlp_pico_rw_256", image_size=72).resolved(), 3)

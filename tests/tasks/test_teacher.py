@@ -297,7 +297,7 @@ def test_the_network_starts_as_it_does_without_a_teacher_and_the_teacher_stays_i
 
     task, built = get_task("classify"), []
     for changes in ({}, {"teacher": None, "teacher_classes": None}):
-        config = ClassifyConfig(data=str(photos), **{**options, **changes})
+        config = ClassifyConfig(data=str(photos), **{**options, **changes}).resolved()
         splits = task.splits(config, None, 4, 0, 1)
         torch.manual_seed(0)
         built.append(task.module(config, splits, None))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import printable
-from sgformer.data.image import Images
+
+if TYPE_CHECKING:
+    from sgformer.data.image import Images
 
 #: Exit status if something was done, and something left out.
 PARTLY = 1
@@ -15,6 +17,8 @@ PARTLY = 1
 
 def open_images(paths: list[str], bad_images: str, **options: Any) -> Images:
     """The images of a command line; those left out are named on stderr. A single unreadable image is an error."""
+    from sgformer.data.image import Images  # not at the head: help needs neither Pillow nor NumPy
+
     images = Images(
         paths, bad_images, on_skip=lambda line: print(f"left out: {printable(line)}", file=sys.stderr), **options
     )

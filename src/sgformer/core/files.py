@@ -87,6 +87,9 @@ def try_file(path: str | os.PathLike[str], option: str = "--out") -> None:
 
 def _try_to_write(folder: Path, name: str | None = None) -> None:
     new = [place for place in (folder, *folder.parents) if not place.exists()]
+    existing = new[-1].parent if new else folder
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{existing} is not a directory")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

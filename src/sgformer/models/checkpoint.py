@@ -140,7 +140,8 @@ def build_from_tensors(
     expected = {name: t.shape for name, t in model.state_dict().items()}
     fresh = [name for name in CLASSIFIER if name in expected and name not in tensors]
     unfit = [n for n, shape in expected.items() if n not in fresh and (n not in tensors or tensors[n].shape != shape)]
-    if partial and 0 < 2 * len(unfit) < len(expected):
+    extra = [name for name in tensors if name not in expected]
+    if partial and (unfit or extra) and 2 * len(unfit) < len(expected):
         counted = f"{len(unfit)} of {len(expected)} tensors"
         log.warning(f"{source}: {counted} do not fit this network and start fresh: {some(unfit, 4)}")
         whole = SGFormer(config)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 
 from sgformer.models.backbone import (
     HybridScaleAttention,
@@ -54,6 +54,8 @@ def _register(variant: str) -> Callable[..., SGFormer]:
     """Add a size to timm's registry under its name; timm looks up functions by name in their module."""
 
     def build_variant(pretrained: bool = False, **kwargs: Any) -> SGFormer:
+        from timm.models import PretrainedCfg
+
         from sgformer.models.create import build
 
         if not pretrained and not kwargs.get("pretrained_cfg"):
