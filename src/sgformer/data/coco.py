@@ -86,7 +86,7 @@ class CocoListing:
         own_ids: the id of each class in this file; None for a class that the file lacks.
         images: the images.
         objects: the objects of each image, packed (see `objects_of`).
-        has_masks: whether every object has a mask.
+        has_masks: whether masks are used; an object without one has its box as mask.
         notes: counts of dropped and corrected entries, by kind.
         content: the annotations in COCO's form, where they come from another format.
     """
@@ -144,7 +144,7 @@ SINGLE = (
 
 
 def is_coco(data: str | os.PathLike) -> bool:
-    """Whether `data` is a JSON file, or a folder with annotations of a split."""
+    """Whether `data` is a file, or a folder with annotations in COCO's places."""
     names = [name for names in SPLIT_NAMES.values() for name in names]
     data = Path(data)
     if data.is_file():
@@ -265,10 +265,10 @@ def make_listing(
     Args:
         content: what a COCO file holds: `images`, `categories`, `annotations`.
         source: what messages name.
-        folders: image folders; the one that holds most of the images is used.
+        folders: image folders; the first one that holds one of the images is used.
         categories: the classes in the order of their indices, e.g. those of the training split or of a trained model;
             by default those of the file, by ascending id. The file's own are matched to them by name.
-        masks: whether masks are required; by default they are used if every object has one.
+        masks: whether to use masks; by default if more than half of the objects have one. The others' is their box.
         drop_empty: leave out images without objects, as the published recipes do in training.
         check_files: check that every image file exists.
 

@@ -22,7 +22,7 @@ class DetectConfig(RunConfig):
     data: str | None = option(None, "Run", "COCO folder (annotations/*.json, images), or its train JSON", main=True)
     val_data: str | None = option(None, "Data", "JSON to validate on, if --data is a JSON", main=True)
     images: str | None = option(None, "Data", "folder of the images, if not beside the JSON", main=True)
-    masks: bool | None = option(None, "Data", "false: boxes only; default: masks if every object has one", main=True)
+    masks: bool | None = option(None, "Data", "false: boxes only; default: masks if most objects have one", main=True)
     drop_empty: bool = option(False, "Data", "leave out training images without objects")
 
     epochs: float = option(12, "Schedule", "passes over the training images", main=True, auto=True)
