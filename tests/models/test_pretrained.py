@@ -90,7 +90,7 @@ def test_a_size_without_weights_says_which_has_some():
 @pytest.mark.parametrize(
     ("options", "resolved"),
     [
-        ({"model": NAME}, NAME),
+        ({"model": NAME}, f"{NAME}.{TAG}"),
         ({"model": NAME, "weights": "none"}, None),
         ({"model": NAME, "weights": None}, None),  # as in the config.yaml of older runs
         ({"model": "sgformer_s"}, None),
@@ -99,7 +99,7 @@ def test_a_size_without_weights_says_which_has_some():
     ],
 )
 def test_auto_takes_the_weights_where_there_are_some(options, resolved):
-    assert RunConfig(**options).weights == resolved
+    assert RunConfig(**options).with_weights().weights == resolved
 
 
 def test_what_options_make_unfit_starts_fresh_and_is_counted(caplog):

@@ -203,7 +203,14 @@ def damaged(photos, tmp_path):
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 1), (2, 2)])
 def test_a_batch_of_nothing_but_unreadable_images_is_no_update(damaged, tmp_path, batch_size, accumulate):
     """Small batches or accumulated parts may hold no readable image at all: the run goes on."""
-    settings = {**QUICK, "epochs": 1, "warmup_epochs": 0, "batch_size": batch_size, "accumulate": accumulate, "bad_images": "skip"}
+    settings = {
+        **QUICK,
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "bad_images": "skip",
+    }
     run = train("classify", data=str(damaged), run=str(tmp_path / "run"), **settings).path
     with (run / "metrics.csv").open() as file:
         losses = [row["train_loss"] for row in csv.DictReader(file) if not row["top1"]]

@@ -39,10 +39,8 @@ def train(name: str, arguments: Sequence[str]) -> int:
 def overruled(given: dict[str, Any]) -> tuple[str, ...]:
     """The lines of a recipe that the command line overrules under another name: its --minutes or its number of epochs
     or steps take the place of the recipe's."""
-    lengths = {"epochs": (None, AUTO), "steps": (None, AUTO)}
-    if given["minutes"] is not None:
-        return tuple(lengths)
-    return ("minutes",) if any(given.get(name) not in unset for name, unset in lengths.items()) else ()
+    lengths = [name for name in ("minutes", "steps", "epochs") if given.get(name) not in (None, AUTO)]
+    return tuple(name for name in ("minutes", "steps", "epochs") if lengths and name not in lengths)
 
 
 def read_options(
@@ -72,5 +70,7 @@ def read_options(
             given = parser.parse(arguments, stored)
         except UserError as error:
             raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
+    if resume and given["minutes"] is not None:
+        raise UserError("--minutes plans a new run; --epochs or --max-steps change the length of a resumed one")
     values = {name: value for name, value in given.items() if name not in ("config", "resume")}
     return config_class(**values), resume

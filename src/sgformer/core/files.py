@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _try_to_write(folder: Path, name: str | None = None) -> None:
             (folder / name).unlink()
     finally:
         for place in new:
-            if place.is_dir():
+            with suppress(OSError):  # another process may have removed or filled it meanwhile
                 place.rmdir()
 
 

@@ -142,8 +142,10 @@ def build_from_tensors(
     unfit = [n for n, shape in expected.items() if n not in fresh and (n not in tensors or tensors[n].shape != shape)]
     extra = [name for name in tensors if name not in expected]
     if partial and (unfit or extra) and 2 * len(unfit) < len(expected):
-        counted = f"{len(unfit)} of {len(expected)} tensors"
-        log.warning(f"{source}: {counted} do not fit this network and start fresh: {some(unfit, 4)}")
+        counted = f"{len(unfit)} of {len(expected)} tensors do not fit this network and start fresh: {some(unfit, 4)}"
+        left = f"{len(extra)} are left out, as it has none of the name: {some(extra, 4)}"
+        said = [line for line, names in ((counted, unfit), (left, extra)) if names]
+        log.warning(f"{source}: {'; '.join(said)}")
         whole = SGFormer(config)
         own = whole.state_dict()
         whole.load_state_dict(own | {n: t.to(own[n]) for n, t in tensors.items() if n in own and n not in unfit})

@@ -46,6 +46,7 @@ from sgformer.core.names import nearest
 from sgformer.tasks.registry import TASKS, get_task
 from sgformer.training.config import RunConfig, make_config, read_yaml, to_yaml
 from sgformer.training.report import cell
+from sgformer.training.run_folder import RunFolder
 
 log = logging.getLogger("sgformer")
 
@@ -256,8 +257,10 @@ def _run(command: list[str], output: Any) -> int:
 
 def _check_same(place: Path, config: RunConfig) -> None:
     stored = read_yaml(place / "config.yaml", type(config))
-    settings = {**type(config)().resolved().to_dict(), **stored}  # options newer than the run have their defaults
-    for name, value in config.to_dict().items():
+    planned = RunFolder(place).environment().get("planned") or {}
+    # Options newer than the run have their defaults.
+    settings = {**type(config)().resolved().to_dict(), **stored, "minutes": planned.get("minutes")}
+    for name, value in config.with_weights().to_dict().items():
         if config.is_auto(name):  # follows from the others and the data
             continue
         if name not in ("run", "workers", "device", "devices") and settings[name] != value:

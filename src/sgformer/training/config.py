@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
-from sgformer.models.pretrained import PRETRAINED
+from sgformer.models.pretrained import PRETRAINED, TAG
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -204,9 +204,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.image_size, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        if self.weights in ("auto", "none"):  # resolved here, so that config.yaml says what the run started from
-            own = self.model if self.weights == "auto" and self.model in PRETRAINED else None
-            object.__setattr__(self, "weights", own)
         if isinstance(self.epochs, float) and self.epochs.is_integer():
             object.__setattr__(self, "epochs", int(self.epochs))
         for name in (
@@ -294,13 +291,22 @@ class RunConfig:
         """The settings with these values where they are still `auto`."""
         return dataclasses.replace(self, **{name: value for name, value in values.items() if self.is_auto(name)})
 
+    def with_weights(self) -> Self:
+        """The settings with the name of the weights that `auto` stands for; None for `none`."""
+        if self.weights not in (AUTO, "none"):
+            return self
+        own = f"{self.model}.{TAG}" if self.weights == AUTO and self.model in PRETRAINED else None
+        return dataclasses.replace(self, weights=own)
+
     def resolved(self, data: DataFacts | None = None) -> Self:
         """The settings without any `auto`: as the data suggest or, without data, standard values.
 
         Raises:
             UserError: a value that was given does not fit those that follow from the data.
         """
-        config = self if data is None or not any(map(self.is_auto, self.automatic())) else self.choose(data)
+        config = self.with_weights()
+        if data is not None and any(map(config.is_auto, config.automatic())):
+            config = config.choose(data)
         return config.fill(**config.standard())
 
     def standard(self) -> dict[str, Any]:

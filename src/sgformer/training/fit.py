@@ -23,7 +23,7 @@ from sgformer.core.processes import end_with_parent
 from sgformer.data.identity import Contents
 from sgformer.data.store import is_address
 from sgformer.models.load import Weights, read_weights
-from sgformer.models.pretrained import PRETRAINED
+from sgformer.models.pretrained import pretrained_file
 from sgformer.training import callbacks as cb
 from sgformer.training.config import RunConfig, to_yaml
 from sgformer.training.nan_guard import NanGuard
@@ -54,6 +54,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     is_main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     trainer = build_trainer(**machine_options(config))
     world, device = trainer.world_size, trainer.strategy.root_device
+    config = config.with_weights()
     weights = starting_weights(config, resume)
     if config.freeze and weights is None:
         raise UserError("--freeze trains a head on the backbone of some weights: add --weights, or leave it out")
@@ -72,21 +73,18 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     with resumed_data(config, resume):
         splits = open_splits(config, task, weights, listings, trainer)
     contents = {"train": Contents.of(splits.train.listing), "val": Contents.of(splits.val.listing)}
+    earlier = resume and not RunFolder.open(resume).contents.is_file()
     if resume:
         RunFolder.open(resume).check_data(config.data, task.name, contents)
-    module = new_module(config, task, splits, weights)
+    with held_log(is_main) as before_the_folder:
+        module = new_module(config, task, splits, weights)
     batch, model = per_process_batch(config, world), module.model
     previous = RunFolder.open(resume).environment() if resume else {}
     planned = planned or previous.get("planned")
     previous_kernels = previous.get("kernels", "torch") if resume else None
     kernels, why = use_native_kernels(config, model, device, previous_kernels)
 
-    for dataset, split in ((splits.train, "the training data"), (splits.val, "the validation data")):
-        require_readable(dataset, split)
-
     steps = len(splits.train_sampler) // config.accumulate  # from one validation to the next
-    if not steps:
-        raise UserError(f"--accumulate {config.accumulate} is too large for {len(splits.train)} training images")  # type: ignore[arg-type]
     if not resume:
         config.check_schedule(splits.total_steps, splits.steps_per_pass)
     total_steps = min(splits.total_steps, config.max_steps or splits.total_steps)
@@ -102,6 +100,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     train_loader = build_loader(splits.train, splits.train_sampler, config.workers, splits.collate)
     val_loader = build_loader(splits.val, splits.val_sampler, config.workers, splits.val_collate)
     handler = folder.start_log()
+    for record in before_the_folder:
+        handler.handle(record)
     try:
         skipped, drawn = cb.SkippedImages(), folder.path / "train_batch.png"
         run_log = cb.RunLog(
@@ -173,6 +173,11 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 *([f"native kernels are off: {why}"] if why else []),
                 f"data {splits.about}",
                 *(f"note: {note}" for note in splits.notes),
+                *(
+                    ["note: begun by an earlier version: the rate now falls from the end of the warm-up"]
+                    if earlier
+                    else []
+                ),
                 *module.notes,
                 *([f"chosen for {data}:", *chosen(given, config)] if data else []),
                 *([f"frozen: {module.frozen_share()}"] if config.freeze else []),
@@ -247,7 +252,7 @@ def starting_weights(config: RunConfig, resume: str | os.PathLike[str] | None) -
 
 def started_from(config: RunConfig) -> str:
     """What a run's weights are at its start, in words."""
-    if config.weights in PRETRAINED and not Path(config.weights).exists():
+    if config.weights and pretrained_file(config.weights) and not Path(config.weights).exists():
         return f"the weights of {config.weights} that come with the package"
     return config.weights or "random weights"
 
@@ -257,6 +262,21 @@ def warmup_words(warmup: int, total: int) -> str:
     if warmup >= total:
         return f"; not reached: the run ends within {warmup} updates of warm-up" if warmup else ""
     return f", reached after {warmup} updates" if warmup else ""
+
+
+@contextmanager
+def held_log(shown: bool) -> Iterator[list[logging.LogRecord]]:
+    """Collect what is logged within the block, for a file that does not exist yet; show it only if `shown`."""
+    records: list[logging.LogRecord] = []
+    holder = logging.Handler()
+    holder.emit = records.append  # type: ignore[method-assign]
+    log.addHandler(holder)
+    log.disabled = not shown
+    try:
+        yield records
+    finally:
+        log.disabled = False
+        log.removeHandler(holder)
 
 
 @contextmanager
@@ -278,7 +298,13 @@ def open_splits(config: RunConfig, task: Task, weights: Any, listings: Any, trai
     """
     batch = per_process_batch(config, trainer.world_size)
     L.seed_everything(config.seed, verbose=False)
-    return task.splits(config, weights, batch, trainer.global_rank, trainer.world_size, listings)
+    splits = task.splits(config, weights, batch, trainer.global_rank, trainer.world_size, listings)
+    if len(splits.train_sampler) < config.accumulate:
+        images = len(splits.train)  # type: ignore[arg-type]
+        raise UserError(f"--accumulate {config.accumulate} is too large for {images} training images")
+    for dataset, split in ((splits.train, "the training data"), (splits.val, "the validation data")):
+        require_readable(dataset, split)
+    return splits
 
 
 def new_module(config: RunConfig, task: Task, splits: Splits, weights: Any) -> Any:
@@ -308,6 +334,13 @@ def measure(
         The costs, the updates per pass over the images, and the seconds since the run began.
     """
     trainer = build_trainer(**machine_options(config))
+    with held_log(False):  # the run itself says it
+        return _measured(task, weights, listings, began, config, seconds, trainer)
+
+
+def _measured(
+    task: Task, weights: Any, listings: Any, began: float, config: RunConfig, seconds: float, trainer: L.Trainer
+) -> tuple[Cost, float, float]:
     splits = open_splits(config, task, weights, listings, trainer)
     module = new_module(config, task, splits, weights)
     use_native_kernels(config, module.model, trainer.strategy.root_device)

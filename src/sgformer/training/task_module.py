@@ -67,11 +67,14 @@ class TaskModule(L.LightningModule):
 
     def heads(self) -> list[nn.Module]:
         """What `--freeze` trains: by default the classifier of a network with timm's interface."""
-        return [self.model.get_classifier()]
+        head = self.model.get_classifier()
+        return list(head) if isinstance(head, tuple) else [head]  # networks of distillation have two
 
     def freeze_backbone(self) -> None:
         """Freeze everything but the heads: weights, batch statistics and drop path."""
         trained = {id(p) for head in self.heads() for p in head.parameters()}
+        if not trained:
+            raise UserError("--freeze trains the head alone, and this network has none of its own")
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self.train(self.training)

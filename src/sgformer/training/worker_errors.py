@@ -33,7 +33,8 @@ UNGUARDED = (
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn the death of a data worker or of a distributed peer, and full shared memory, into a UserError."""
+    """Turn into a UserError the death of a data worker or of a distributed peer, full shared memory, a batch norm
+    without enough values, and a training state of another network."""
     try:
         yield
     except UserError:
@@ -44,6 +45,10 @@ def worker_errors() -> Iterator[None]:
             raise UserError(
                 f"the shared memory of the data workers is full ({_shared_memory()}): start the container with "
                 "--shm-size 8g or --ipc host, or use fewer --workers (0: load in the main process)"
+            ) from error
+        if "Error(s) in loading state_dict" in text:
+            raise UserError(
+                "the training state is of another network than this version builds: start a new run, with --weights"
             ) from error
         if "Expected more than 1 value per channel" in text:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -278,12 +278,13 @@ def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | 
     elif not config.drop_path:
         options = {}  # not every network of timm takes drop_path_rate
     options |= size_option(config.model, config.image_hw)
-    with refused_size(config.model, config.image_hw):
+    of_one_size = config.model not in VARIANTS and bool(options.get("img_size"))
+    with refused_size(config.model, config.image_hw) if of_one_size else nullcontext():
         if weights is None:
             model = build_model(config.model, num_classes, **options)
         else:
             model = build_network(weights, num_classes=num_classes, partial=True, **options)
-        if options.get("img_size") and config.model not in VARIANTS:  # what a size lacks shows when it is used
+        if of_one_size:  # what a size lacks shows when it is used
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, *config.image_hw))
     if config.grad_checkpointing:

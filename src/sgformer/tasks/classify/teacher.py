@@ -23,6 +23,7 @@ from sgformer.core.names import some
 from sgformer.data.preparing import Normalization, preprocessing
 from sgformer.models.checkpoint import checksum
 from sgformer.models.load import SUFFIXES, build_network, build_pretrained, network_name, read_weights
+from sgformer.models.pretrained import pretrained_file
 
 FILE_HELP = "--teacher-classes FILE (lines of CLASS, a tab, the teacher's index)"
 
@@ -126,7 +127,7 @@ def read_network(source: str) -> tuple[nn.Module, Mapping[str, Any]]:
     """The teacher's network with its classifier, and its metadata."""
     name, equals, file = source.partition("=")
     try:
-        if Path(source).exists() or (Path(source).suffix in SUFFIXES and not equals):
+        if Path(source).exists() or pretrained_file(source) or (Path(source).suffix in SUFFIXES and not equals):
             weights = read_weights(source)
         elif equals:
             weights = read_weights(file, name)
