@@ -174,7 +174,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 f"data {splits.about}",
                 *(f"note: {note}" for note in splits.notes),
                 *(
-                    ["note: begun by an earlier version: the rate now falls from the end of the warm-up"]
+                    ["note: of an earlier version: from here the rate falls from the end of the warm-up"]
                     if earlier
                     else []
                 ),
@@ -264,16 +264,23 @@ def warmup_words(warmup: int, total: int) -> str:
     return f", reached after {warmup} updates" if warmup else ""
 
 
+class _Holder(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @contextmanager
 def held_log(shown: bool) -> Iterator[list[logging.LogRecord]]:
     """Collect what is logged within the block, for a file that does not exist yet; show it only if `shown`."""
-    records: list[logging.LogRecord] = []
-    holder = logging.Handler()
-    holder.emit = records.append  # type: ignore[method-assign]
+    holder = _Holder()
     log.addHandler(holder)
     log.disabled = not shown
     try:
-        yield records
+        yield holder.records
     finally:
         log.disabled = False
         log.removeHandler(holder)
