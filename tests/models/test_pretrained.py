@@ -143,5 +143,16 @@ def test_the_commands_take_the_name(tmp_path, capsys, monkeypatch):
         assert (tmp_path / "explained" / "index.html").exists()
 
 
+@pytest.mark.parametrize("key", ["classes", "wordnet"])
+def test_evaluation_knows_the_classes_by_name_and_by_wordnet_id(tmp_path, key):
+    pytest.importorskip("lightning")
+    folders = read_weights(NAME).metadata[key]
+    for folder in folders[:2]:
+        (tmp_path / "val" / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "orange").save(tmp_path / "val" / folder / "0.png")
+    result = sgformer.evaluate(NAME, tmp_path, workers=0, device="cpu")
+    assert result.confusion.sum(1).tolist() == [1, 1] + [0] * 198
+
+
 def test_small_enough_to_ship():
     assert set(PRETRAINED) == {NAME} and pretrained_file(NAME).stat().st_size <= 4e6

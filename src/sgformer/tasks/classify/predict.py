@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -94,7 +95,6 @@ def evaluate(
         UserError: weights or data are invalid, or do not match.
     """
     from sgformer.data import splitting
-    from sgformer.data.formats import open_data
     from sgformer.data.imagefolder import ImageFolderDataset, absent, collate, left_out
     from sgformer.tasks.classify.module import ClassificationModule
     from sgformer.training.validate import validate
@@ -104,7 +104,7 @@ def evaluate(
     if (kept := splitting.kept_by(weights.path, weights.metadata, data, split, "imagenet")) is not None:
         listing: Any = splitting.side(splitting.open_classes(data, kept, names), split)
     else:
-        listing = open_data("classes", data, split, names)
+        listing = open_named(data, split, names, weights.metadata.get("wordnet"))
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
     refuse_size(weights, model, image_size)
@@ -115,6 +115,19 @@ def evaluate(
     if "classes" not in weights.metadata:
         notes.append(f"{weights.path} names no classes: class i is the i-th folder in sorted order")
     return validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)[0]
+
+
+def open_named(data: Any, split: str, names: Sequence[str] | None, ids: Sequence[str] | None) -> Any:
+    """A split whose folders have the names of the classes or, as ImageNet's, their WordNet IDs if those are known."""
+    from sgformer.data.formats import open_data
+
+    try:
+        return open_data("classes", data, split, names)
+    except UserError:
+        if ids:
+            with suppress(UserError):
+                return open_data("classes", data, split, ids)
+        raise
 
 
 def refuse_size(weights: Weights, model: Any, image_size: Any) -> None:
