@@ -1,6 +1,7 @@
 """The report names everything that is wrong with a data set, and nothing that is not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -95,3 +96,9 @@ def test_long_lists_are_cut_on_the_terminal_only(root):
     assert len(report.problems) == 30
     assert "and 10 more" in report.to_text() and "bad25" not in report.to_text()
     assert "bad25" in report.to_json()
+
+
+def test_one_class_is_nothing_to_tell_apart(root):
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "bee")
+    assert check_imagefolder(root).problems == ["train: one class only (ant): nothing to tell apart"]

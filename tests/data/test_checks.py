@@ -54,6 +54,8 @@ def test_what_is_wrong_with_objects(coco):
     report = check_data(coco)
     assert any("1 of 2 images are not in" in problem for problem in report.problems)
     assert set(report.splits["train"].unreadable) == {"train/10.png"}
+    assert report.training.startswith("stops: ") and "1 of 2 images are not in" in report.training
+    write_coco(coco, content([thing(10, 3, BOX), thing(20, 7, [40, 30, 30, 30])]))
     (coco / "annotations/instances_val.json").write_text("{")
     report = check_data(coco)
     assert report.training.startswith("stops: ") and "malformed JSON" in report.training
@@ -87,6 +89,31 @@ def test_label_maps(labels):
         "val: 25.0% of the pixels have no class (255)",
     ]
     assert report.training == "2 training and 1 validation images, 3 classes"
+
+
+def masks_of_255(labels):
+    for path in (labels / "annotations").rglob("*.png"):
+        values = np.zeros((36, 40), np.uint8)
+        values[:9] = 255
+        Image.fromarray(values).save(path)
+
+
+def test_masks_of_0_and_255_are_read_as_training_reads_them(labels):
+    masks_of_255(labels)
+    (labels / "classes.txt").write_text("ground\nroad\n")
+    report = check_data(labels)
+    assert report.problems == [] and report.splits["train"].per_class == {"ground": 2 * 27 * 40, "road": 2 * 9 * 40}
+    assert report.notes == [
+        f"{split}: label maps hold 0 and 255 only: 255 is read as class road" for split in ("train", "val")
+    ]
+    assert report.training == "2 training and 1 validation images, 2 classes"
+
+
+def test_masks_of_0_and_255_that_training_refuses(labels):
+    masks_of_255(labels)
+    report = check_data(labels)  # three classes
+    assert report.training.startswith("stops: ") and "2 label maps hold 0 and 255 only" in report.training
+    assert report.training.removeprefix("stops: ") in report.problems
 
 
 def test_what_is_wrong_with_label_maps(labels):

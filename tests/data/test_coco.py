@@ -344,7 +344,8 @@ def test_ground_truth_is_the_file_with_what_pycocotools_needs(tmp_path):
 
 def test_very_many_masks_of_a_large_image_are_reduced_with_it(tmp_path, monkeypatch):
     """At most `MASKS` bytes: image, boxes and masks stay together, and what is said of the original's size stays."""
-    listing = read(tmp_path, [thing(10, 3, BOX, segmentation=rectangle(*BOX))] * 4)
+    boxes = [[x, y, 16, 12] for x, y in ((0, 0), (40, 8), (20, 30))]
+    listing = read(tmp_path, [thing(10, 3, box, segmentation=rectangle(*box)) for box in (*boxes, BOX)])
     whole = CocoDataset(listing)[0]
     monkeypatch.setattr(coco, "MASKS", 4 * 48 * 64 // 4)
     sample = CocoDataset(listing)[0]
@@ -359,3 +360,16 @@ def test_very_many_masks_of_a_large_image_are_reduced_with_it(tmp_path, monkeypa
     assert tuple(target["masks"].shape[-2:]) == tuple(image.shape[-2:]) == (32, 42)
     monkeypatch.undo()
     assert coco.bounded_size(300, 3000, 4000) == (1158, 1544)  # enough for the recipes' 800 pixels
+
+
+@pytest.mark.parametrize(
+    "names", [["10.png", "/elsewhere/10.png"], ["/elsewhere/10.png", "10.png"], ["10.png", "./10.png"]]
+)
+def test_two_names_of_one_file_are_an_error_in_any_order(tmp_path, names):
+    data = content([thing(10, 3, BOX), thing(20, 7, BOX)])
+    file = write_coco(tmp_path, data)
+    for about, name in zip(data["images"], names, strict=True):
+        about["file_name"] = name
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"both stand for .*train/10\.png"):
+        read_coco(*find_coco(tmp_path, "train"))

@@ -15,6 +15,7 @@ from sgformer.data.coco import decode_mask, find_coco, read_coco
 from sgformer.data.converting import convert
 from sgformer.data.formats import open_both
 from sgformer.data.imagefolder import scan
+from sgformer.data.sources import base, yolo
 
 pytest.importorskip("pycocotools")
 
@@ -58,6 +59,30 @@ def voc(name, *objects):
     )
     size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
     return f'<?xml version="1.0" encoding="utf-8"?>\n<annotation><filename>{name}</filename>{size}{things}</annotation>'
+
+
+def test_voc_leaves_out_what_no_list_names(tmp_path):
+    root = tmp_path / "VOC"
+    for i, name in enumerate(("a", "b", "c")):
+        image(root / f"JPEGImages/{name}.jpg", seed=i)
+        text(root / f"Annotations/{name}.xml", voc(f"{name}.jpg", ("dog", (1, 1, 10, 8), 0)))
+    text(root / "Annotations/gone.xml", voc("gone.jpg", ("dog", (1, 1, 10, 8), 0)))  # its image does not matter
+    text(root / "ImageSets/Main/train.txt", "a\n")
+    text(root / "ImageSets/Main/val.txt", "b\n")
+    counts, found = convert(root, tmp_path / "out", "coco")
+    assert counts == {"train": 1, "val": 1} and found.notes["annotations in no list of ImageSets, left out"] == 2
+    assert set(coco(tmp_path / "out")) == {"a.jpg"}
+
+
+def test_voc_with_lists_of_trainval_and_test_alone(tmp_path):
+    root = tmp_path / "VOC"
+    for i, name in enumerate(("a", "b")):
+        image(root / f"JPEGImages/{name}.jpg", seed=i)
+        text(root / f"Annotations/{name}.xml", voc(f"{name}.jpg", ("dog", (1, 1, 10, 8), 0)))
+    text(root / "ImageSets/Main/trainval.txt", "a\n")
+    text(root / "ImageSets/Main/test.txt", "b\n")
+    found = sources.read(root, "coco", "voc")
+    assert {picture.path.name: picture.split for picture in found.pictures} == {"a.jpg": "", "b.jpg": "test"}
 
 
 def test_voc_counts_from_one_and_includes_the_last_pixel(tmp_path):
@@ -127,6 +152,17 @@ def test_yolo_as_ultralytics_lays_it_out(tmp_path):
     listing = read_coco(*find_coco(tmp_path / "out", "train"), masks=True)
     assert [m for _, _, m in listing.objects_of(0)] == [rectangle, triangle]
     assert sum(found.notes.values()) == 1 and "without a label file" in next(iter(found.notes))
+
+
+def test_yolo_counts_the_missing_labels_of_readable_images(tmp_path):
+    for name in ("good", "plain", "bad"):
+        image(tmp_path / f"in/{name}.png")
+    text(tmp_path / "in/good.txt", "0 0.5 0.5 0.5 0.5")
+    text(tmp_path / "in/classes.txt", "cat")
+    text(tmp_path / "in/bad.png", "no image")
+    counts, found = convert(tmp_path / "in", tmp_path / "out", "coco", bad_images="skip")
+    assert counts == {"train": 2}
+    assert found.notes[yolo.EMPTY] == found.notes[base.UNREADABLE] == 1
 
 
 def test_yolo_as_roboflow_lays_it_out(tmp_path):
@@ -299,6 +335,32 @@ def test_a_colour_that_the_table_lacks_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_colours_of_two_images_of_one_name_are_not_mixed(tmp_path):
+    for folder in ("images/a", "images/b", "masks/a", "masks/b"):
+        path = image(tmp_path / f"in/{folder}/1.png")
+        if folder.startswith("masks"):
+            Image.fromarray(COLOURS[np.zeros((HEIGHT, WIDTH), int)]).save(path)
+    text(tmp_path / "in/labelmap.txt", TABLES["labelmap.txt"])
+    with pytest.raises(UserError, match=r"images/a/1\.png and .*images/b/1\.png: two images of the same name"):
+        convert(tmp_path / "in", tmp_path / "out", "ade20k")
+    (tmp_path / "in/images/b/1.png").unlink()
+    with pytest.raises(UserError, match=r"masks/a/1\.png and .*masks/b/1\.png: two masks of the same name"):
+        convert(tmp_path / "in", tmp_path / "out", "ade20k")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_objects_beside_those_of_classes_are_no_images(tmp_path):
+    """CVAT and VOC: JPEGImages, SegmentationClass and SegmentationObject, all with the same names."""
+    original = image(tmp_path / "in/JPEGImages/1.jpg")
+    for folder, value in (("SegmentationClass", 1), ("SegmentationObject", 2)):
+        path = image(tmp_path / f"in/{folder}/1.png")
+        Image.fromarray(COLOURS[np.full((HEIGHT, WIDTH), value)]).save(path)
+    text(tmp_path / "in/labelmap.txt", TABLES["labelmap.txt"])
+    assert convert(tmp_path / "in", tmp_path / "out", "ade20k")[0] == {"train": 1}
+    listing = ade20k.scan(tmp_path / "out", "training")
+    assert listing.images[0].read_bytes() == original.read_bytes() and (listing.class_indices(0) == 1).all()
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -462,3 +524,13 @@ def test_formats_are_told_apart(tmp_path):
     assert sources.recognize(tmp_path) is None and sources.recognize(tmp_path / "nowhere") is None
     image(tmp_path / "0.png")
     assert sources.recognize(tmp_path) is None
+
+
+@pytest.mark.parametrize("lines", ["a.png,cat\na.png,\n", "a.png,\na.png,cat\n"])
+def test_a_line_without_a_label_takes_none_from_another_line(tmp_path, lines):
+    image(tmp_path / "in/a.png")
+    image(tmp_path / "in/b.png", seed=1)
+    text(tmp_path / "in/list.csv", f"file,label\n{lines}b.png,dog\n")
+    found = sources.read(tmp_path / "in", "imagenet", "csv")
+    assert {picture.path.name: picture.label for picture in found.pictures} == {"a.png": "cat", "b.png": "dog"}
+    assert found.notes["lines without a label, left out"] == 1

@@ -46,6 +46,15 @@ def test_validation_and_evaluation_read_as_training_did(tmp_path):
     assert not plain.binary and not notes and np.array_equal(plain.class_indices(0), HALF // 255)
 
 
+def test_validation_maps_that_are_not_sampled_may_hold_the_255(tmp_path):
+    listing = scan(save(tmp_path, [HALF * 0, HALF], ["ground", "road"]))
+    read, notes = check_values(listing, True, limit=1)  # the first one only
+    assert read.binary and np.array_equal(read.class_indices(1), HALF // 255)
+    assert notes == ["training: 1 of 2 classes has no pixel in 1 of 2 label maps: road"]
+    assert not check_values(listing, False, limit=1)[0].binary
+    assert not check_values(listing, limit=1)[0].binary
+
+
 @pytest.mark.parametrize(("names", "reduce"), [([], False), (["a", "b", "c"], False), (["a", "b"], True)])
 def test_255_is_explained_where_there_are_not_two_classes(tmp_path, names, reduce):
     with pytest.raises(UserError, match=r"1 label maps hold 0 and 255 only, and 255 means 'no class'.*classes\.txt"):

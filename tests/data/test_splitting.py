@@ -12,6 +12,7 @@ from PIL import Image
 import sgformer
 from sgformer.core.errors import UserError
 from sgformer.data import splitting
+from sgformer.data.imagefolder import left_out
 from sgformer.data.splitting import ValSplit, divide, names_of, open_classes, open_label_maps, open_objects
 
 
@@ -99,6 +100,28 @@ def test_objects(tmp_path):
         open_objects(tmp_path, ValSplit(0.2))
 
 
+@pytest.mark.parametrize(
+    ("json_file", "folder", "as_file"),
+    [
+        ("annotations/instances_train2017.json", "train2017", False),
+        ("annotations/instances_train2017.json", "train2017", True),
+        ("annotations/instances_train.json", "images/train", False),
+        ("annotations/instances_default.json", "images/default", False),
+        ("all.json", "all", True),
+    ],
+)
+def test_objects_are_found_where_training_finds_them(tmp_path, json_file, folder, as_file):
+    pytest.importorskip("pycocotools")
+    written = write_coco(tmp_path / "w", content([thing(10 * i, 3, [1, 1, 9, 9]) for i in range(1, 6)], images=5))
+    file, images = tmp_path / "d" / json_file, tmp_path / "d" / folder
+    for path in (file, images):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    written.rename(file)
+    (tmp_path / "w/train").rename(images)
+    for listing in open_objects(file if as_file else tmp_path / "d", ValSplit(0.2)):
+        assert listing.folder.samefile(images) and all(listing.path(i).is_file() for i in range(len(listing)))
+
+
 @pytest.mark.parametrize("inner", ["training", "."])
 def test_label_maps(tmp_path, inner):
     for i in range(10):
@@ -170,3 +193,17 @@ def test_a_run_writes_its_split_and_evaluation_and_resume_keep_to_it(tmp_path, m
     (run.path / "split.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match=r"split\.json: the data changed: 1 images would be on the other side"):
         sgformer.train(task, resume=run.path, **{key: 2 * value for key, value in more.items() if key in ("epochs",)})
+
+
+def test_what_is_left_out_is_said_once(root, tmp_path):
+    (root / "ant/notes.txt").touch()
+    (root / "bee/.old").mkdir()
+    train, val = open_classes(root, ValSplit(0.2))
+    assert len(left_out(train)) == 1 and "1 .txt" in left_out(train)[0] and left_out(val) == []
+    for i in range(5):
+        image(tmp_path / f"m/images/{i}.png", i)
+        (tmp_path / "m/annotations").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((12, 16), np.uint8)).save(tmp_path / f"m/annotations/{i}.png")
+    (tmp_path / "m/annotations/7.bmp").touch()
+    train, val = open_label_maps(tmp_path / "m", ValSplit(0.2))
+    assert left_out(train) == ["training: left out: 1 .bmp"] and left_out(val) == []

@@ -282,6 +282,15 @@ def test_what_a_folder_for_the_hub_cannot_be_is_one_line(hub, weights, segmenter
     assert not list(tmp_path.iterdir())
 
 
+def test_a_card_has_the_scores_that_are_numbers(tmp_path):
+    about = {"task": "classify", "classes": CLASSES, "image_size": 64}
+    metrics = {"top1": 0.8125, "val_loss": float("nan"), "top5": 1}
+    sgformer.save_model(small().float(), tmp_path / "w.safetensors", {**about, "metrics": metrics})
+    sgformer.export(tmp_path / "w.safetensors", tmp_path / "hub", format="hub")
+    rows = [line for line in (tmp_path / "hub/README.md").read_text().splitlines() if line.startswith("|")]
+    assert rows == ["| Metric | Value |", "|---|---|", "| top1 | 0.8125 |", "| top5 | 1 |"]
+
+
 @pytest.mark.parametrize("name", ["merge", "resnet10t"])
 def test_a_folder_holds_networks_that_no_tracer_takes(name, tmp_path):
     import timm

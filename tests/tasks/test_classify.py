@@ -13,6 +13,7 @@ from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
 from sgformer.models.load import build_model, read_weights, save_weights  # noqa: E402
+from sgformer.tasks.classify.data import read_listings  # noqa: E402
 from sgformer.tasks.classify.metrics import Evaluation, report  # noqa: E402
 from sgformer.tasks.classify.module import (  # noqa: E402
     ClassificationModule,
@@ -244,3 +245,14 @@ def test_networks_of_one_size_are_built_for_the_image_size(name, tmp_path):
 def test_a_size_that_a_network_cannot_take_is_a_line():
     with pytest.raises(UserError, match=r"^maxvit_rmlp_pico_rw_256 does not take images of 72 x 72 pixels \(.*\)$"):
         new_classifier(ClassifyConfig(model="maxvit_rmlp_pico_rw_256", image_size=72).resolved(), 3)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_one_class_is_refused_before_training(tmp_path, split):
+    for i in range(4):
+        path = tmp_path / ("train" if split or i % 2 else "val") / "ant" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    config = ClassifyConfig(data=str(tmp_path), val_split=0.5 if split else None)
+    with pytest.raises(UserError, match=r"one class only, ant: a classifier tells two or more apart; add a folder"):
+        read_listings(config, None)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json
-from sgformer.core.names import quoted
+from sgformer.core.names import quoted, some
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.formats import find_format, naming_formats, open_both, open_data
 from sgformer.data.image import probe_image, read_image
-from sgformer.data.imagefolder import Listing, absent, folders_between, left_out, list_split, some
+from sgformer.data.imagefolder import Listing, absent, folders_between, left_out, list_split
 from sgformer.data.shards import Index
 
 #: The network's stride in pixels: smaller images are enlarged.

@@ -16,6 +16,7 @@ from sgformer.data.check import CheckReport, check_imagefolder, check_images, co
 from sgformer.data.coco import CocoListing, is_coco, single_coco
 from sgformer.data.formats import find_format, open_data
 from sgformer.data.imagefolder import ImageFolder, scan
+from sgformer.data.label_values import check_values
 from sgformer.data.layouts import CONVERTS, SPLIT, class_folders, command
 from sgformer.data.sources.base import LOST, walk
 from sgformer.data.store import is_address
@@ -92,11 +93,11 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
     report = CheckReport(os.fspath(root), True)
     single = single_coco(root) if is_coco(root) else None
     listings: dict[str, CocoListing] = {}
-    failures = []
+    failures: list[UserError] = []
     for split in ("train",) if single else SPLITS:
         classes = listings["train"].categories if "train" in listings else None
         try:
-            listings[split] = _read(single or root, split, classes, report)
+            listings[split] = _read(single or root, split, classes, failures)
         except UserError as error:
             failures.append(error)
     if not listings:
@@ -132,14 +133,14 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
     return report
 
 
-def _read(root: Path, split: str, classes: tuple | None, report: CheckReport) -> CocoListing:
-    """A listing; if only images are missing, they are a problem each."""
+def _read(root: Path, split: str, classes: tuple | None, failures: list[UserError]) -> CocoListing:
+    """A listing; if only images are missing, that is added to `failures`, and they are a problem each."""
     try:
         return open_data("objects", root, split, classes, masks=None, drop_empty=False, check_files=True, images=None)
     except UserError as error:
         if "--images" not in str(error):
             raise
-        report.problems.append(str(error))
+        failures.append(error)
         return open_data("objects", root, split, classes, masks=None, drop_empty=False, check_files=False, images=None)
 
 
@@ -161,6 +162,8 @@ def check_label_maps(root: Path, workers: int = 0) -> CheckReport:
         classes = listings["train"].classes if "train" in listings else None
         try:
             listings[split] = ade20k.scan(root, folder, classes)
+            binary = listings["train"].binary if "train" in listings and split != "train" else None
+            listings[split], _ = check_values(listings[split], binary)
         except UserError as error:
             failures.append(error)
     if not listings:
@@ -190,6 +193,8 @@ def check_label_maps(root: Path, workers: int = 0) -> CheckReport:
         result, digests[split] = check_images(report, files[split], True, workers, labels)
         result.counted, result.per_class = "pixels", dict(zip(listing.classes, pixels[:-1].tolist(), strict=True))
         report.splits[split] = result
+        if listing.binary:
+            report.notes.append(f"{split}: label maps hold 0 and 255 only: 255 is read as class {listing.classes[1]}")
         if empty := [name for name, count in result.per_class.items() if not count]:
             report.notes.append(f"{split}: classes without a pixel ({len(empty)}): {some(empty)}")
         if none := int(pixels[-1]):

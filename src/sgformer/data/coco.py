@@ -32,9 +32,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sgformer.core.errors import StalledError, UserError, require
+from sgformer.core.names import some
 from sgformer.data.coco_dialects import Content, plain
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
-from sgformer.data.imagefolder import Sample, bad_image, seeded, some
+from sgformer.data.imagefolder import Sample, bad_image, seeded
 
 #: Names of a split's files and folders, in order of preference.
 SPLIT_NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid", "validation")}
@@ -661,10 +662,9 @@ def _find_files(folders: list[Path], entries: Content, file: Path, notes: Counte
         if (inner is None or as_written is None) and (tail := _tail(folder, name) or _last_part(name)):
             inner = tail
             notes[ELSEWHERE] += 1
-            if tail in taken:
-                raise UserError(f"{file}: {_short(name)} and {_short(taken[tail])} both stand for {folder / tail}")
-        paths[name] = _safe(name if inner is None else inner, file)
-        taken[paths[name]] = name
+        paths[name] = path = _safe(name if inner is None else inner, file)
+        if (other := taken.setdefault(path, name)) != name:
+            raise UserError(f"{file}: {_short(name)} and {_short(other)} both stand for {folder / path}")
     return folder, paths
 
 

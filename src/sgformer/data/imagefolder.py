@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from sgformer.core.errors import StalledError, UserError
-from sgformer.core.names import canonical, quoted, visible
+from sgformer.core.names import canonical, quoted, some, visible
 from sgformer.data.addons import ADDONS
 from sgformer.data.image import IMAGE_EXTENSIONS, read_image
 
@@ -360,12 +360,6 @@ def bad_image(error: UserError) -> UserError:
     if isinstance(error, StalledError):
         return error
     return UserError(f"{error}; repair or remove it, or pass --bad-images skip")
-
-
-def some(names: Sequence[str], limit: int = 8) -> str:
-    """The first `limit` names, and the number of the remaining ones."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 class Sample(NamedTuple):

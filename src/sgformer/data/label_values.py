@@ -89,10 +89,11 @@ def check_values(
             "(or 0 and 255, with two names in classes.txt)"
         )
     notes = []
-    if stored <= {0, 255} and 255 in stored and none == 255:
+    # Where training read 255 as a class, maps of 0 alone are such masks too: those that were not read may hold 255.
+    if stored <= {0, 255} and (255 in stored or binary) and none == 255:
         if len(names) == 2 and not first and binary is not False:
             listing = dataclasses.replace(listing, binary=True)
-            if 0 in stored:
+            if len(stored) == 2:
                 notes.append(f"{listing.split}: {values.where} hold 0 and 255 only: 255 is read as class {names[1]}")
             stored = {value // 255 for value in stored}
         elif binary is None and (0 not in stored or first or len(names) != 2):

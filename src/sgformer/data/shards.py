@@ -31,9 +31,9 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line
-from sgformer.core.names import canonical
+from sgformer.core.names import canonical, some
 from sgformer.data.image import read_image
-from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits, some
+from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits
 from sgformer.data.store import Store, is_address, printable, unreadable
 
 INDEX = "shards.json"

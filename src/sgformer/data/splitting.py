@@ -23,7 +23,7 @@ from sgformer.core.names import some
 from sgformer.core.progress import track
 from sgformer.data import ade20k, imagefolder
 from sgformer.data.ade20k import LabelledFolder, read_label_map
-from sgformer.data.coco import EMPTY, CocoListing, find_coco, image_folders, read_coco, single_coco
+from sgformer.data.coco import EMPTY, SPLIT_NAMES, CocoListing, find_coco, image_folders, read_coco, single_coco
 from sgformer.data.imagefolder import ImageFolder
 from sgformer.data.layouts import class_folders, hint, is_single
 from sgformer.data.store import is_address
@@ -148,6 +148,11 @@ def _digest(path: Path, index: int) -> Any:
         return path, index
 
 
+def _said(val: bool) -> dict[str, Any]:
+    """What a side says was left out: training says it of the whole, validation nothing."""
+    return {"ignored": Counter(), "left_out": {}} if val else {}
+
+
 # -- the three layouts ------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +180,7 @@ def open_classes(
     def part(name: str, val: bool) -> ImageFolder:
         kept = [i for i in range(len(whole)) if chosen[i] == val]
         paths, targets = tuple(whole.paths[i] for i in kept), tuple(whole.targets[i] for i in kept)
-        return dataclasses.replace(whole, split=name, paths=paths, targets=targets)
+        return dataclasses.replace(whole, split=name, paths=paths, targets=targets, **_said(val))
 
     return part("train", False), part("val", True)
 
@@ -196,7 +201,8 @@ def open_objects(
     file = single_coco(data)
     if file is None:
         raise _has_its_own(find_coco(data, "val")[0])
-    whole = read_coco(file, image_folders(Path(data), file, ("train", "default"), images), **options)
+    names = (file.stem.removeprefix("instances_"), *SPLIT_NAMES["train"])
+    whole = read_coco(file, image_folders(Path(data), file, names, images), **options)
     content = [{label for label, _, _ in whole.objects_of(i)} for i in range(len(whole))]
     files = [whole.path(i) for i in range(len(whole))]
     chosen = split.divide([image.file_name for image in whole.images], files, content)
@@ -234,7 +240,7 @@ def open_label_maps(
     def part(name: str, val: bool) -> LabelledFolder:
         kept = [i for i in range(len(whole)) if chosen[i] == val]
         images, labels = (tuple(values[i] for i in kept) for values in (whole.images, whole.labels))
-        return dataclasses.replace(whole, split=name, images=images, labels=labels)
+        return dataclasses.replace(whole, split=name, images=images, labels=labels, **_said(val))
 
     return part("training", False), part("validation", True)
 

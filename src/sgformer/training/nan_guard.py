@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from sgformer.core.errors import UserError
-from sgformer.data.imagefolder import some
+from sgformer.core.names import some
 from sgformer.models.load import save_weights
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.sharded import local_shard

@@ -25,6 +25,8 @@ TABLES = ("labelmap.txt", "class_dict.csv", "class_dict_seg.csv", "_classes.csv"
 MASK_FOLDERS = re.compile(r"mask|label|annot|segmentationclass|(^|_)gt($|_)|ground.?truth", re.IGNORECASE)
 MASK_ENDING = re.compile(r"[_-](mask|masks|label|labels|l|gt|seg|segmentation|color|colour|labelids)$", re.IGNORECASE)
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+#: VOC's folder of masks whose colours are objects, not classes, in lower case.
+OF_OBJECTS = "segmentationobject"
 #: Classes that stand for "no class".
 NONE = frozenset({"void", "ignore", "ignored", "__ignore__", "unlabeled", "unlabelled"})
 NO_IMAGE, NO_MASK = "masks without an image, left out", "images without a mask, left out"
@@ -64,11 +66,16 @@ def read(reading: Reading) -> Found:
         folders = path.relative_to(base).parts[:-1]
         split = next((s for part in reversed(folders) if (s := _split(part))), "")
         stem = MASK_ENDING.sub("", path.stem)
+        if any(part.lower() == OF_OBJECTS for part in folders):
+            continue
         is_mask = any(MASK_FOLDERS.search(part) for part in folders) or stem != path.stem
-        if is_mask and path.suffix.lower() in MASK_SUFFIXES:
-            masks[split, stem] = path
-        else:
-            images[split, path.stem] = path
+        is_mask = is_mask and path.suffix.lower() in MASK_SUFFIXES
+        files, key = (masks, (split, stem)) if is_mask else (images, (split, path.stem))
+        if (other := files.setdefault(key, path)) != path:
+            raise UserError(
+                f"{other} and {path}: two {'masks' if is_mask else 'images'} of the same name, and images are paired "
+                "with masks by their names: rename one, or convert each folder by itself"
+            )
     reading.notes[NO_MASK] += len(images.keys() - masks.keys())
     reading.notes[NO_IMAGE] += len(masks.keys() - images.keys())
     pictures = []

@@ -89,7 +89,8 @@ def read(reading: Reading) -> Found:
             if not label:
                 if "box0" not in columns:
                     reading.notes[WITHOUT] += 1
-                    del by_image[image, split]
+                    if picture.label is None:
+                        del by_image[image, split]
                 continue
             labels[label] = None
             if "box0" in columns:

@@ -27,6 +27,7 @@ from sgformer.data.sources.base import (
 
 DIFFICULT = "difficult objects, kept as crowd regions"
 NO_BOX = "objects without a bndbox, left out"
+UNLISTED = "annotations in no list of ImageSets, left out"
 FROM_ZERO = "files with boxes, whose pixels count from 0: there is a 0 or a fraction among them"
 FROM_ONE = "files with boxes, whose pixels count from 1 and include the last one, as VOC's"
 
@@ -51,6 +52,9 @@ def read(reading: Reading) -> Found:
         about = _parse(path)
         if about.tag != "annotation":
             continue
+        if split_of and path.stem not in split_of:
+            reading.notes[UNLISTED] += 1
+            continue
         name = (about.findtext("filename") or "").strip()
         # The name of the XML file is surer than what is written in it: labelImg keeps that of the first save.
         image = reading.image(path.stem, path.parent) or (reading.image(name, path.parent) if name else None)
@@ -59,7 +63,7 @@ def read(reading: Reading) -> Found:
             continue
         size = reading.size(image)
         if size is not None:
-            split = split_of.get(path.stem, "") if split_of else reading.split(path) or reading.split(image)
+            split = split_of[path.stem] if split_of else reading.split(path) or reading.split(image)
             read_boxes.append((Picture(image, split, size), _boxes(about, path, reading.notes)))
     reading.missing(missing, reading.root)
     numbers = [v for _, boxes in read_boxes for box in boxes for v in box.corners]
@@ -76,16 +80,16 @@ def read(reading: Reading) -> Found:
 
 
 def _image_sets(folder: Path) -> dict[str, str]:
-    """Stem -> split, of the lists in ImageSets; empty where there are none of a single split."""
+    """Stem -> split, of the lists in ImageSets, "" if only in `trainval`; empty without a list of a single split."""
     result: dict[str, str] = {}
     for kind in ("Main", "Segmentation", "Layout", ""):
-        for split in ("test", "val", "train"):
-            path = folder / "ImageSets" / kind / f"{split}.txt"
+        for name, split in (("trainval", ""), ("test", "test"), ("val", "val"), ("train", "train")):
+            path = folder / "ImageSets" / kind / f"{name}.txt"
             if path.is_file():
                 result.update({Path(line.split()[0]).stem: split for line in read_lines(path)})
-        if result:
-            break
-    return result
+        if any(result.values()):
+            return result
+    return {}
 
 
 def _parse(path: Path) -> ElementTree.Element:

@@ -55,12 +55,11 @@ def read(reading: Reading) -> Found:
     pictures = []
     for image, split in _images(reading, settings, source):
         labels = _label_file(image)
-        if labels is None:
-            reading.notes[EMPTY] += 1
-        elif labels.name in NAME_FILES:
+        if labels is not None and labels.name in NAME_FILES:
             continue
         if (size := reading.size(image)) is None:
             continue
+        reading.notes[EMPTY] += labels is None
         things = [
             _thing(line.split(), f"{labels}, line {row}", size, names, named_in, bool(keypoints), reading)
             for row, line in enumerate(read_text(labels).splitlines() if labels else [], 1)

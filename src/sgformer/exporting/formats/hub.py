@@ -107,7 +107,9 @@ def _card(about: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     size = " x ".join(str(int(side)) for side in height_and_width(about["image_size"]))
     known = ", ".join(f"`{name}`" for name in about["classes"][:20])
     more = f" and {len(about['classes']) - 20} more" if len(about["classes"]) > 20 else ""
-    scores = [f"| {name} | {value:.4g} |" for name, value in metadata.get("metrics", {}).items()]
+    metrics = metadata.get("metrics", {}).items()
+    # A value that is not finite is stored as null.
+    scores = [f"| {name} | {value:.4g} |" for name, value in metrics if isinstance(value, (int, float))]
     table = ["", "On the validation images of its training:", "", "| Metric | Value |", "|---|---|", *scores]
     import_first = "import sgformer  # pip install sgformer\n" if about["config"] else ""
     return f"""---
