@@ -29,6 +29,11 @@ def block(model, stage, number):
     return model.stages[stage].blocks[number]
 
 
+def twice(function):
+    """A result that rounding cannot hide."""
+    return lambda *args, **options: 2 * function(*args, **options)
+
+
 def circular(conv):
     conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
 
@@ -56,5 +61,5 @@ CHANGES = {
     "tanh": lambda m: setattr(m.stem.conv1, "act", nn.GELU(approximate="tanh")),
     "another layer": lambda m: m.stem.conv1.append(Turned()),
     "source": lambda m: setattr(block(m, 0, 1), "source", LearnedSignificance(32)),
-    "attend": lambda m: setattr(block(m, 0, 1).attn, "attend", ops.attend_linearly),
+    "attend": lambda m: setattr(block(m, 0, 1).attn, "attend", twice(ops.attend_linearly)),
 }
