@@ -16,7 +16,7 @@ install: .venv/.installed  ## make .venv with this checkout and every extra
 	@touch $@
 
 # Two processes of one thread each train twice as fast on two cores as one process of two threads.
-demo: install  ## fine-tune sgformer_n on 1,500 photographs of clothes, beside the same from random weights (MINUTES on 2 cores)
+demo: install  ## fine-tune sgformer_n on 1,500 photographs of clothes, beside the same from random weights (8 minutes on 2 cores)
 	rm -rf demo/clothes
 	$(BIN)/sgformer ablate --config examples/demo.yaml --out demo/clothes
 	$(BIN)/sgformer eval demo/clothes/runs/pretrained-0 --data examples/photos/clothes --out demo/clothes/eval
