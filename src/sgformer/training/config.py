@@ -328,6 +328,13 @@ class RunConfig:
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
         """Raise UserError if the warm-up does not end within the run, or the schedule is otherwise cut off."""
 
+    def _check_warmup(self, name: str, total: float, unit: str) -> None:
+        value = getattr(self, name) or 0
+        if value >= total:
+            raise UserError(
+                f"--{dashed(name)} {value:g} is not below the {total:g} {unit} of the run: lower it, or leave it out"
+            )
+
     def choose_coarse(self, data: DataFacts) -> Self:
         """The reach of SG-Former's coarse heads: as in the weights; or windows below 224 pixels, where the coarse term
         of a global one would drown the fine one in significance."""

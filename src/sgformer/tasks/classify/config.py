@@ -129,11 +129,7 @@ class ClassifyConfig(RunConfig):
         return max(1, round(steps_per_pass * (self.epochs + self.cooldown_epochs)))
 
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
-        if self.warmup_epochs >= self.epochs:
-            raise UserError(
-                f"--warmup-epochs {self.warmup_epochs:g} is not below the {self.epochs:g} epochs of the run: lower "
-                "it, or leave it out"
-            )
+        self._check_warmup("warmup_epochs", self.epochs, "epochs")
 
     def warmup_updates(self, steps_per_epoch: int) -> int:
         """Updates of warm-up."""

@@ -93,11 +93,7 @@ class DetectConfig(RunConfig):
         return config.fill(lr_drops=drops, warmup_steps=min(1000, int(updates) // 10))
 
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
-        if (self.warmup_steps or 0) >= total_steps:
-            raise UserError(
-                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates of the run: lower it, or "
-                "leave it out"
-            )
+        self._check_warmup("warmup_steps", total_steps, "updates")
 
     def warmup_updates(self, total_steps: int) -> int:
         """Updates of warm-up."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sgformer.core.errors import UserError
 from sgformer.heads.registry import HEADS
 from sgformer.training.config import AUTO, DataFacts, RunConfig, option
 
@@ -75,8 +74,8 @@ class SegmentConfig(RunConfig):
         return self.short_side or min(self.image_hw)
 
     def choose(self, data: DataFacts) -> Self:
-        """From weights, as many updates as show every image ten times, or 12,000 if that is less, or each four times if
-        that is more; from scratch three times as many."""
+        """From weights, as many updates as show 4,000 images, or each image ten times up to 12,000, or each four times,
+        whichever is most; from scratch three times as many."""
         cpu, held = data.device == "cpu", data.architecture
         least = max(4, 2 * data.parts)  # UPerNet's batch norm needs two images at a time
         config = self.fill(head=held["head"], head_width=held["width"]) if held else self
@@ -102,11 +101,7 @@ class SegmentConfig(RunConfig):
         return self.fill(steps=updates)
 
     def check_schedule(self, total_steps: int, steps_per_pass: float) -> None:
-        if self.warmup_steps >= total_steps:
-            raise UserError(
-                f"--warmup-steps {self.warmup_steps} is not below the {total_steps} updates of the run: lower it, or "
-                "leave it out"
-            )
+        self._check_warmup("warmup_steps", total_steps, "updates")
 
     def total_steps(self, steps_per_pass: float) -> int:
         """Updates of the full schedule, given those per pass over the images."""
