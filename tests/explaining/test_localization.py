@@ -130,6 +130,6 @@ def test_from_the_command_line(scenes, tmp_path, capsys):
         assert main(arguments) == 0
         assert "all" in capsys.readouterr().out
         told = json.loads((tmp_path / layout / "localization.json").read_text())
-        assert [b["block"] for b in told["blocks"]] == ["1.1", "2.1", "3.1", "3.3", "3.5", "all"]
+        assert [b["block"] for b in told["blocks"]] == ["1.1", "2.1", "3.1", "3.3", "all"]
         assert all(0 < b["area"] < 1 and 0 < b["p"] <= 1 for b in told["blocks"])
         assert (tmp_path / layout / "localization.png").exists()
