@@ -35,7 +35,7 @@ def tensors(value):
 # A run that takes a second or two; everything random is on.
 QUICK: dict = {
     "model": "sgformer_n",
-    "weights": None,
+    "weights": "none",
     "image_size": 32,
     "batch_size": 4,
     "epochs": 2,

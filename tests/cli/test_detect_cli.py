@@ -206,6 +206,8 @@ def test_recipes_start(recipe, data, tmp_path):
         "2",
         "--max-steps",
         "2",
+        "--warmup-steps",
+        "1",
         "--precision",
         "fp32",
     ]

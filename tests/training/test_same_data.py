@@ -100,7 +100,7 @@ def test_other_classes_or_images_are_refused_and_named(copy, change, said):
 
 def test_a_new_run_from_the_old_one_takes_other_classes(copy):
     rename(copy / "photos")
-    run = train("classify", data=str(copy / "photos"), weights=str(copy / "run"), run=str(copy / "new"), **SHORT)
+    run = train("classify", data=str(copy / "photos"), run=str(copy / "new"), **{**SHORT, "weights": str(copy / "run")})
     assert read_metadata(run.path)["classes"] == ["ant", "cat", "wasp"]
 
 

@@ -16,6 +16,7 @@ from sgformer.core.errors import UserError
 
 QUICK = {
     "model": "sgformer_n",
+    "weights": "none",
     "head": "upernet",
     "head_width": 8,
     "image_size": 32,

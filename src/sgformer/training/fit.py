@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -246,7 +247,8 @@ def starting_weights(config: RunConfig, resume: str | os.PathLike[str] | None) -
     that the run started from may have gone.
     """
     if resume and (own := Path(resume) / "last.safetensors").is_file():
-        return read_weights(own)
+        weights = read_weights(own)  # copied: the file is replaced while this run goes on
+        return dataclasses.replace(weights, tensors={name: tensor.clone() for name, tensor in weights.tensors.items()})
     return read_weights(config.weights, config.model) if config.weights else None
 
 

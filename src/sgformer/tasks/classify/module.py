@@ -20,6 +20,7 @@ from sgformer.data.identity import class_differences
 from sgformer.data.preparing import Normalization
 from sgformer.models.config import VARIANTS
 from sgformer.models.load import Weights, build_model, build_network, size_option
+from sgformer.models.pretrained import FOLDER
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.classify.metrics import Evaluation, balanced_accuracy
 from sgformer.tasks.classify.teacher import StepShare, Teacher, open_teacher
@@ -253,6 +254,8 @@ def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:
     names = weights.metadata.get("classes") if weights.architecture is None else None
     stored = len(names) if names else weights.config.num_classes if weights.config and not weights.architecture else 0
     if stored and stored != len(classes):
+        if weights.path.parent == FOLDER:  # the package's is never the user's
+            return []
         return [f"the classifier starts afresh: {weights.path} has {stored} classes, the data {len(classes)}"]
     if names and (lines := class_differences(names, classes)):
         return [f"the classifier of {weights.path} is kept, though its classes are others: {'; '.join(lines)}"]
