@@ -15,10 +15,11 @@ from sgformer.data import ade20k, sources
 from sgformer.data.check import CheckReport, check_imagefolder, check_images, compare_splits
 from sgformer.data.coco import CocoListing, is_coco, single_coco
 from sgformer.data.formats import find_format, open_data
+from sgformer.data.image import walk
 from sgformer.data.imagefolder import ImageFolder, scan
 from sgformer.data.label_values import check_values
 from sgformer.data.layouts import CONVERTS, SPLIT, class_folders, command
-from sgformer.data.sources.base import LOST, walk
+from sgformer.data.sources.base import LOST
 from sgformer.data.store import is_address
 
 SPLITS = ("train", "val")

@@ -385,10 +385,16 @@ def _shape(entry: dict[str, Any], image: CocoImage, where: str) -> tuple[list[fl
 def _around(segmentation: Any, image: CocoImage) -> list[float]:
     """The box around a checked mask."""
     if isinstance(segmentation, list):
-        xs, ys = ([v for polygon in segmentation for v in polygon[axis::2]] for axis in (0, 1))
-        return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        left, top, right, bottom = bounds(segmentation)
+        return [left, top, right - left, bottom - top]
     tools = require("pycocotools.mask", "detect")
     return tools.toBbox(_rle(segmentation, image.height, image.width)).tolist()
+
+
+def bounds(polygons: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
+    """[x1, y1, x2, y2, ...] of each polygon -> their left, top, right and bottom ends."""
+    xs, ys = ([v for polygon in polygons for v in polygon[axis::2]] for axis in (0, 1))
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def mask_of_box(box: Sequence[float]) -> list[list[float]]:

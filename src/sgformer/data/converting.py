@@ -20,7 +20,7 @@ from sgformer.core.files import replacing, write_json
 from sgformer.core.names import some
 from sgformer.core.progress import track
 from sgformer.data import sources
-from sgformer.data.coco import decode_mask, make_listing, mask_of_box
+from sgformer.data.coco import bounds, decode_mask, make_listing, mask_of_box
 from sgformer.data.layouts import OWN, own_layout
 from sgformer.data.sources.base import Found, Picture
 from sgformer.data.store import appearing
@@ -97,8 +97,7 @@ def write_coco(found: Found, splits: dict[str, list[Picture]], out: Path, source
                 if thing.polygons:
                     entry["segmentation"] = thing.polygons
                     if box is None and isinstance(thing.polygons, list):
-                        xs, ys = ([v for polygon in thing.polygons for v in polygon[axis::2]] for axis in (0, 1))
-                        box = min(xs), min(ys), max(xs), max(ys)
+                        box = bounds(thing.polygons)
                 if box is not None:
                     entry["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
                     entry["area"] = entry["bbox"][2] * entry["bbox"][3]

@@ -163,29 +163,30 @@ def _warn(line: str) -> None:
     warnings.warn(f"left out: {line}", stacklevel=4)
 
 
+def walk(folder: Path, suffixes: Sequence[str] | frozenset[str]) -> Iterator[Path]:
+    """Files with one of these endings (lower case) below a folder; hidden ones are passed over, links followed once."""
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield Path(here) / name
+
+
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """The images of a folder in sorted order: nested ones too, links are followed, hidden files and folders are not.
 
     Raises:
         UserError: it holds no images.
     """
-    visited: set[str] = set()  # a link may lead back up
-    files: list[Path] = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [
-            Path(here, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
-        ]
+    files = sorted(walk(Path(folder), IMAGE_EXTENSIONS))
     if not files:
         raise UserError(f"{folder}: no images in this folder")
-    return sorted(files)
+    return files
 
 
 def _files_of(path: str | os.PathLike[str]) -> list[Path]:

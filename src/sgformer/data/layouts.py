@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sgformer.data import sources
 from sgformer.data.coco import is_coco
-from sgformer.data.image import IMAGE_EXTENSIONS
-from sgformer.data.sources.base import walk
+from sgformer.data.image import IMAGE_EXTENSIONS, walk
 
 #: Format of other tools -> layouts that it usually has enough for, the likeliest first.
 CONVERTS = {

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from sgformer.core.errors import StalledError, UserError, first_line
 from sgformer.core.names import some
-from sgformer.data.image import IMAGE_EXTENSIONS, probe_image
+from sgformer.data.image import IMAGE_EXTENSIONS, probe_image, walk
 
 #: Folder names, and the beginnings of file names, of each split.
 SPLIT_WORDS = {
@@ -199,20 +199,6 @@ def split_named(*words: str) -> str:
             if word.lower() in names:
                 return split
     return ""
-
-
-def walk(folder: Path, suffixes: Sequence[str] | frozenset[str]) -> Iterator[Path]:
-    """Files with one of these endings (lower case) below a folder; hidden ones are passed over, links followed once."""
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:
-            folders[:] = []
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield Path(here) / name
 
 
 def first_files(folder: Path, *suffixes: str, count: int = 3) -> list[Path]:

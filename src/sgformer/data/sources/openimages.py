@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from sgformer.core.errors import UserError
-from sgformer.data.sources.base import Found, Picture, Reading, Thing, first_files, head, number, read_csv, walk
+from sgformer.data.image import walk
+from sgformer.data.sources.base import Found, Picture, Reading, Thing, first_files, head, number, read_csv
 
 NOT_HERE = "annotations of images that are not here, left out"
 ABSENT = "labels that say that a class is absent, left out"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sgformer.core.errors import UserError, first_line
-from sgformer.data.image import IMAGE_EXTENSIONS
+from sgformer.data.image import IMAGE_EXTENSIONS, walk
 from sgformer.data.sources.base import (
     SPLIT_WORDS,
     Found,
@@ -23,7 +23,6 @@ from sgformer.data.sources.base import (
     read_lines,
     read_text,
     split_named,
-    walk,
 )
 
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt", "_darknet.labels")
