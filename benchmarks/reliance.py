@@ -1,7 +1,7 @@
 """Does a trained network rely on its guidance? Change it without training again, and see what is lost.
 
     python benchmarks/reliance.py demo/run --data demo/scenes
-    python benchmarks/reliance.py demo/dense/segment --data demo/dense/ade20k
+    python benchmarks/reliance.py demo/scenes-dense/segment --data demo/scenes-dense/ade20k
     python benchmarks/reliance.py runs/n64 --data TINY --image-size 128 --limit 2000
 
 Two kinds of change: tokens ranked by something else, and the key/value tokens of all self-guided blocks replaced by
