@@ -53,11 +53,12 @@ def changes(model: Any) -> Iterator[str]:
 
 def classifier(weights: str, data: str, batch: int, size: int | None, limit: int | None) -> tuple[Any, Measure]:
     """The network, and what measures it: top-1 in percent, and which images are right."""
-    from sgformer.data.imagefolder import ImageFolderDataset, scan
+    from sgformer.data.imagefolder import ImageFolderDataset
     from sgformer.data.preparing import eval_transform, preprocessing
+    from sgformer.tasks.classify.predict import open_named
 
     model = sgformer.load_model(weights)
-    listing = scan(data, "val", model.metadata["classes"])
+    listing = open_named(data, "val", model.metadata["classes"], model.metadata.get("wordnet"))
     about = preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {})
     dataset = ImageFolderDataset(listing, eval_transform(**about))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]  # neighbours of any class

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from sgformer.models.registry import register_size
     from sgformer.models.released import load_released
     from sgformer.models.sequence import SelfGuidedAttention1d
-    from sgformer.models.significance import register_significance
+    from sgformer.models.significance import register_significance, set_token_budget
     from sgformer.tasks.api import embed, evaluate, explain, export, load_model, predict, train
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "register_significance",
     "register_size",
     "save_model",
+    "set_token_budget",
     "train",
 ]
 
@@ -81,6 +82,7 @@ _HOMES = {
     "register_significance": "sgformer.models.significance",
     "register_size": "sgformer.models.registry",
     "save_model": "sgformer.models.checkpoint",
+    "set_token_budget": "sgformer.models.significance",
     "train": "sgformer.tasks.api",
 }
 

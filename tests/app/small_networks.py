@@ -82,7 +82,7 @@ class Misbehaving(Networks):
         self.shape = None
         next(iter(self.loaded.values()))[0].model.stages[2].register_forward_hook(self._misbehave)
 
-    def explain(self, name, picture):
+    def explain(self, name, picture, tokens=1.0):
         self.shape = read_upload(picture).size
         return super().explain(name, picture)
 

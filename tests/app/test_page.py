@@ -169,6 +169,23 @@ def test_two_networks_side_by_side_and_their_sheets(page, server):
     assert Image.open(download.value.path()).size[0] > 800
 
 
+def test_the_dial_sets_how_many_tokens_a_network_spends(page):
+    def said():
+        return page.locator(".sg-dial .sg-where").first.inner_text()
+
+    where = page.locator(".sg-image").first.get_attribute("src")
+    usual = re.fullmatch(r"Tokens x 1 · (\d+) key/value tokens", said())
+    dial = page.locator(".sg-dial .q-slider__track-container").first
+    dial.focus()
+    for budget in ("0.71", "0.5"):  # a step is a factor of the square root of 2
+        page.keyboard.press("ArrowLeft")
+        text = f"Tokens x {budget} ·"
+        page.wait_for_function("t => document.querySelector('.sg-dial .sg-where').innerText.startsWith(t)", arg=text)
+    page.wait_for_function("old => document.querySelector('.sg-image').getAttribute('src') != old", arg=where)
+    half = re.fullmatch(r"Tokens x 0.5 · (\d+) key/value tokens", said())
+    assert int(half[1]) < int(usual[1])
+
+
 def test_a_broken_upload_and_a_bomb_are_told_and_nothing_breaks(page):
     before = shown_shares(page)
     for data, says in ((b"no picture", "not an image"), (grey_png(20_000, 10_000), "too large")):

@@ -66,6 +66,19 @@ def test_a_look_of_every_task(weights, task, monkeypatch):
             result.map(*wrong)
 
 
+def test_the_dial_sets_the_tokens_of_one_look(weights):
+    session = desk_here(weights["classify"])
+    half, whole, double = (asyncio.run(session.explain(photo(), "classify", b)) for b in (0.5, 1.0, 2.0))
+    counts = [result.tokens("1.0")["count"] for result in (half, whole, double)]
+    assert counts == sorted(set(counts))
+    assert not np.array_equal(half.explanation.logits, whole.explanation.logits)
+    again = asyncio.run(session.explain(photo(), "classify"))
+    assert np.array_equal(again.explanation.logits, whole.explanation.logits)
+    for budget in (0.1, 8.0, float("nan")):
+        with pytest.raises(sgformer.UserError, match=r"tokens must be between 0.25 and 4"):
+            asyncio.run(session.explain(photo(), "classify", budget))
+
+
 def test_colours_rise_with_significance(weights):
     result = asyncio.run(desk_here(weights["classify"]).explain(photo()))
     values = result.explanation.significance["1.0"]

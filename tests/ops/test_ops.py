@@ -84,6 +84,17 @@ def test_aggregate(N, regions, ties):
             torch.testing.assert_close(a, b)
 
 
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 40))
+def test_resample_weights(members, wanted):
+    weight = torch.randn(1, members, dtype=torch.float64, requires_grad=True)
+    fast, slow = ops.resample_weights(weight, wanted), reference.resample_weights(weight, wanted)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast.sum(), weight.sum())
+    torch.testing.assert_close(gradients(fast, [weight]), gradients(slow, [weight]))
+    assert wanted != members or torch.equal(fast, weight)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5000), shares_and_rates)
 def test_groups_cover_every_token(N, regions):

@@ -1,6 +1,6 @@
 // Uploads an image that is dropped anywhere, pasted or selected.
 export default {
-  props: { network: String, limit: Number, formats: String },
+  props: { network: String, tokens: Number, limit: Number, formats: String },
   data: () => ({ over: false }),
   template: `
     <label class="sg-drop" :class="{ 'sg-over': over }">
@@ -27,7 +27,7 @@ export default {
       if (file.size > this.limit) return this.$emit("failed", `The file is larger than ${Math.round(this.limit / 2 ** 20)} MB.`);
       this.$emit("sent");
       try {
-        const response = await fetch(`/explain?network=${encodeURIComponent(this.network)}`, { method: "POST", body: file });
+        const response = await fetch(`/explain?network=${encodeURIComponent(this.network)}&tokens=${this.tokens}`, { method: "POST", body: file });
         const body = await response.json();
         response.ok ? this.$emit("explained", body.result) : this.$emit("failed", body.error);
       } catch {

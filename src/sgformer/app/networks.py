@@ -52,6 +52,7 @@ class Network:
         parameters: number of parameters.
         predicts: whether it has a head; a bare backbone predicts nothing.
         score: minimum score of the objects shown; detectors only.
+        guided: whether it makes key/value tokens, whose number can be set.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Network:
     parameters: int
     predicts: bool
     score: float
+    guided: bool = True
 
 
 class Networks:
@@ -97,16 +99,18 @@ class Networks:
                 parameters=sum(p.numel() for p in explainer.model.parameters()),
                 predicts=bool(getattr(explainer.model, "num_classes", 0)),
                 score=explainer.score,
+                guided=explainer.network.config.pairs == "guided",
             )
             for name, (explainer, ranking) in self.loaded.items()
         ]
 
-    def explain(self, name: str, picture: Image.Image | bytes) -> tuple[Image.Image, Explanation]:
+    def explain(self, name: str, picture: Image.Image | bytes, tokens: float = 1.0) -> tuple[Image.Image, Explanation]:
         """Run one forward pass.
 
         Args:
             name: the network's name.
             picture: the image, or the bytes of an upload.
+            tokens: the token budget; of a network without tokens, 1.
 
         Returns:
             The image and its explanation.
@@ -116,6 +120,8 @@ class Networks:
         """
         explainer, ranking = self.loaded[name]
         image = read_upload(picture) if isinstance(picture, bytes) else picture
+        if tokens != explainer.network.token_budget:
+            explainer.network.set_token_budget(tokens)
         with ranked_by(explainer.network, ranking):
             return image, explainer.explain(explainer.read(image))
 

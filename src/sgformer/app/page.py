@@ -40,6 +40,9 @@ class Panel:
         kind: the map shown at first.
         on_network: called when another network is selected.
         on_map: called when another map is selected.
+
+    The dial for tokens is at 0 for as many as the network was trained with; a step is a factor of the square root of 2.
+    Like another network, another number of tokens calls `on_network`.
     """
 
     def __init__(
@@ -50,11 +53,30 @@ class Panel:
             with ui.element("div").classes("sg-choices"):
                 self.network = ui.select(networks, value=selected, label="network", on_change=on_network).props(SELECT)
                 self.kind = ui.select([kind], value=kind, label="map", on_change=on_map).props(SELECT)
+                with ui.element("div").classes("sg-dial"):
+                    self.spent = ui.label().classes("sg-where")
+                    self.dial = ui.slider(min=-4, max=4, step=1, value=0, on_change=self._turned)
+                    self.dial.props('aria-label="key/value tokens" markers snap').on("change", on_network)
+            self._turned()
             with ui.element("div").classes("sg-result"):
                 with ui.element("div").classes("sg-left"):
                     self.viewer = Viewer()
                     self.scale = ui.element("div").classes("sg-scale")
                 self.prediction = ui.element("div").classes("sg-prediction")
+
+    @property
+    def budget(self) -> float:
+        """The token budget that the dial is at."""
+        return float(2 ** (self.dial.value / 2))
+
+    def _turned(self) -> None:
+        self.spent.text = f"tokens x {self.budget:.2g}"
+
+    def enable_dial(self, enabled: bool) -> None:
+        """A network that makes no tokens has none to set."""
+        self.dial.set_enabled(enabled)
+        if not enabled:
+            self.dial.set_value(0)
 
     def take(self, result: Result) -> None:
         """Show another result: its prediction, and the maps it has."""
@@ -78,6 +100,9 @@ class Panel:
             _scale(self.result, self.kind.value, block)
         height, width = self.result.explanation.significance[block].shape
         stage, number = block.split(".")
+        guided = self.result.guided(block)
+        made = f" · {self.result.explanation.tokens[guided].max() + 1} key/value tokens" if guided else ""
+        self.spent.text = f"tokens x {self.result.budget:.2g}{made}"
         return f"stage {stage}, block {int(number) + 1} · {height} x {width} places"
 
 
@@ -145,7 +170,7 @@ class Page:
                 self.drop = Drop()
                 self.drop.props["limit"] = MAX_BYTES
                 self.drop.props["formats"] = ", ".join(FORMATS[:-1]).replace("WEBP", "WebP")
-                self.drop.props["network"] = session.checkpoints[0]
+                self.drop.props["network"], self.drop.props["tokens"] = session.checkpoints[0], 1.0
                 self.drop.on("sent", lambda: self._busy(True))
                 self.drop.on("explained", lambda event: self._uploaded(str(event.args)))
                 self.drop.on("failed", lambda event: self._fail(str(event.args)))
@@ -169,6 +194,7 @@ class Page:
                     other = session.checkpoints[1] if len(session.checkpoints) > 1 else session.checkpoints[0]
                     self.right = Panel(names, other, "significance", self._explain_right, self.show)
                 self.right.frame.set_visibility(False)
+                self._enable_dials()
 
     def _header(self) -> None:
         network = self.session.networks[self.session.checkpoints[0]]
@@ -199,7 +225,7 @@ class Page:
         """Explain and show an image that is already on the server."""
         self._busy(True)
         try:
-            self._take(await self.session.explain(picture, self.left.network.value))
+            self._take(await self.session.explain(picture, self.left.network.value, self.left.budget))
         except (Busy, Stopped) as error:
             self._fail(str(error))
         else:
@@ -223,20 +249,26 @@ class Page:
         self.show()
 
     async def _explain_right(self) -> None:
+        self._enable_dials()
         if not self.compare.value or self.picture is None:
             return
         try:
-            self.right.take(await self.session.explain(self.picture, self.right.network.value))
+            self.right.take(await self.session.explain(self.picture, self.right.network.value, self.right.budget))
         except (Busy, Stopped) as error:
             self._fail(str(error))
         else:
             self.show()
 
     async def _select_left(self) -> None:
-        self.drop.props["network"] = self.left.network.value
+        self._enable_dials()
+        self.drop.props["network"], self.drop.props["tokens"] = self.left.network.value, self.left.budget
         self.drop.update()
         if self.picture is not None:
             await self.explain(self.picture)
+
+    def _enable_dials(self) -> None:
+        for panel in (self.left, self.right):
+            panel.enable_dial(self.session.networks[panel.network.value].guided)
 
     async def _compare(self) -> None:
         self.panels.classes(toggle="sg-two")

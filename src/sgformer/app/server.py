@@ -142,10 +142,10 @@ def build(session: Session) -> FastAPI:
             raise HTTPException(404, "This result has expired. Please upload the image again.") from None
 
     @app.post("/explain")
-    async def explain(request: Request, network: str | None = None) -> dict[str, Any]:
+    async def explain(request: Request, network: str | None = None, tokens: float = 1.0) -> dict[str, Any]:
         data = await read_body(request)
         try:
-            result = await session.explain(data, network)
+            result = await session.explain(data, network, tokens)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
         except (Busy, Stopped) as error:

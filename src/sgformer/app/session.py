@@ -22,6 +22,7 @@ from sgformer.app.networks import Network, Networks, reduced
 from sgformer.app.worker import Worker
 from sgformer.core.errors import UserError, require
 from sgformer.data.image import find_images, read_image
+from sgformer.models.config import TOKEN_BUDGETS
 from sgformer.results import Explanation
 from sgformer.tasks.registry import get_task
 from sgformer.viz.significance import colour_map, region_colours, region_names
@@ -57,12 +58,14 @@ class Result:
         network: the network that produced it.
         picture: the image.
         explanation: maps, regions, tokens and prediction of the forward pass.
+        budget: key/value tokens as a multiple of those the network was trained with.
     """
 
     id: str
     network: Network
     picture: Image.Image
     explanation: Explanation
+    budget: float = 1.0
 
     def summary(self) -> list[dict[str, Any]]:
         """The prediction, JSON-serialisable; see `Task.summary`."""
@@ -163,24 +166,28 @@ class Session:
         """The result with this id; raises KeyError if it has expired."""
         return self._shown[id]
 
-    async def explain(self, picture: Image.Image | bytes, network: str | None = None) -> Result:
-        """Queue, then explain an image with a network, by default the first.
+    async def explain(self, picture: Image.Image | bytes, network: str | None = None, budget: float = 1.0) -> Result:
+        """Queue, then explain an image with a network, by default the first, at a token budget.
 
         Raises:
-            UserError: the bytes are not an accepted image.
+            UserError: the bytes are not an accepted image, or the budget is out of range.
             KeyError: there is no network of this name.
             Busy, Stopped: see `_call`.
         """
         selected = self.networks[network or self.checkpoints[0]]
-        image, explanation = await self._call("explain", selected.name, picture)
-        result = Result(secrets.token_urlsafe(12), selected, image, explanation)
+        least, most = TOKEN_BUDGETS
+        if not (least <= budget <= most and (selected.guided or budget == 1)):
+            raise UserError(f"tokens must be between {least:g} and {most:g}, and 1 for a network that makes none")
+        image, explanation = await self._call("explain", selected.name, picture, budget)
+        result = Result(secrets.token_urlsafe(12), selected, image, explanation, budget)
         self._recent.append(result)
         self._shown[result.id] = result
         return result
 
     async def sheet(self, result: Result) -> bytes:
         """A result's sheet, as of `sgformer explain`, as a PNG; queues and raises as `explain` does."""
-        lines = filter(None, [result.network.name, result.explanation.title])
+        tokens = f"tokens x {result.budget:.2g}" if result.budget != 1 else ""
+        lines = filter(None, [result.network.name, tokens, result.explanation.title])
         return await self._call("sheet", dataclasses.replace(result.explanation, title="\n".join(lines)))
 
     async def _call(self, method: str, *args: Any) -> Any:

@@ -156,15 +156,15 @@ class NativeGuided(GuidedBlock):
         self.source, self.attn = block.source, NativeGroups(attn.aggregate)
         norm, proj_in, kv = _pair(block.norm1), _linear(attn.proj_in), _linear(attn.kv)
         self.parts = native.Weights("GuidedWeights", norm=norm, proj_in=proj_in, kv=kv)
-        self.tail, self.maps = _tail(block), [_pair(region) for region in attn.aggregate]
+        self.tail = _tail(block)
         self.options = (block.mlp.fc1.out_features, attn.heads)
         self.eps = block.norm1.eps
 
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         significance = self.source(x, coarse, fine).float().expand(x.shape[:-1]).contiguous()
-        lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.shares)
-        regions = list(zip(lengths, self.attn.rates, strict=True))
-        weights = (self.parts, self.tail, self.maps)
+        lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.aggregate.shares)
+        regions = list(zip(lengths, self.attn.aggregate.rates, strict=True))
+        weights = (self.parts, self.tail, self.attn.maps())
         out = native.guided_block(x, significance, *weights, *self.options, regions, self.eps)
         return out, significance, [significance]
 
@@ -174,11 +174,20 @@ class NativeGroups(nn.Module):
 
     def __init__(self, aggregate: LinearAggregation):
         super().__init__()
-        self.aggregate, self.shares, self.rates = aggregate, aggregate.shares, aggregate.rates
+        self.aggregate = aggregate
+        self._maps: tuple[list[int], list[tuple[Tensor, Tensor]]] = ([], [])
+
+    def maps(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and bias of each region at the present token budget, made once for each."""
+        rates = self.aggregate.rates
+        if self._maps[0] != rates:
+            pairs = zip(self.aggregate.weights(), self.aggregate, strict=True)
+            self._maps = (rates, [(weight.detach(), region.bias.detach()) for weight, region in pairs])
+        return self._maps[1]
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         order = native.argsort(grouped[0].flatten(1))
-        return self.aggregate.describe(ops.group_tokens(order, self.shares, self.rates), grid)
+        return self.aggregate.describe(ops.group_tokens(order, self.aggregate.shares, self.aggregate.rates), grid)
 
 
 class NativePlain(PlainBlock):

@@ -45,6 +45,7 @@ class Case:
         precision: "fp32", or mixed "bf16" or "fp16".
         device: a torch device.
         threads: CPU threads of torch and onnxruntime; None: torch's default.
+        tokens: token budget (``sgformer.set_token_budget``), for SG-Former only.
     """
 
     model: str
@@ -57,10 +58,12 @@ class Case:
     precision: str = "fp32"
     device: str = "cpu"
     threads: int | None = None
+    tokens: float = 1.0
 
     def label(self) -> str:
         words = [self.model, f"{self.image_size} px", f"batch {self.batch_size}", self.mode, self.backend]
         words += [f"coarse {self.coarse}"] if self.coarse else []
+        words += [f"tokens x {self.tokens:g}"] if self.tokens != 1 else []
         words += ["checkpointing"] if self.grad_checkpointing else []
         return ", ".join(words)
 
@@ -118,6 +121,10 @@ def create(case: Case) -> nn.Module:
         if not hasattr(model, "set_grad_checkpointing"):
             raise Unsupported("this network has no gradient checkpointing")
         model.set_grad_checkpointing(True)
+    if case.tokens != 1:
+        if not is_ours(case.model):
+            raise Unsupported("SG-Former alone has a token budget")
+        sgformer.set_token_budget(model, case.tokens)
     return model.train(case.mode == "train")
 
 

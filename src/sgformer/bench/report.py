@@ -34,7 +34,7 @@ class Progress:
 def ratio(result: Result, results: Sequence[Result], baseline: str) -> float | None:
     """Speedup over the baseline with the same sizes and mode, on the same backend if measured, otherwise eager."""
     for backend in (result.case.backend, "eager"):
-        reference = dataclasses.replace(result.case, model=baseline, backend=backend)
+        reference = dataclasses.replace(result.case, model=baseline, backend=backend, tokens=1.0)
         for other in results:
             if other.case == reference and other.median and result.median:
                 return other.median / result.median
@@ -111,7 +111,8 @@ def row(r: Result, results: Sequence[Result], baseline: str) -> list[str]:
 
 
 def short(case: Case) -> str:
-    return case.model + ("" if case.backend == "eager" else f" ({case.backend})")
+    tokens = "" if case.tokens == 1 else f", tokens x {case.tokens:g}"
+    return case.model + ("" if case.backend == "eager" else f" ({case.backend})") + tokens
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ def bench(
     mode: list[Literal["infer", "train"]] = ["infer"],  # noqa: B006
     backend: list[Literal["eager", "optimize", "compile", "onnxruntime", "openvino"]] = ["eager"],  # noqa: B006
     coarse: list[Literal["global", "window"]] | None = None,
+    tokens: list[float] = [1.0],  # noqa: B006
     grad_checkpointing: bool = False,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     baseline: str | None = None,
@@ -37,6 +38,7 @@ def bench(
         mode: infer; train is forward, loss, backward
         backend: eager; optimize: ours, accelerate in training; compile; onnxruntime; openvino (docs/performance.md)
         coarse: reach of the coarse heads, sgformer and plain only [the model's default]
+        tokens: key/value tokens of sgformer_*, as multiples of those it was built with: .25 to 4
         grad_checkpointing: less memory, more time
         precision: arithmetic; bf16, fp16: mixed
         baseline: ratios are to this one of the models [the first]
@@ -62,15 +64,18 @@ def bench(
         raise UserError(f"--threads must be above 0, got {threads}")
     if seconds < 0:
         raise UserError(f"--seconds must be 0 or more, got {seconds:g}")
+    for budget in tokens:
+        if not 0.25 <= budget <= 4:
+            raise UserError(f"--tokens must be between .25 and 4, got {budget:g}")
     for model in models:
         check_model(model)
     if baseline is not None and baseline not in models:
         raise UserError(f"--baseline {baseline} is not among --models {' '.join(models)}")
     where = str(find_device(device))
     cases = [
-        Case(model, size, batch, kind, way, reach, grad_checkpointing, precision, where, threads)
-        for kind, size, batch, reach, way, model in itertools.product(
-            mode, image_size, batch_size, coarse or [None], backend, models
+        Case(model, size, batch, kind, way, reach, grad_checkpointing, precision, where, threads, budget)
+        for kind, size, batch, reach, way, model, budget in itertools.product(
+            mode, image_size, batch_size, coarse or [None], backend, models, tokens
         )
     ]
     folder = Path(out)

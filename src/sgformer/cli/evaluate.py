@@ -25,6 +25,7 @@ def evaluate(
     knn: bool = False,
     linear_probe: bool = False,
     model: str | None = None,
+    tokens: float | None = None,
     workers: int = 4,
     device: str = "auto",
     devices: int | Literal["auto"] = "auto",
@@ -48,6 +49,7 @@ def evaluate(
         knn: score the features: nearest neighbours among those of data/train
         linear_probe: score the features: a linear classifier fitted to those of data/train
         model: network name, if the weights are a plain state dict
+        tokens: key/value tokens, as a multiple of those trained with: .25 to 4
         workers: processes that read images; 0: none
         device: auto, cpu, cuda, cuda:1, mps
         devices: processes on this machine, one per GPU
@@ -82,6 +84,7 @@ def evaluate(
         weights,
         data,
         model=model,
+        tokens=tokens,
         out=folder,
         workers=workers,
         device=device,

@@ -19,6 +19,7 @@ def explain(
     arrays: bool = False,
     image_size: int | tuple[int, int] | None = None,
     model: str | None = None,
+    tokens: float | None = None,
     device: str = "auto",
     bad_images: Literal["skip", "stop"] = "skip",
 ) -> int:
@@ -32,6 +33,7 @@ def explain(
         arrays: also write everything drawn as .npz
         image_size: pixels; by default as trained
         model: network name, if the weights are a plain state dict
+        tokens: key/value tokens, as a multiple of those trained with: .25 to 4
         device: auto, cpu, cuda, cuda:1, mps
         bad_images: on an unreadable image: skip it, name it and exit with 1; or stop
     """
@@ -44,7 +46,7 @@ def explain(
     from sgformer.viz.significance import draw_explanation, write_index
 
     opened = open_images(images, bad_images, open=open_picture).limited(limit)
-    explanations = explain_images(weights, opened, image_size, device, model)
+    explanations = explain_images(weights, opened, image_size, device, model, tokens)
     try_folder(out)
     folder, entries = Path(out), []
     for number, explanation in enumerate(explanations):

@@ -18,6 +18,7 @@ def export(
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     calibration: str | None = None,
     model: str | None = None,
+    tokens: float | None = None,
 ) -> int:
     """Export a network to another runtime, and compare its outputs there with PyTorch's.
 
@@ -31,6 +32,7 @@ def export(
         precision: fp32; onnx: also fp16 and int8
         calibration: folder of images for static int8, and for measuring the change in the results
         model: network name, if the weights are a plain state dict
+        tokens: key/value tokens, as a multiple of those trained with: .25 to 4
     """
     if out is None:
         raise UserError("--out is missing: the file to write")
@@ -46,6 +48,7 @@ def export(
         precision=precision,
         calibration=calibration,
         model=model,
+        tokens=tokens,
     )
     print(result.describe())
     return 0

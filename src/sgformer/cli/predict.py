@@ -28,6 +28,7 @@ def predict(
     flip: bool = False,
     sliding: bool = False,
     model: str | None = None,
+    tokens: float | None = None,
     device: str = "auto",
     bad_images: Literal["skip", "stop"] = "skip",
 ) -> int:
@@ -47,6 +48,7 @@ def predict(
         flip: segmentation: average with the mirrored image
         sliding: segmentation: slide a window over the image instead of passing it whole
         model: network name, if the weights are a plain state dict
+        tokens: key/value tokens, as a multiple of those trained with: .25 to 4
         device: auto, cpu, cuda, cuda:1, mps
         bad_images: on an unreadable image: skip it, name it and exit with 1; or stop
     """
@@ -57,7 +59,7 @@ def predict(
         others = given(top=top, score=score, json=json, out=out, multi_scale=multi_scale, flip=flip, sliding=sliding)
         for name in others:
             raise UserError(f"--features writes embeddings only; leave out --{dashed(name)}")
-        how = given(model=model, image_size=image_size, batch_size=batch_size)
+        how = given(model=model, tokens=tokens, image_size=image_size, batch_size=batch_size)
         return write_features(weights, images, Path(features), bad_images, device=device, **how)
     from sgformer.tasks.api import predict_images
 
@@ -71,7 +73,7 @@ def predict(
         sliding=sliding,
     )
     opened = open_images(images, bad_images)
-    task, results, metadata = predict_images(weights, opened, model=model, device=device, **options)
+    task, results, metadata = predict_images(weights, opened, model=model, tokens=tokens, device=device, **options)
     width = min(60, max(len(str(source)) for source in opened.sources))
     if out:
         try_folder(out)

@@ -66,7 +66,7 @@ def explanations(model: SGFormer, inspection: Inspection, images: np.ndarray) ->
     """Split the inspection of a batch by image; images are the network's inputs, (B, H, W, 3) uint8."""
     regions = {key: groups.region_map().cpu().numpy() for key, groups in inspection.tokens.items()}
     tokens = {key: groups.token_map().cpu().numpy() for key, groups in inspection.tokens.items()}
-    rates = {key: [r.rate for r in model.config.stages[int(key.split(".")[0]) - 1].regions] for key in tokens}
+    rates = {key: _rates(model, key) for key in tokens}
 
     def of(maps: Mapping[str, Any], i: int) -> dict[str, np.ndarray]:
         return {key: m[i] if isinstance(m, np.ndarray) else m[i].float().cpu().numpy() for key, m in maps.items()}
@@ -84,6 +84,12 @@ def explanations(model: SGFormer, inspection: Inspection, images: np.ndarray) ->
         )
         for i, image in enumerate(images)
     ]
+
+
+def _rates(model: SGFormer, block: str) -> list[int]:
+    """Tokens per key/value token of each region, at the network's token budget."""
+    stage, number = map(int, block.split("."))
+    return list(model.stages[stage - 1].blocks[number].attn.aggregate.rates)
 
 
 class Explainer(ABC):

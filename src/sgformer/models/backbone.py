@@ -35,7 +35,7 @@ from sgformer.models.layers import (
     created_on,
     init_module,
 )
-from sgformer.models.significance import AGGREGATIONS, gate, make_source
+from sgformer.models.significance import AGGREGATIONS, gate, make_source, set_token_budget, token_budget
 from sgformer.ops import MergedTokens, TokenGroups
 
 
@@ -442,6 +442,15 @@ class SGFormer(nn.Module):
         if not take or min(take) < 0 or max(take) >= n:
             raise ValueError(f"stage indices must be within -{n}..{n - 1} (got {list(indices)})")
         return take
+
+    @property
+    def token_budget(self) -> float:
+        """See :meth:`set_token_budget`; 1 as built and trained."""
+        return token_budget(self)
+
+    def set_token_budget(self, budget: float) -> None:
+        """Make fewer or more key/value tokens from now on; see :func:`sgformer.set_token_budget`."""
+        set_token_budget(self, budget)
 
     # -- interface for timm and training ------------------------------------------------------------------------
 

@@ -240,6 +240,9 @@ REGIONS = (
 )
 
 
+#: Smallest and largest token budget, a factor of the key/value tokens that a network is built with.
+TOKEN_BUDGETS = (0.25, 4.0)
+
 # SG-Former-N's own: more key/value tokens, as its maps are small (docs/models.md).
 NANO_REDUCTIONS = (4, 2, 2)
 NANO_REGIONS = (

@@ -129,15 +129,22 @@ def convolve_plus(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class WeightedSum(nn.Module):
-    """A learned weight for each of r members and a bias, the same for all channels: (B, G, r, C) -> (B, G, C)."""
+    """A learned weight for each of r members and a bias, the same for all channels: (B, G, r, C) -> (B, G, C).
+
+    Other numbers of members than r get resampled weights.
+    """
 
     def __init__(self, members: int):
         super().__init__()
         linear = nn.Linear(members, 1)  # its draws, so that a seed keeps its network
-        self.weight, self.bias = linear.weight, linear.bias  # (1, r), (1,)
+        self.members, self.weight, self.bias = members, linear.weight, linear.bias  # (1, r), (1,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.weighted_sum(x, self.weight, self.bias)
+    def forward(self, x: Tensor, members: int | None = None) -> Tensor:
+        return ops.weighted_sum(x, self.spread(members), self.bias)
+
+    def spread(self, members: int | None) -> Tensor:
+        """(1, members): the weights for so many members; by default, and for r, the parameter itself."""
+        return self.weight if members in (None, self.members) else ops.resample_weights(self.weight, members)
 
 
 class Mlp(nn.Module):

@@ -24,6 +24,7 @@ from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
 from sgformer.models.pretrained import FOLDER, PRETRAINED, pretrained_file
 from sgformer.models.released import adapt, is_released, pick_weights, read_pickle
+from sgformer.models.significance import set_token_budget
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
 TIMM = "timm"  # the "format" of files with another model of timm's registry
@@ -45,6 +46,7 @@ class Weights:
         model: the network's name in timm's registry; None for an SG-Former of no registered size.
         config: the config of an SG-Former, with or without heads; None for other networks.
         architecture: the dict that a backbone with heads is built from; None for a backbone alone.
+        token_budget: that networks built from these weights get; not stored.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Weights:
     model: str | None = None
     config: SGFormerConfig | None = None
     architecture: Mapping[str, Any] | None = None
+    token_budget: float = 1.0
 
     @property
     def task(self) -> str:
@@ -219,7 +222,7 @@ def build_network(
     """
     backbone = weights.backbone()
     if backbone.config is None:
-        return _build_timm(backbone, weights.architecture is not None, num_classes, options)
+        return with_budget(_build_timm(backbone, weights.architecture is not None, num_classes, options), weights)
     if num_classes is not None:
         options["num_classes"] = num_classes
     elif weights.architecture is not None:
@@ -232,6 +235,16 @@ def build_network(
     model.metadata = dict(backbone.metadata)  # type: ignore[assignment]
     if backbone.model:
         model.pretrained_cfg = {"architecture": backbone.model}  # type: ignore[assignment]
+    return with_budget(model, weights)
+
+
+def with_budget(model: Any, weights: Weights) -> Any:
+    """The network, with the token budget of its weights."""
+    if weights.token_budget != 1:
+        try:
+            set_token_budget(model, weights.token_budget)
+        except ValueError as error:
+            raise UserError(f"--tokens: {error}") from None
     return model
 
 
@@ -326,7 +339,7 @@ def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> A
     checkpoint.check_fit(str(weights.path), weights.tensors, {n: t.shape for n, t in model.state_dict().items()})
     model.load_state_dict(dict(weights.tensors))
     model.metadata = dict(weights.metadata)
-    return model.eval()
+    return with_budget(model.eval(), weights)
 
 
 def take_fitting(model: Any, weights: Weights) -> Any:

@@ -26,7 +26,7 @@ import torch.nn as nn
 from torch import Tensor, fx
 
 from sgformer import ops
-from sgformer.models.config import AGGREGATION, SIGNIFICANCE, Region
+from sgformer.models.config import AGGREGATION, SIGNIFICANCE, TOKEN_BUDGETS, Region
 from sgformer.models.layers import WeightedSum
 from sgformer.ops import MergedTokens, TokenGroups
 
@@ -161,13 +161,64 @@ def gather(x: Tensor, groups: list[Tensor]) -> list[Tensor]:
     return ops.gather_groups(x, groups)
 
 
-class Aggregation(nn.Module):
+class Budgeted:
+    """Regions whose rates follow a token budget.
+
+    Attributes:
+        shares: fraction of the tokens in each region, least significant first.
+        rates: tokens per key/value token of each region, at the present budget.
+        token_budget: 1 as built and trained; .5 makes half as many key/value tokens, 2 twice as many.
+    """
+
+    def divide(self, regions: Sequence[Region]) -> None:
+        self.shares, self._rates = [r.share for r in regions], [r.rate for r in regions]
+        self.set_token_budget(1.0)
+
+    def set_token_budget(self, budget: float) -> None:
+        """Divide every rate by ``budget`` and round, half up, to at least 1: there are never more than all tokens."""
+        self.token_budget = budget
+        self.rates = [max(1, int(rate / budget + 0.5)) for rate in self._rates]
+
+
+def set_token_budget(network: nn.Module, budget: float) -> None:
+    """Make fewer or more key/value tokens in every self-guided block of a network, in place and without training.
+
+    Half the budget pools twice as many tokens into one key/value token, in every region; whole numbers being what is
+    pooled, budgets between powers of two are met approximately. Regions keep their shares, so that the tokens stay
+    dense where significance is high, and their learned weights are spread over the new number of tokens. A budget of 1
+    is the network as trained, to the bit. ``inspect(x).tokens`` counts what became of it.
+
+    Args:
+        network: an :class:`~sgformer.models.backbone.SGFormer` or any module that contains one, plain or prepared by
+            :func:`sgformer.optimize` or :func:`sgformer.accelerate`. ``torch.compile`` compiles anew for each budget.
+            Exported files keep theirs.
+        budget: .25 to 4.
+
+    Raises:
+        ValueError: the budget is out of range, or no block of the network makes tokens.
+    """
+    least, most = TOKEN_BUDGETS
+    if not least <= budget <= most:
+        raise ValueError(f"a token budget must be between {least:g} and {most:g} (got {budget})")
+    makers = [module for module in network.modules() if isinstance(module, Budgeted)]
+    if not makers:
+        raise ValueError("this network makes no key/value tokens that a budget could set: it is not an SG-Former")
+    for maker in makers:
+        maker.set_token_budget(float(budget))
+
+
+def token_budget(network: nn.Module) -> float:
+    """The budget set last; 1 for a network without tokens."""
+    return next((module.token_budget for module in network.modules() if isinstance(module, Budgeted)), 1.0)
+
+
+class Aggregation(Budgeted, nn.Module):
     """Pools sorted tokens: ``forward`` maps (B, N, C) and significance (B, N) to (B, M, C) and the grouping;
     ``describe`` converts the grouping for :class:`~sgformer.models.backbone.Inspection`."""
 
     def __init__(self, regions: Sequence[Region]):
         super().__init__()
-        self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
+        self.divide(regions)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         raise NotImplementedError
@@ -176,12 +227,20 @@ class Aggregation(nn.Module):
         raise NotImplementedError
 
 
-class LinearAggregation(nn.ModuleList):
-    """y = sum over k of w_i[k] x[k] + b_i (section 3.3), with one learned sum per region."""
+class LinearAggregation(Budgeted, nn.ModuleList):
+    """y = sum over k of w_i[k] x[k] + b_i (section 3.3), with one learned sum per region.
+
+    At another token budget the learned weights are spread over the rate that it gives
+    (:func:`sgformer.ops.regroup.resample_weights`).
+    """
 
     def __init__(self, regions: Sequence[Region]):
         super().__init__(WeightedSum(region.rate) for region in regions)
-        self.shares, self.rates = [r.share for r in regions], [r.rate for r in regions]
+        self.divide(regions)
+
+    def weights(self) -> list[Tensor]:
+        """(1, r_i) of each region, at the present budget; the parameters themselves at a budget of 1."""
+        return [region.spread(rate) for region, rate in zip(self, self.rates, strict=True)]
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         groups = group(significance, self.shares, self.rates)
@@ -190,10 +249,10 @@ class LinearAggregation(nn.ModuleList):
     def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
         """(B, N, C) and the groups of each region -> (B, M, C)."""
         members = gather(x, groups)
-        return torch.cat([region(members[i]) for i, region in enumerate(self)], dim=1)
+        return torch.cat([region(members[i], self.rates[i]) for i, region in enumerate(self)], dim=1)
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
-        return TokenGroups(grid, grouped, [m.weight.detach()[0] for m in self], [m.bias.detach()[0] for m in self])
+        return TokenGroups(grid, grouped, [w.detach()[0] for w in self.weights()], [m.bias.detach()[0] for m in self])
 
 
 class MeanAggregation(Aggregation):

@@ -10,6 +10,7 @@ from sgformer.ops.regroup import (
     gather_groups,
     group_tokens,
     region_lengths,
+    resample_weights,
     sort_tokens,
     weighted_sum,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "merge_similar",
     "partition",
     "region_lengths",
+    "resample_weights",
     "sort_tokens",
     "split_heads",
     "valid_tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -82,3 +83,17 @@ def aggregate(
             start = end
         images.append(torch.stack(out))
     return torch.stack(images)
+
+
+def resample_weights(weight: Tensor, members: int) -> Tensor:
+    """Twin of :func:`sgformer.ops.resample_weights`: a member's weight is a sum over the old parts it overlaps."""
+    r = weight.shape[-1]
+    out = []
+    for j in range(members):
+        total = torch.zeros_like(weight[..., 0])
+        for k in range(r):
+            start, end = max(Fraction(j, members), Fraction(k, r)), min(Fraction(j + 1, members), Fraction(k + 1, r))
+            if end > start:
+                total = total + weight[..., k] * float((end - start) * r)
+        out.append(total)
+    return torch.stack(out, -1)

@@ -142,6 +142,31 @@ def gather_groups(x: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
     return [part.unflatten(1, group.shape[1:]) for part, group in zip(parts, groups, strict=True)]
 
 
+def resample_weights(weight: Tensor, members: int) -> Tensor:
+    """Weights of r sorted members as weights of another number of members that stand for the same tokens.
+
+    The weights are read as a density over the group that is constant within each of r equal parts, and integrated over
+    ``members`` equal parts. Their sum stays; ``members = 2 r`` halves each weight and repeats it, ``members = r / 2``
+    sums pairs.
+
+    Args:
+        weight: (..., r).
+        members: at least 1.
+
+    Returns:
+        (..., members), differentiable in ``weight``.
+    """
+    return weight @ _overlaps(weight.shape[-1], members, weight.device, weight.dtype)
+
+
+def _overlaps(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(old, new): the fraction of each of ``old`` equal parts of an interval that lies in each of ``new`` parts."""
+    starts_old = torch.arange(old, device=device)[:, None] * new  # in units of 1 / (old * new), exactly
+    starts_new = torch.arange(new, device=device)[None] * old
+    common = torch.minimum(starts_old + new, starts_new + old) - torch.maximum(starts_old, starts_new)
+    return (common.clamp(min=0).double() / new).to(dtype)
+
+
 def weighted_sum(members: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """sum over k of w[k] x[k] + b: (B, G, r, C), r weights and one bias -> (B, G, C)."""
     return (weight.view(1, -1) @ members).squeeze(2) + bias

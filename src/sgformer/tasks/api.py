@@ -107,11 +107,13 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
     return task_of(stored.task, weights).network(stored)
 
 
-def _read(weights: Source, model: str | None) -> tuple[Weights, Task]:
-    """The content of any weights, and their task."""
+def _read(weights: Source, model: str | None, tokens: float | None = None) -> tuple[Weights, Task]:
+    """The content of any weights, with a token budget if one is given, and their task."""
     from sgformer.models.load import read_weights
 
     stored = read_weights(weights, model)
+    if tokens is not None:
+        stored = dataclasses.replace(stored, token_budget=tokens)
     return stored, task_of(stored.task, weights)
 
 
@@ -120,6 +122,7 @@ def evaluate(
     data: Source,
     *,
     model: str | None = None,
+    tokens: float | None = None,
     knn: bool = False,
     linear_probe: bool = False,
     **options: Any,
@@ -130,6 +133,8 @@ def evaluate(
         weights: see the module.
         data: the data set, in the layout of the training.
         model: the network's name, for a plain state dict.
+        tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
+            :func:`sgformer.set_token_budget`.
         knn, linear_probe: score simple classifiers of the features instead, for weights of any task on a data set of
             classification; see `tasks.features.score_features`.
         options: `split`, `batch_size`, `image_size`, `workers`, `device`, `devices`, `precision`, `bad_images`, `out`
@@ -144,7 +149,7 @@ def evaluate(
     """
     for package in ("lightning", "torchmetrics"):
         require(package, extra="train")
-    stored, task = _read(weights, model)
+    stored, task = _read(weights, model, tokens)
     if knn or linear_probe:
         return _score_features(stored, data, knn, linear_probe, **options)
     task.require()
@@ -180,6 +185,7 @@ def predict(
     images: Any,
     *,
     model: str | None = None,
+    tokens: float | None = None,
     bad_images: str = "stop",
     stream: bool = False,
     **options: Any,
@@ -191,6 +197,8 @@ def predict(
         images: one or several files, folders (searched for images, also nested), or images in memory, which are read
             as their files are: PIL images, bytes, arrays (H, W, C), tensors (C, H, W); see `data.image.open_image`.
         model: the network's name, for a plain state dict.
+        tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
+            :func:`sgformer.set_token_budget`.
         bad_images: "stop" at an image that cannot be read, or "skip" it with a warning: then there are fewer results
             than images, each with the name of its own.
         stream: return an iterator that yields results one by one, for more images than fit in memory.
@@ -205,13 +213,13 @@ def predict(
     """
     from sgformer.data.image import Images
 
-    _, pairs, _ = predict_images(weights, Images(images, bad_images), model=model, **options)
+    _, pairs, _ = predict_images(weights, Images(images, bad_images), model=model, tokens=tokens, **options)
     results = (result for result, _ in pairs)
     return results if stream else list(results)
 
 
 def predict_images(
-    weights: Source, images: Images, *, model: str | None = None, **options: Any
+    weights: Source, images: Images, *, model: str | None = None, tokens: float | None = None, **options: Any
 ) -> tuple[Any, Iterator[tuple[Any, Any]], dict[str, Any]]:
     """:func:`predict` for callers that also show the images.
 
@@ -230,8 +238,10 @@ def predict_images(
         for name in ("multi_scale", "flip", "sliding"):
             if options.get(name):
                 raise UserError(f"--{dashed(name)} is for weights; {weights} is an exported file")
+        if tokens is not None:
+            raise UserError(f"--tokens is for weights; {weights} keeps those it was exported with")
         return task, task.predict_exported(network, images, **options), network.metadata
-    stored, task = _read(weights, model)
+    stored, task = _read(weights, model, tokens)
     task.require()
     refuse_foreign(options, task, "predict_options", weights)
     return task, task.predict(stored, images, **options), dict(stored.metadata)
@@ -242,6 +252,7 @@ def embed(
     images: Any,
     *,
     model: str | None = None,
+    tokens: float | None = None,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 32,
     bad_images: str = "stop",
@@ -254,6 +265,8 @@ def embed(
         weights: see the module; of any task.
         images: as for `predict`.
         model: the network's name, for a plain state dict.
+        tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
+            :func:`sgformer.set_token_budget`.
         image_size: pixels, or (height, width); by default as trained or, of detection and segmentation, 224.
         batch_size: images per batch.
         bad_images: "stop" at an image that cannot be read, or "skip" it with a warning.
@@ -267,17 +280,19 @@ def embed(
     """
     from sgformer.data.image import Images
 
-    options = {"model": model, "image_size": image_size, "batch_size": batch_size, "device": device}
+    options = {"model": model, "tokens": tokens, "image_size": image_size, "batch_size": batch_size, "device": device}
     return embed_images(weights, Images(images, bad_images), **options)  # type: ignore[arg-type]
 
 
-def embed_images(weights: Source, images: Images, *, model: str | None = None, **options: Any) -> Embeddings:
+def embed_images(
+    weights: Source, images: Images, *, model: str | None = None, tokens: float | None = None, **options: Any
+) -> Embeddings:
     """:func:`embed` for callers that are told which images are left out."""
     if is_exported(weights):
         raise UserError(f"{weights}: an exported file has no embeddings; take them from the weights it was made from")
     from sgformer.tasks.features import embed
 
-    stored, task = _read(weights, model)
+    stored, task = _read(weights, model, tokens)
     if stored.architecture is not None:
         task.require()
     return embed(stored, images, **options)
@@ -305,13 +320,17 @@ def explainer_for(model: nn.Module) -> Explainer:
     return get_task(task).explainer(model, about)
 
 
-def load_explainer(weights: Source, device: str = "auto", model: str | None = None) -> Explainer:
+def load_explainer(
+    weights: Source, device: str = "auto", model: str | None = None, tokens: float | None = None
+) -> Explainer:
     """An explainer of trained weights.
 
     Args:
         weights: see the module.
         device: "auto", "cpu", "cuda" ...
         model: the network's name, for a plain state dict.
+        tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
+            :func:`sgformer.set_token_budget`.
 
     Raises:
         UserError: the weights are unreadable or not of an SG-Former.
@@ -319,7 +338,7 @@ def load_explainer(weights: Source, device: str = "auto", model: str | None = No
     from sgformer.core.device import find_device
 
     where = find_device(device)
-    stored, task = _read(weights, model)
+    stored, task = _read(weights, model, tokens)
     about = dict(stored.metadata)
     if stored.architecture is None:
         about.setdefault("image_size", 224)
@@ -338,6 +357,7 @@ def explain(
     bad_images: str = "stop",
     device: str = "auto",
     model: str | None = None,
+    tokens: float | None = None,
 ) -> Iterator[Explanation]:
     """Show what a network attended to on images, one by one.
 
@@ -351,6 +371,8 @@ def explain(
         bad_images: "stop" at an image that cannot be read, or "skip" it with a warning.
         device: "auto", "cpu", "cuda" ...; a network in memory stays where it is.
         model: the network's name, for a plain state dict.
+        tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
+            :func:`sgformer.set_token_budget`. For weights; a network in memory keeps its own.
 
     Raises:
         UserError: weights or an image cannot be read, or the network is not an SG-Former.
@@ -359,7 +381,7 @@ def explain(
     from sgformer.explaining.base import open_picture
 
     return explain_images(
-        weights, Images(images, bad_images, open=open_picture).limited(limit), image_size, device, model
+        weights, Images(images, bad_images, open=open_picture).limited(limit), image_size, device, model, tokens
     )
 
 
@@ -369,10 +391,11 @@ def explain_images(
     image_size: int | tuple[int, int] | None = None,
     device: str = "auto",
     model: str | None = None,
+    tokens: float | None = None,
 ) -> Iterator[Explanation]:
     """:func:`explain` for callers that are told which images are left out."""
     if isinstance(weights, str | os.PathLike):
-        explainer = load_explainer(weights, device, model)
+        explainer = load_explainer(weights, device, model, tokens)
     else:
         explainer = explainer_for(weights)
     if image_size is not None:
@@ -391,6 +414,7 @@ def export(
     precision: str = "fp32",
     calibration: Source | None = None,
     model: str | None = None,
+    tokens: float | None = None,
 ) -> Export:
     """Export a network to another runtime, run the file there, and compare it with PyTorch.
 
@@ -408,6 +432,9 @@ def export(
         precision: "fp32"; "fp16" or "int8" (both ONNX only).
         calibration: a folder of images that static int8 is calibrated on, and the change in the results measured on.
         model: the network's name, for a plain state dict.
+        tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
+            :func:`sgformer.set_token_budget`;
+            the file keeps them.
 
     Raises:
         UserError: the weights cannot be read or exported; the file differs from PyTorch by more than 1e-4 of
@@ -418,7 +445,7 @@ def export(
     FORMATS.check(format, "--format")
     from sgformer.exporting.export import export_graph
 
-    stored, task = _read(weights, model)
+    stored, task = _read(weights, model, tokens)
     return export_graph(
         lambda whole: task.graph(stored, whole, features, significance),
         out,

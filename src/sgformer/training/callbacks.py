@@ -14,7 +14,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -28,6 +28,7 @@ from torch import nn
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.files import write_text
 from sgformer.models.load import read_metadata, save_weights
+from sgformer.models.significance import set_token_budget
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.sharded import full, local_shard
 from sgformer.training.state_file import publish
@@ -54,6 +55,23 @@ class StepSeeds(Callback):
         random.seed(words[0])
         np.random.seed(words[1])  # noqa: NPY002 - used by timm's mixup
         torch.manual_seed(words[2])
+
+
+class TokenBudgets(Callback):
+    """Draws the token budget of every update from some values, the same on every process; validation has a budget of 1.
+
+    A function of seed and step, so that a resumed run draws what an uninterrupted one would.
+    """
+
+    def __init__(self, budgets: Sequence[float], seed: int):
+        self.budgets, self.seed = budgets, seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
+        drawn = np.random.default_rng((self.seed, trainer.global_step)).choice(self.budgets)
+        set_token_budget(task.model, float(drawn))
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        set_token_budget(task.model, 1.0)
 
 
 # By hand: Lightning's EMAWeightAveraging does not support sharded models, has no decay warm-up, and swaps the average

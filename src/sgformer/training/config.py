@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
-from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
+from sgformer.models.config import (
+    AGGREGATION,
+    SIGNIFICANCE,
+    TOKEN_BUDGETS,
+    VARIANTS,
+    parse_regions,
+    parse_scales,
+    with_stages,
+)
 from sgformer.models.pretrained import PRETRAINED, TAG
 
 if TYPE_CHECKING:
@@ -183,6 +191,9 @@ class RunConfig:
         "SHARE:RATE,... per guided stage, least to most significant, separated by /, e.g. .5:28,.5:7/.5:4,.5:2/1:1",
     )
     scales: str | None = option(None, "Network", "reductions of the head groups per guided stage, e.g. 8,4,1/4,1/2,1")
+    token_budget_range: str | None = option(
+        None, "Network", "LEAST,MOST: draw the token budget of each update from these, e.g. .25,2 [always 1]"
+    )
     ema: float = option(0.9998, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
     opt: str = option(
@@ -242,6 +253,7 @@ class RunConfig:
         if self.record_significance and (not self.model.startswith("sgformer_") or self.pairs not in (None, "guided")):
             raise UserError("--record-significance is for sgformer models with self-guided blocks")
         self.guidance  # noqa: B018 - raises on invalid values
+        self.token_budgets  # noqa: B018 - the same
         self._check("native", lambda v: v in ("auto", "on", "off"), "must be auto, on or off")
         if self.native == "on" and not self.model.startswith("sgformer_"):
             raise UserError(f"--native on is for sgformer models; there are no kernels for {self.model}")
@@ -251,6 +263,28 @@ class RunConfig:
             self._check_fsdp()
         if self.batch_size != AUTO and self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
+
+    @property
+    def token_budgets(self) -> tuple[float, ...]:
+        """What updates draw from: the ends of `token_budget_range` and, between them, steps of the square root of 2.
+
+        Few values, because `--compile` compiles the network for each.
+        """
+        if self.token_budget_range is None:
+            return (1.0,)
+        try:
+            low, high = map(float, self.token_budget_range.split(","))
+        except ValueError:
+            low = high = math.nan
+        if not TOKEN_BUDGETS[0] <= low < high <= TOKEN_BUDGETS[1]:
+            raise UserError(
+                f"--token-budget-range must be LEAST,MOST between {TOKEN_BUDGETS[0]:g} and {TOKEN_BUDGETS[1]:g}, e.g. "
+                f".25,2, got {self.token_budget_range}"
+            )
+        if not self.model.startswith("sgformer_") or self.pairs not in (None, "guided"):
+            raise UserError("--token-budget-range is for sgformer models with self-guided blocks")
+        between = (2 ** (step / 2) for step in range(-8, 9))
+        return (low, *(budget for budget in between if low < budget < high), high)
 
     def _check_fsdp(self) -> None:
         if self.opt.lower() not in (*ELEMENTWISE, AUTO):

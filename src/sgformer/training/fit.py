@@ -116,6 +116,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
         )
         averaging = [cb.WeightAverage(config.ema)] if config.ema else []
         unsharded = [cb.UnshardedCopy()] if config.strategy == "fsdp" else []
+        budgets = [cb.TokenBudgets(config.token_budgets, config.seed)] if config.token_budget_range else []
         seeds = cb.StepSeeds(config.seed)
         guard = NanGuard(folder, splits.metadata, seeds.on_train_batch_start, splits.train.listing.path)
         recorder = []
@@ -136,6 +137,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
                 cb.FirstBatches(
                     config.seed, lambda images, targets: task.draw_batch(config, splits, images, targets, drawn)
                 ),
+                *budgets,
                 seeds,
                 guard,
                 *averaging,
