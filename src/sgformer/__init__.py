@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sgformer._version import __version__
+from sgformer.core import terminal as terminal  # the log loses what does not print
 from sgformer.core import timm_hook
 from sgformer.core.errors import UserError
 from sgformer.models.config import VARIANTS as VARIANTS  # as docs/interop.md has it

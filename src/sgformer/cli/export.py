@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sgformer.core.errors import UserError
+from sgformer.core.terminal import say
 from sgformer.exporting.formats import FORMATS
 
 
@@ -47,7 +48,7 @@ def export(
         calibration=calibration,
         model=model,
     )
-    print(result.describe())
+    say(*result.describe().split("\n"))
     return 0
 
 

@@ -7,11 +7,14 @@ import signal
 from pathlib import Path
 from types import ModuleType
 
+from sgformer.core.names import printable, without_login
+
 
 class UserError(ValueError):
     """An error the user can fix. The message is one line: the offending file or value, and the remedy.
 
-    The command line prints it as `sgformer: error: ...` and exits with status 2.
+    What does not print is escaped, whatever names the message quotes, and addresses lose their passwords. The command
+    line prints it as `sgformer: error: ...` and exits with status 2.
     """
 
     MAX_LENGTH = 1000  # characters: text quoted from a file must not fill the screen
@@ -20,6 +23,7 @@ class UserError(ValueError):
         # A DataLoader worker re-raises an exception as `type(traceback as text)`: keep its last line.
         kind = type(self)
         line = message.rsplit(f"{kind.__module__}.{kind.__qualname__}: ", 1)[-1].strip()
+        line = printable(without_login(line))
         super().__init__(line if len(line) <= self.MAX_LENGTH else line[: self.MAX_LENGTH - 4] + " ...")
 
 

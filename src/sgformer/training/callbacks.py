@@ -26,8 +26,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from sgformer.core.errors import Interrupted, UserError
-from sgformer.core.files import write_text
+from sgformer.core.files import appending, write_text
 from sgformer.models.load import read_metadata, save_weights
+from sgformer.training.ranks import gather
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.sharded import full, local_shard
 from sgformer.training.state_file import publish
@@ -171,9 +172,7 @@ class SkippedImages(Callback):
     def gather(self, trainer: L.Trainer) -> None:
         """Merge the lines of all processes, on every process."""
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, self.lines)
-            self.lines = set().union(*gathered)
+            self.lines = set().union(*gather(sorted(self.lines)))
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note(batch)
@@ -331,7 +330,7 @@ class RunLog(Callback):
             with self.table.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 if set(row) <= set(reader.fieldnames or ()):
-                    with self.table.open("a", newline="", encoding="utf-8") as out:
+                    with appending(self.table, newline="") as out:
                         csv.DictWriter(out, reader.fieldnames or ()).writerow(_short(row))
                     return
                 rows = list(reader)
