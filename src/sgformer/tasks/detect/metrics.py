@@ -75,7 +75,9 @@ class DetectionEvaluation:
         """All but the detections, in types that JSON has; see `of_json`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "results"}
         curves = {kind: precision.tolist() for kind, precision in self.precision.items()}
-        return {**values, "precision": curves, "image_scores": list(self.image_scores.items())}
+        keys = [key.item() if isinstance(key, np.generic) else key for key in self.image_scores]
+        scores = list(zip(keys, self.image_scores.values(), strict=True))
+        return {**values, "precision": curves, "image_scores": scores}
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> DetectionEvaluation:
