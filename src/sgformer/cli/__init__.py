@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sgformer._version import __version__
 from sgformer.cli.parser import HelpShown, run_function
 from sgformer.core import plugins
-from sgformer.core.errors import UserError
+from sgformer.core.errors import UserError, how_to_install
 from sgformer.core.names import nearest
 from sgformer.core.terminal import say
 from sgformer.tasks.registry import TASKS, get_task
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         needs = f"needs {missing}, which is not installed"
         if missing.startswith("sgformer."):  # installed as sgformer-runtime, a subset of the package
-            needs = "is not part of sgformer-runtime: uninstall that, and pip install sgformer"
+            needs = f"is not part of sgformer-runtime: uninstall that, and {how_to_install()}"
         say(f"sgformer: error: this command {needs}", file=sys.stderr)
         return 2
     except OSError as error:  # no space, no permission, no such folder

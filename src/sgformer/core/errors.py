@@ -9,6 +9,15 @@ from types import ModuleType
 
 from sgformer.core.names import printable, without_login
 
+#: How this package is installed; docs/install.md says so at length. It is on no index: by its name alone, pip would
+#: install what somebody else registers there.
+INSTALL = "pip install '.{extra}' in the folder of sgformer's repository"
+
+
+def how_to_install(extra: str = "") -> str:
+    """The command that installs this package, with one of its extras."""
+    return INSTALL.format(extra=f"[{extra}]" if extra else "")
+
 
 class UserError(ValueError):
     """An error the user can fix. The message is one line: the offending file or value, and the remedy.
@@ -79,5 +88,5 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise UserError(
-            f"this needs the package {error.name!r}, which is not installed: pip install 'sgformer[{extra}]'"
+            f"this needs the package {error.name!r}, which is not installed: {how_to_install(extra)}"
         ) from None

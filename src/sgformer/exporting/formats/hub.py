@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import UserError, how_to_install
 from sgformer.core.names import markdown
 from sgformer.data.image import height_and_width
 from sgformer.exporting.formats import ExportFormat, Runner, register_export
@@ -25,7 +25,7 @@ WEIGHTS, CONFIG, CARD, CODE = "model.safetensors", "config.json", "README.md", "
 CLASS = "SGFormerForImageClassification"
 
 #: What `trust_remote_code=True` runs instead of `import sgformer` in the reader's own program.
-MODULE = f'''"""The classifier of this folder for transformers: pip install sgformer."""
+MODULE = f'''"""The classifier of this folder for transformers; needs sgformer: {how_to_install()}."""
 
 import sgformer  # noqa: F401 - adds its networks to timm
 from transformers import TimmWrapperForImageClassification
@@ -112,7 +112,7 @@ def _card(about: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     # A value that is not finite is stored as null.
     scores = [f"| {markdown(name)} | {value:.4g} |" for name, value in metrics if isinstance(value, (int, float))]
     table = ["", "On the validation images of its training:", "", "| Metric | Value |", "|---|---|", *scores]
-    import_first = "import sgformer  # pip install sgformer\n" if about["config"] else ""
+    import_first = f"import sgformer  # {how_to_install()}\n" if about["config"] else ""
     return f"""---
 {data.to_yaml()}
 ---
