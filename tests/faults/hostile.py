@@ -601,7 +601,7 @@ def run_commands(run: Path, photos: Path) -> dict[str, list[str]]:
 
 
 def mutated_runs(seed: int = 0) -> Inputs:
-    """Links and settings to plant in a run folder, and a command that then uses it."""
+    """What to plant in a run folder: links, settings, damage; and a command that then uses it."""
     rng, number = random.Random(seed), 0
     fields_ = ("data", "val_data", "weights", "teacher", "teacher_classes", "model", "images", "run")
     while True:
@@ -611,8 +611,14 @@ def mutated_runs(seed: int = 0) -> Inputs:
         settings = {}
         if rng.random() < 0.5:
             settings = {rng.choice(fields_): rng.choice((*ELSEWHERE, *WORDS)) for _ in range(rng.choice((1, 1, 2)))}
-        command = rng.choice(list(run_commands(Path(), Path())))
-        yield f"{number}.json", json.dumps({"links": links, "settings": settings, "command": command}).encode()
+        damaged = []
+        if rng.random() < 0.4:
+            damaged = rng.sample(
+                [name for name in run_places() if (a_run()[0] / name).is_file()], rng.choice((1, 1, 3))
+            )
+        command = rng.choice([*run_commands(Path(), Path()), "resume"])
+        plan = {"links": links, "settings": settings, "damaged": damaged, "seed": number, "command": command}
+        yield f"{number}.json", json.dumps(plan).encode()
         number += 1
 
 
@@ -629,12 +635,15 @@ def try_run(name: str, data: bytes, folder: Path) -> str:
         (outside / "file").write_text("mine")
         targets = {"file": outside / "file", "folder": outside / "folder", "nothing": outside / "new",
                    "device": Path("/dev/full")}  # fmt: skip
+        rng = random.Random(plan["seed"])
+        for place in plan["damaged"]:
+            (run / place).write_bytes(mutate((run / place).read_bytes(), rng))
         for place, kind in plan["links"].items():
             plant(run / place, targets[kind])
         config = run / "config.yaml"
         if plan["settings"] and config.is_file() and not config.is_symlink():
-            values = yaml.safe_load(config.read_text())
-            config.write_text(yaml.safe_dump(values | plan["settings"]))
+            with contextlib.suppress(yaml.YAMLError, ValueError, TypeError):  # it may be damaged
+                config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | plan["settings"]))
         before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
         with offline() as asked:
             words = run_commands(run, a_run()[1])[plan["command"]]

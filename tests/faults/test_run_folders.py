@@ -82,7 +82,8 @@ def test_links_elsewhere_are_the_users(places, tmp_path):
 
 
 def plan(command, links=(), settings=()):
-    return json.dumps({"links": dict(links), "settings": dict(settings), "command": command}).encode()
+    whole = {"links": dict(links), "settings": dict(settings), "damaged": [], "seed": 0, "command": command}
+    return json.dumps(whole).encode()
 
 
 @pytest.mark.slow

@@ -275,7 +275,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(128)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         hint = "; pass another --port" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
         why = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host}, port {port}: {why}{hint}") from None

@@ -64,7 +64,9 @@ def read_options(
     if resume:
         from sgformer.training.run_folder import RunFolder
 
-        source = RunFolder.open(resume).path / "config.yaml"
+        folder = RunFolder.open(resume)
+        folder.check()
+        source = folder.path / "config.yaml"
     if source:
         try:
             stored = read_yaml(source, config_class)

@@ -95,7 +95,7 @@ class SignificanceRecorder(Callback):
 
 def records(path: Path) -> list[Path]:
     """The folders of the records, in chronological order."""
-    return sorted(p for p in path.glob("[0-9]*") if p.is_dir())
+    return sorted(p for p in path.glob("[0-9]*") if p.name.isdecimal() and p.is_dir() and not p.is_symlink())
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

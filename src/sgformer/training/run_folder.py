@@ -100,9 +100,19 @@ class RunFolder:
         folder = cls(path, writes)
         if not (folder.path / CONFIG).is_file():
             raise UserError(f"{folder.path}: not a run folder (no {CONFIG} in it)")
-        for name in ("checkpoints", "validation", "significance", "log.txt", "metrics.csv") if writes else ():
-            refuse_links(folder.path / name)  # now, not hours later
         return folder
+
+    def check(self) -> None:
+        """Look for what a folder of somebody else's may hold to do harm; before it is resumed, not hours later.
+
+        Raises:
+            UserError: a link that would be written through; what is neither file nor folder and may be read for ever.
+        """
+        for name in ("checkpoints", "validation", "significance", "log.txt", "metrics.csv"):
+            refuse_links(self.path / name)
+        for path in self.path.rglob("*"):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{path}: neither a file nor a folder; remove it")
 
     def keep_split(self, split: Mapping[str, Any] | None) -> None:
         """Write which images --val-split kept for validation; of a resumed run, compare.
@@ -243,6 +253,7 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
         UserError: an option that must not change differs from the run's.
     """
     folder = RunFolder.open(run)
+    folder.check()
     # Nothing is derived from the data again: what an older run did not know has its standard value.
     values = read_yaml(folder.path / CONFIG, config_class)
     refuse_remote(folder.path / CONFIG, config_class, values, options)
