@@ -15,6 +15,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sgformer.core.errors import Interrupted, UserError
+from sgformer.core.errors import Interrupted, UserError, first_line
 from sgformer.core.files import appending, write_text
 from sgformer.models.load import read_metadata, save_weights
 from sgformer.training.ranks import gather
@@ -241,9 +242,8 @@ class RunLog(Callback):
         self._pace = (self._start, self._step)  # time and step at which the current stretch of training began
         if self.writes and self.table.exists():  # rows after the checkpoint will be repeated
             # A last line without a newline was cut off when the process was killed.
-            complete = self.table.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = [row for row in csv.DictReader(io.StringIO(complete, newline="")) if int(row["step"]) <= self._step]
-            self._write(rows)
+            complete = self.table.read_bytes().rpartition(b"\n")[0]
+            self._write([row for row in _rows(self.table, complete) if int(row["step"]) <= self._step])
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         self._losses, self._since["validation"] = {}, {}
@@ -601,6 +601,22 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rows(table: Path, data: bytes) -> list[dict[str, str]]:
+    """The rows of a `metrics.csv` with this content.
+
+    Raises:
+        UserError: it is damaged; names `table`.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+        for row in rows:
+            for name, value in row.items():
+                int(value) if name == "step" else float(value or 0)
+        return rows
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{table}: damaged ({first_line(error)}); repair or remove it") from None
 
 
 def _rate(trainer: L.Trainer) -> float:

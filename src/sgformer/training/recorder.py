@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from sgformer.core.errors import UserError, first_line
 from sgformer.core.files import make_folder, remove_folder, replacing, write_text
 from sgformer.explaining.localization import coverage, salient, stride_of
 from sgformer.training.run_folder import RunFolder
@@ -102,8 +105,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     """A record's arrays by image."""
     images = {}
     for file in sorted(path.glob("*.npz")):
-        with np.load(file) as arrays:
-            images[file.stem] = dict(arrays)
+        try:
+            with np.load(file) as arrays:
+                images[file.stem] = dict(arrays)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise UserError(f"{file}: damaged ({first_line(error)}); remove {path}") from None
     return images
 
 
