@@ -12,8 +12,14 @@ install: .venv/.installed  ## make .venv with this checkout and every extra
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+
+# Everything that pip installs has its version in constraints.txt, what it builds packages with included; pip before 25.3
+# takes that from the first variable, later ones from the second.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Two processes of one thread each train twice as fast on two cores as one process of two threads.
 demo: install  ## fine-tune sgformer_n on 1,500 photographs of clothes, beside the same from random weights (8 minutes on 2 cores)
@@ -75,14 +81,14 @@ torture: install  ## kill it 100 times, feed it 30,000 bad inputs, and count (20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py --out torture
 
 fuzz: install  ## fuzzing that looks for new branches, a minute a target (needs atheris, which has wheels for Linux)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	for target in checkpoint_adapter pickles safetensors_files coco_files label_maps configs; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py $$target --seconds 60 || exit 1; done
 
 interop:  ## every snippet of docs/interop.md in a fresh environment that has '.[interop]' alone (6 GB while it runs)
 	rm -rf .venv-interop
 	$(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[interop]'
+	.venv-interop/bin/python -m pip install --quiet '.[interop]'
 	.venv-interop/bin/python -m pip check
 	.venv-interop/bin/python docs/snippets.py docs/interop.md
 	rm -rf .venv-interop
@@ -94,7 +100,7 @@ oldest: .venv-oldest/.installed  ## the quick tests on the oldest versions that 
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet uv
-	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[dev]'
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --build-constraints constraints.txt --resolution lowest-direct --editable '.[dev]'
 	@touch $@
 
 newest: .venv-newest/.installed  ## the quick tests on the newest versions there are
@@ -102,7 +108,7 @@ newest: .venv-newest/.installed  ## the quick tests on the newest versions there
 
 .venv-newest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
+	PIP_CONSTRAINT= .venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
 	@touch $@
 
 api: install  ## write the public names and options to tests/api.txt, after changing them on purpose

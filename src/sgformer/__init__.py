@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sgformer._version import __version__
+from sgformer.core import terminal as terminal  # the log loses what does not print
 from sgformer.core import timm_hook
-from sgformer.core.errors import UserError
+from sgformer.core.errors import UserError, how_to_install
 from sgformer.models.config import VARIANTS as VARIANTS  # as docs/interop.md has it
 from sgformer.models.config import SGFormerConfig, StageConfig
 
@@ -97,7 +98,7 @@ def __getattr__(name: str) -> Any:
         if missing.split(".")[0] not in ("torch", "torchvision", "timm", "safetensors", "sgformer"):
             raise
         raise ImportError(
-            f"sgformer.{name} needs torch and timm, which are not installed: pip install sgformer"
+            f"sgformer.{name} needs torch and timm, which are not installed: {how_to_install()}"
         ) from error
     globals()[name] = value
     return value

@@ -190,4 +190,5 @@ class Explanation:
         arrays = {f"{kind}/{key}": value for kind in kinds for key, value in getattr(self, kind).items()}
         arrays |= {f"density/{key}": self.density(key) for key in self.tokens}
         arrays |= {name: getattr(self, name) for name in ("logits", "overlay") if getattr(self, name) is not None}
-        np.savez_compressed(path, image=self.image, **arrays)
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez_compressed(file, image=self.image, **arrays)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_networks import grey_png, photo, save_weights
+
+from sgformer.cli import main
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytest.importorskip("nicegui")
@@ -215,9 +218,34 @@ def test_bad_uploads_over_http(server):
     assert ask(server, noise.getvalue())[0] == 200
 
 
+def test_what_breaks_off_or_comes_from_elsewhere_leaves_no_trace(server):
+    """That nothing is said about it is seen when the server ends."""
+    host, port = server.removeprefix("http://").split(":")
+    upload = f"POST /explain HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 1000\r\n\r\nhalf".encode()
+    for data in (upload, upload[:30], b"\x16\x03\x01\x02", b"GET / HTTP/1.1\r\n" + b"a" * 70_000, b""):
+        with socket.create_connection((host, int(port)), 20) as one:
+            one.sendall(data)
+    for header, status in (({"Sec-Fetch-Site": "cross-site"}, 403), ({"Host": "evil.example"}, 400), ({}, 200)):
+        request = urllib.request.Request(f"{server}/", headers=header)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert answer.status == status
+        except urllib.error.HTTPError as error:
+            assert error.code == status
+    for path in ("/examples/x.jpg", "/results/x/tokens/y", "/results/x/image.png"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{server}{path}", timeout=60)
+
+
+def test_a_name_is_needed_beyond_this_machine(capsys):
+    assert main(["app", "--host", "0.0.0.0"]) == 2
+    assert "--host 0.0.0.0: name the addresses that visitors will type with --allow-host" in capsys.readouterr().err
+
+
 def test_beyond_this_machine_it_warns(tmp_path):
     save_weights("classify", tmp_path / "n.safetensors")
-    words = ["-m", "sgformer", "app", "n.safetensors", "--host", "0.0.0.0", "--port", "0", "--device", "cpu"]
+    words = ["-m", "sgformer", "app", "n.safetensors", "--host", "0.0.0.0", "--allow-host", "gpu1.example.org"]
+    words += ["--port", "0", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         [sys.executable, *words],

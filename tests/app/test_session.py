@@ -1,7 +1,9 @@
 """What the page asks and answers, without a browser: looks of every task, the queue, the guard."""
 
 import asyncio
+import contextlib
 import io
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from small_networks import DEADLY, ENDLESS, Here, Misbehaving, desk_here, grey_p
 
 import sgformer
 from sgformer.app import session as bounds
-from sgformer.app.networks import Networks, read_upload
+from sgformer.app.networks import Network, Networks, read_upload
 from sgformer.app.session import Busy, Session
 from sgformer.app.worker import Stopped, Worker
 from sgformer.data.image import read_image
@@ -22,7 +24,7 @@ from sgformer.explaining.base import ranked_by
 from sgformer.tasks.detect.explain import DetectExplainer
 
 pytest.importorskip("fastapi")
-from sgformer.app.server import Guard, bind, build, is_loopback, read_body
+from sgformer.app.server import bind, bounded, build, guard, host_names, is_loopback, read_body
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +173,12 @@ class Gate:
         self.open, self.seen = threading.Event(), []
 
     def describe(self):
-        return []
+        return [Network("one", None, "classify", "sgformer_n", ("ant",), 1, True, 0.5)]
 
-    def explain(self, who):
+    def explain(self, network, who):
         self.open.wait(10)
         self.seen.append(who)
+        return None, None
 
 
 def test_everybody_queues_and_the_last_are_turned_away(monkeypatch):
@@ -184,10 +187,10 @@ def test_everybody_queues_and_the_last_are_turned_away(monkeypatch):
     monkeypatch.setattr(bounds, "QUEUE", 5)
 
     async def crowd():
-        waiting = [asyncio.create_task(session._call("explain", i)) for i in range(5)]
+        waiting = [asyncio.create_task(session.explain(i)) for i in range(5)]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="waiting"):
-            await session._call("explain", "late")
+            await session.explain("late")
         gate.open.set()
         await asyncio.gather(*waiting)
 
@@ -201,15 +204,15 @@ def test_nobody_waits_for_ever(monkeypatch):
     monkeypatch.setattr(bounds, "PATIENCE", 0.05)
 
     async def two():
-        slow = asyncio.create_task(session._call("explain", "slow"))
+        slow = asyncio.create_task(session.explain("slow"))
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="longer"):
-            await session._call("explain", "given up")
+            await session.explain("given up")
         with pytest.raises(Busy):
             await slow
         gate.open.set()
         monkeypatch.setattr(bounds, "PATIENCE", 10)
-        await session._call("explain", "next")
+        await session.explain("next")
 
     asyncio.run(two())
     assert gate.seen == ["slow", "next"]  # who gave up is not served to nobody
@@ -379,7 +382,7 @@ def ask(app, method="GET", path="/examples/0.jpg", body=b"", headers=(), kind="h
 @pytest.fixture(scope="module")
 def guarded(weights, pictures):
     examples = [read_image(path) for path in sorted(pictures.iterdir())]
-    return Guard(build(desk_here(weights["classify"], examples=examples)), frozenset({"127.0.0.1", "localhost"}))
+    return guard(build(desk_here(weights["classify"], examples=examples)), {"127.0.0.1", "localhost", "::1"})
 
 
 def test_images_in_looks_out(guarded):
@@ -392,9 +395,18 @@ def test_images_in_looks_out(guarded):
     for name in ("image.png", "coarse/1.0.png", "sheet.png"):
         status, headers, body = ask(guarded, path=f"/results/{said['result']}/{name}")
         assert (status, headers["content-type"], body[:4]) == (200, "image/png", b"\x89PNG"), name
-    for name in ("answer.png", "coarse/7.7.png", "anything"):
+    unknown = ("answer.png", "coarse/7.7.png", "anything", "tokens/9.9", "tokens/x", "tokens/1.x", "coarse/x.png")
+    for name in unknown:
         assert ask(guarded, path=f"/results/{said['result']}/{name}")[0] == 404, name
-    assert ask(guarded, path="/results/other/image.png")[0] == 404
+    for path in (
+        "/results/other/image.png",
+        "/examples/3.jpg",
+        "/examples/x.jpg",
+        "/examples/-1.jpg",
+        "/examples/1.0.jpg",
+    ):
+        assert ask(guarded, path=path)[0] == 404, path
+    assert ask(guarded, path=f"/examples/{'9' * 5000}.jpg")[0] == 404
     status, _, body = ask(guarded, "POST", "/explain", b"no picture")
     assert status == 400 and "not an image" in json.loads(body)["error"]
     assert ask(guarded, path="/docs")[0] == 404  # FastAPI's own pages load scripts from elsewhere
@@ -415,18 +427,136 @@ def test_what_was_stopped_is_said_over_http(misbehaving, monkeypatch):
         ({}, 200),
         ({"host": "localhost:9"}, 200),
         ({"origin": "http://127.0.0.1:7860"}, 200),
-        ({"host": "evil.example:7860"}, 403),  # a name that was made to point here
+        ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, 200),
+        ({"host": "evil.example:7860"}, 400),  # a name that was made to point here
+        ({"host": "127.0.0.1.evil.example"}, 400),
+        ({"host": "["}, 400),
+        ({"host": ""}, 400),
         ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://127.0.0.1:8000"}, 403),  # another server of this machine
         ({"origin": "null"}, 403),
-        ({"host": "["}, 403),
+        ({"origin": "http://["}, 403),
+        ({"sec-fetch-site": "none"}, 200),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 403),  # a page, or a picture in another one
+        ({"sec-fetch-site": "same-site"}, 403),
         ({"content-length": str(bounds.MAX_BYTES + 1)}, 413),
         ({"content-length": "-1"}, 413),
+        ({"content-length": "²"}, 413),
+        ({"content-length": "9" * 5000}, 413),
     ],
 )
 def test_other_sites_and_long_bodies_are_turned_away(guarded, headers, status):
     assert ask(guarded, headers=headers)[0] == status
-    if status == 403:
-        assert ask(guarded, headers=headers, kind="websocket") == "websocket.close"
+    if status in (400, 403):
+        begun = ask(guarded, headers=headers, kind="websocket")
+        assert begun == ("websocket.close" if status == 403 else "websocket.http.response.start")
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "names"),
+    [
+        ("127.0.0.1", [], {"127.0.0.1", "::1", "localhost"}),
+        ("127.0.0.1", ["page.example.org"], {"127.0.0.1", "::1", "localhost", "page.example.org"}),
+        ("192.0.2.1", [], {"192.0.2.1"}),
+        ("0.0.0.0", ["192.0.2.1", "2001:db8::1"], {"127.0.0.1", "::1", "localhost", "192.0.2.1", "2001:db8::1"}),
+        ("::", [], "--allow-host"),
+        ("0.0.0.0", ["*"], "--allow-host \\*: give a name"),
+        ("0.0.0.0", ["http://page.example.org"], "give a name"),
+        ("0.0.0.0", ["page.example.org:80"], "give a name"),
+        ("127.0.0.1", ["a\x1b"], r"a\\x1b: give"),
+    ],
+)
+def test_the_page_answers_to_the_names_given(host, allowed, names):
+    if isinstance(names, set):
+        assert host_names(host, allowed) == names
+    else:
+        with pytest.raises(sgformer.UserError, match=names):
+            host_names(host, allowed)
+
+
+# -- a server ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """A session with a gate behind the page's HTTP server, a function that opens a connection, and the server."""
+    import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    gate = Gate()
+    session = Session(Here(gate))
+    app = guard(build(session), {"127.0.0.1"})
+    config = uvicorn.Config(app, http=bounded(AutoHTTPProtocol), log_config=None)
+    server = uvicorn.Server(config)
+    opened = []
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+
+        def connect(sent: bytes = b""):
+            one = socket.create_connection(listener.getsockname(), 20)
+            one.sendall(sent)
+            opened.append(one)
+            return one
+
+        yield session, connect, server
+        gate.open.set()
+        for one in opened:
+            one.close()
+        server.should_exit = True
+        thread.join(20)
+
+
+def upload(length: int, body: bytes = b"") -> bytes:
+    return f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n".encode() + body
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_uploads_count_before_their_bodies_are_read(served, monkeypatch):
+    session, connect, _ = served
+    monkeypatch.setattr(bounds, "QUEUE", 3)
+    waiting = [connect(upload(1000)) for _ in range(3)]  # none sends its body
+    until(lambda: session.waiting == 3)
+    reply = connect(upload(bounds.MAX_BYTES)).recv(1000)
+    assert reply.startswith(b"HTTP/1.1 503") and b"connection: close" in reply.lower()
+    waiting[0].close()  # its place is free
+    until(lambda: session.waiting == 2)
+
+
+def test_connections_are_bounded_and_idle_ones_closed(served, monkeypatch):
+    _, connect, server = served
+    monkeypatch.setattr(bounds, "CONNECTIONS", 3)
+    monkeypatch.setattr(bounds, "ARRIVAL", 0.5)
+    silent = [connect(), connect(b"GET / HTTP/1.1\r\n"), connect(upload(1000))]
+    until(lambda: len(server.server_state.connections) == 3)
+    with contextlib.suppress(ConnectionError):
+        assert connect(b"GET /x HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").recv(100) == b""
+    assert [one.recv(1000)[:12] for one in silent] == [b"", b"", b"HTTP/1.1 408"]
+    until(lambda: not server.server_state.connections)
+    assert connect(b"GET /x HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").recv(100).startswith(b"HTTP/1.1 404")
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(served, caplog, capfd):
+    session, connect, server = served
+    for data in (upload(1000, b"half"), upload(1000), upload(1000)[:30]):
+        connect(data).close()
+    until(lambda: not server.server_state.connections and not server.server_state.tasks)
+    assert (
+        connect(b"GET /results/1/image.png HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").recv(100).startswith(b"HTTP/1.1 404")
+    )
+    assert not session.waiting and not [
+        record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")
+    ]
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("host, inside", [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)])

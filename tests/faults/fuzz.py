@@ -1,4 +1,4 @@
-"""Fuzzing that looks for new branches (atheris, from `pip install 'sgformer[fuzz]'`): `make fuzz`, or
+"""Fuzzing that looks for new branches (atheris, from the extra `fuzz`): `make fuzz`, or
 
 python tests/faults/fuzz.py TARGET --seconds 60
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import copy
@@ -15,6 +16,7 @@ import json
 import random
 import re
 import shutil
+import socket
 import struct
 import sys
 import tempfile
@@ -23,15 +25,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image, features
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import coco_scene
+from photos import make_photos
 
 import sgformer
+from sgformer.app.session import _examples as examples_of
 from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import read_label_map
@@ -546,6 +552,156 @@ def try_shards(name: str, data: bytes, folder: Path) -> str:
         return refused(str(root), index)
     finally:
         shutil.rmtree(root)
+
+
+# -- run folders ------------------------------------------------------------------------------------------------------
+
+#: Of a run that is one step from its end: every image and record is small.
+RUN = {"model": "sgformer_n", "weights": "none", "image_size": 32, "batch_size": 4, "epochs": 1, "max_steps": 1,
+       "warmup_epochs": 0, "workers": 0, "device": "cpu", "native": "off", "log_every": 1,
+       "record_significance": 1}  # fmt: skip
+ELSEWHERE = (
+    *("ftp://user:secret@127.0.0.1:9/x", "http://169.254.169.254/latest", "https://user:secret@sgformer.invalid/x"),
+    *("s3://bucket/x", "gs://bucket/x", "memory://x", "simplecache::http://sgformer.invalid/x", "file://host/x"),
+    *("//sgformer.invalid/x", "\\\\sgformer.invalid\\x", "hf-hub:sgformer/invalid", "hf_hub:sgformer/invalid"),
+)
+
+
+@functools.cache
+def a_run() -> tuple[Path, Path]:
+    """The folder of a run of three small classes, after one of its two epochs, and its data; kept until the end."""
+    work = Path(tempfile.mkdtemp(prefix="sgformer-run-"))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
+    photos = make_photos(work / "photos", train=2, val=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        sgformer.train("classify", data=str(photos), run=str(work / "run"), **RUN)
+    return work / "run", photos
+
+
+def run_places() -> list[str]:
+    """What a run folder may hold: all files and folders of a run, those of `eval` and unfinished ones."""
+    run = a_run()[0]
+    found = sorted(path.relative_to(run).as_posix() for path in run.rglob("*"))
+    files = [name for name in found if (run / name).is_file()]
+    return [*found, *(f"{name}.tmp" for name in files), "eval", "eval/metrics.json", "out", "out/0.png", "out/0000.png"]
+
+
+def run_commands(run: Path, photos: Path) -> dict[str, list[str]]:
+    """Command lines that read a run folder of somebody else's and write, by default or as asked, below it."""
+    image, cpu = str(photos / "val/ant/0.png"), ["--device", "cpu"]
+    return {
+        "resume": ["train", "classify", "--resume", str(run), "--max-steps", "2", "--epochs", "2"],
+        "eval": ["eval", str(run), "--data", str(photos), "--workers", "0", *cpu],
+        "eval --out": ["eval", str(run), "--data", str(photos), "--workers", "0", "--out", str(run / "out"), *cpu],
+        "predict": ["predict", str(run), image, "--out", str(run / "out"), "--json", str(run / "out/0.json"), *cpu],
+        "features": ["predict", str(run), image, "--features", str(run / "out/f.npz"), *cpu],
+        "explain": ["explain", str(run), image, "--out", str(run / "out"), "--arrays", *cpu],
+        "app": [],  # the examples of its page
+    }
+
+
+def mutated_runs(seed: int = 0) -> Inputs:
+    """What to plant in a run folder: links, settings, damage; and a command that then uses it."""
+    rng, number = random.Random(seed), 0
+    fields_ = ("data", "val_data", "weights", "teacher", "teacher_classes", "model", "images", "run")
+    while True:
+        links = {}
+        for name in rng.sample(run_places(), rng.choice((0, 1, 1, 2, 8))):
+            links[name] = rng.choice(("file", "file", "folder", "nothing", "device"))
+        settings = {}
+        if rng.random() < 0.5:
+            settings = {rng.choice(fields_): rng.choice((*ELSEWHERE, *WORDS)) for _ in range(rng.choice((1, 1, 2)))}
+        damaged = []
+        if rng.random() < 0.4:
+            damaged = rng.sample(
+                [name for name in run_places() if (a_run()[0] / name).is_file()], rng.choice((1, 1, 3))
+            )
+        command = rng.choice([*run_commands(Path(), Path()), "resume"])
+        plan = {"links": links, "settings": settings, "damaged": damaged, "seed": number, "command": command}
+        yield f"{number}.json", json.dumps(plan).encode()
+        number += 1
+
+
+def try_run(name: str, data: bytes, folder: Path) -> str:
+    """Done, or refused in one line; what links lead to is as it was, and nothing was called or looked up."""
+    plan = json.loads(data)
+    work = Path(tempfile.mkdtemp(dir=folder))
+    run, outside = work / "run", work / "outside"
+    try:
+        shutil.copytree(a_run()[0], run)
+        (outside / "folder").mkdir(parents=True)
+        (outside / "folder" / "0001").mkdir()
+        (outside / "folder" / "0001" / "mine.txt").write_text("mine")
+        (outside / "file").write_text("mine")
+        targets = {"file": outside / "file", "folder": outside / "folder", "nothing": outside / "new",
+                   "device": Path("/dev/full")}  # fmt: skip
+        rng = random.Random(plan["seed"])
+        for place in plan["damaged"]:
+            (run / place).write_bytes(mutate((run / place).read_bytes(), rng))
+        for place, kind in plan["links"].items():
+            plant(run / place, targets[kind])
+        config = run / "config.yaml"
+        if plan["settings"] and config.is_file() and not config.is_symlink():
+            with contextlib.suppress(yaml.YAMLError, ValueError, TypeError):  # it may be damaged
+                config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | plan["settings"]))
+        before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+        with offline() as asked:
+            words = run_commands(run, a_run()[1])[plan["command"]]
+            outcome = _status_of(words) if words else refused("", lambda: examples_of(run, None))
+        assert not asked, f"looked for {asked}"
+        after = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+        assert after == before, f"written through a link: {set(after) ^ set(before) or 'changed'}"
+        return outcome
+    finally:
+        shutil.rmtree(work)
+
+
+def plant(place: Path, target: Path) -> None:
+    """Put a link in the place of whatever is there; not below another link."""
+    if any(part.is_symlink() for part in place.parents):
+        return
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[list[Any]]:
+    """Within the block no name is looked up and no other machine is called; yields what was tried."""
+    asked: list[Any] = []
+
+    def refuse(*words: Any, **_: Any) -> Any:
+        asked.append(words[-2:] if len(words) > 2 else words)
+        raise OSError("no network here")
+
+    class Deaf(socket.socket):
+        def connect(self, address: Any) -> None:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                refuse(address)
+            super().connect(address)
+
+        connect_ex = connect
+
+    with contextlib.ExitStack() as stack:
+        for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "create_connection"):
+            stack.enter_context(mock.patch.object(socket, name, refuse))
+        stack.enter_context(mock.patch.object(socket, "socket", Deaf))
+        yield asked
+
+
+def _status_of(arguments: list[str]) -> str:
+    """ "accepted" or "refused" by a command; the error is one line that a terminal can show, without a password."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    said = err.getvalue()
+    assert status in (0, 1, 2) and "Traceback" not in said, f"status {status}: {said}"
+    assert status != 2 or said.count("sgformer: error: ") == 1, said
+    shown = (out.getvalue() + said).replace("\n", "")
+    assert shown.isprintable() and "secret" not in shown, ascii(shown)[-2000:]
+    return "refused" if status == 2 else "accepted"
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

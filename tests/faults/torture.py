@@ -152,6 +152,10 @@ def shards(given: Any, folder: Path) -> str:
     return hostile.try_shards(*given, folder)
 
 
+def a_run(given: Any, folder: Path) -> str:
+    return hostile.try_run(*given, folder)
+
+
 def a_recipe(given: Any, folder: Path) -> str:
     return hostile.try_recipe(*given, folder)
 
@@ -257,11 +261,12 @@ PARTS = {
     "sources": ("files of other tools", hostile.mutated_tool_files, a_tool_file, MEMORY),
     "labels": ("label maps", hostile.mutated_label_maps, a_label_map, MEMORY),
     "shards": ("tar shards and their indexes", hostile.mutated_shards, shards, MEMORY),
+    "runs": ("run folders", hostile.mutated_runs, a_run, 2 * MEMORY),
     "commands": ("command lines", hostile.mutated_commands, a_command, MEMORY),
     "recipes": ("recipes", hostile.mutated_recipes, a_recipe, MEMORY),
 }
 SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "sources": 2000, "labels": 10_000,
-         "shards": 4000, "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
+         "shards": 4000, "runs": 300, "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
 
 
 def _counts(asked: argparse.Namespace, out: Path) -> Iterator[tuple[str, Count]]:

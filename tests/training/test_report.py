@@ -10,7 +10,7 @@ def test_names_stay_in_their_cells():
     table = class_tables(["Class", "Images"], [["a|b", 1], ["*c*_d", 2], ["<b>\n$x$", 3], ["raw\udcff", 4]])
     assert table[2:] == [
         *("| Class | Images |", "|---|---|"),
-        *("| a\\|b | 1 |", "| \\*c\\*\\_d | 2 |", "| \\<b>\\\\n\\$x\\$ | 3 |", "| raw\\\\xff | 4 |", ""),
+        *("| a\\|b | 1 |", "| \\*c\\*\\_d | 2 |", "| &lt;b&gt;\\\\n\\$x\\$ | 3 |", "| raw\\\\xff | 4 |", ""),
     ]
     assert facts_table({"Data": "a|b"})[2] == "| Data | a\\|b |"
 

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import logging
 import secrets
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,25 @@ import yaml
 from PIL import Image
 
 from sgformer.app.networks import Network, Networks, reduced
-from sgformer.app.worker import Worker
+from sgformer.app.worker import Failed, Stopped, Worker
 from sgformer.core.errors import UserError, require
+from sgformer.core.names import is_remote
 from sgformer.data.image import find_images, read_image
 from sgformer.models.config import TOKEN_BUDGETS
 from sgformer.results import Explanation
 from sgformer.tasks.registry import get_task
 from sgformer.viz.significance import colour_map, region_colours, region_names
 
+log = logging.getLogger("sgformer")
+
 #: Maximum bytes of an upload, and maximum seconds for it to arrive.
 MAX_BYTES, ARRIVAL = 20 * 2**20, 30
 #: Maximum seconds of computation per image, and of queueing and computation together.
 WORK, PATIENCE = 60, 150
-#: Maximum length of the queue; further requests are rejected.
+#: Maximum length of the queue, uploads that are still arriving included; further requests are rejected.
 QUEUE = 50
+#: Maximum number of open connections, of which a visitor's browser needs up to seven; further ones are closed.
+CONNECTIONS = 400
 #: Number of recent results kept; older ones live as long as a page shows them.
 RECENT = 24
 EXAMPLES = 9
@@ -79,7 +85,7 @@ class Result:
         return named | ({"regions": "regions", "spent": "tokens spent"} if self.explanation.tokens else {})
 
     def guided(self, block: str) -> str | None:
-        """The self-guided block that sorts by a hybrid-scale block's map, or None."""
+        """The self-guided block that sorts by the map of a hybrid-scale block, which must be there; or None."""
         stage, number = block.split(".")
         after = f"{stage}.{int(number) + 1}"
         return after if after in self.explanation.tokens else None
@@ -103,7 +109,13 @@ class Result:
         return png(colours[self.explanation.regions[guided]])
 
     def tokens(self, block: str) -> dict[str, Any] | None:
-        """The token assignment in the viewer's format; None if the block's map guides no reallocation."""
+        """The token assignment in the viewer's format; None if the block's map guides no reallocation.
+
+        Raises:
+            KeyError: there is no such block.
+        """
+        if block not in self.explanation.significance:
+            raise KeyError(block)
         guided = self.guided(block)
         if guided is None:
             return None
@@ -172,14 +184,30 @@ class Session:
         Raises:
             UserError: the bytes are not an accepted image, or the budget is out of range.
             KeyError: there is no network of this name.
-            Busy, Stopped: see `_call`.
+            Busy, Stopped: the queue is full; see `_call`.
         """
         selected = self.networks[network or self.checkpoints[0]]
+        with self._place():
+            return await self._explain(selected, picture, budget)
+
+    async def upload(
+        self, read: Callable[[], Awaitable[bytes]], network: str | None = None, budget: float = 1.0
+    ) -> Result:
+        """As `explain`, of an image that has yet to arrive: it has its place in the queue before it is read.
+
+        Raises:
+            Exception: as `explain`, and of `read`.
+        """
+        selected = self.networks[network or self.checkpoints[0]]
+        with self._place():
+            return await self._explain(selected, await read(), budget)
+
+    async def _explain(self, network: Network, picture: Image.Image | bytes, budget: float) -> Result:
         least, most = TOKEN_BUDGETS
-        if not (least <= budget <= most and (selected.guided or budget == 1)):
+        if not (least <= budget <= most and (network.guided or budget == 1)):
             raise UserError(f"tokens must be between {least:g} and {most:g}, and 1 for a network that makes none")
-        image, explanation = await self._call("explain", selected.name, picture, budget)
-        result = Result(secrets.token_urlsafe(12), selected, image, explanation, budget)
+        image, explanation = await self._call("explain", network.name, picture, budget)
+        result = Result(secrets.token_urlsafe(12), network, image, explanation, budget)
         self._recent.append(result)
         self._shown[result.id] = result
         return result
@@ -188,26 +216,36 @@ class Session:
         """A result's sheet, as of `sgformer explain`, as a PNG; queues and raises as `explain` does."""
         tokens = f"tokens x {result.budget:.2g}" if result.budget != 1 else ""
         lines = filter(None, [result.network.name, tokens, result.explanation.title])
-        return await self._call("sheet", dataclasses.replace(result.explanation, title="\n".join(lines)))
+        with self._place():
+            return await self._call("sheet", dataclasses.replace(result.explanation, title="\n".join(lines)))
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place in the queue; raises Busy if that is full."""
+        if self.waiting >= QUEUE:
+            raise Busy("Too many requests are waiting. Please try again in a minute.")
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
 
     async def _call(self, method: str, *args: Any) -> Any:
         """Call a method in the worker, first come, first served.
 
         Raises:
-            Busy: the queue is full, or the result did not arrive within `PATIENCE` seconds.
-            Stopped: the computation exceeded `WORK` seconds, or the worker died.
+            Busy: the result did not arrive within `PATIENCE` seconds.
+            Stopped: the computation exceeded `WORK` seconds or failed, or the worker died.
         """
-        if self.waiting >= QUEUE:
-            raise Busy("Too many requests are waiting. Please try again in a minute.")
-        self.waiting += 1
         try:
             # A request that times out in the queue is never computed: its future is cancelled.
             future = self._turns.submit(self._worker.call, method, *args, seconds=WORK)
             return await asyncio.wait_for(asyncio.wrap_future(future), PATIENCE)
         except (TimeoutError, asyncio.TimeoutError):
             raise Busy(f"This took longer than {PATIENCE} seconds. Please try again.") from None
-        finally:
-            self.waiting -= 1
+        except Failed as error:
+            log.exception("a request failed", exc_info=error)
+            raise Stopped("The network failed on this image; the server's log says why.") from None
 
 
 def _examples(weights: Path, folder: str | None) -> list[Path]:
@@ -216,7 +254,8 @@ def _examples(weights: Path, folder: str | None) -> list[Path]:
     config = (weights if weights.is_dir() else weights.parent) / "config.yaml"
     if not folder and config.is_file():
         with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's config after all
-            data = Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data")))
+            stored = str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data"))
+            data = Path("" if is_remote(stored) else stored)
             for place in (data / "val", data / "val2017", data / "images" / "validation"):
                 with contextlib.suppress(UserError):  # holds tar shards only
                     images = images or (find_images(place) if place.is_dir() else [])

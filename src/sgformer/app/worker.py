@@ -6,6 +6,7 @@ A computing thread cannot be stopped from outside; a process can, and its memory
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import signal
 import threading
@@ -17,9 +18,15 @@ from sgformer.core import plugins
 from sgformer.core.errors import UserError
 from sgformer.core.processes import end_with_parent
 
+log = logging.getLogger("sgformer")
+
 
 class Stopped(Exception):
     """The computation took too long and was stopped, or its process died. The message is shown to the visitor."""
+
+
+class Failed(RuntimeError):
+    """The method raised an exception that is not a UserError; the message is its traceback."""
 
 
 # pebble's ProcessPool reports a failed start only as BrokenProcessPool, without the UserError; it is also LGPL.
@@ -56,7 +63,7 @@ class Worker:
         Raises:
             Stopped: the timeout expired, or the process died.
             UserError: raised by the method.
-            RuntimeError: the method raised another exception; the message is its traceback.
+            Failed: the method raised another exception; the message is its traceback.
         """
         with self._pipe_lock:
             try:
@@ -118,7 +125,8 @@ class Worker:
         try:
             self._start()
         except Exception as error:  # not caused by the current image; the next call tries again
-            raise Stopped(f"The network's process could not be restarted: {error}") from error
+            log.exception("the networks' process could not be restarted", exc_info=error)
+            raise Stopped("The network's process could not be restarted; the server's log says why.") from None
 
 
 def _unwrap(outcome: tuple[Any, BaseException | None]) -> Any:
@@ -153,4 +161,4 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     except UserError as error:
         return None, UserError(str(error))
     except BaseException:
-        return None, RuntimeError(traceback.format_exc())
+        return None, Failed(traceback.format_exc())

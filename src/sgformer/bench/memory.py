@@ -16,6 +16,7 @@ import torch
 
 from sgformer.bench.cases import Case, Unsupported, build
 from sgformer.core.errors import UserError
+from sgformer.core.terminal import say
 
 
 def peak_memory(case: Case, timeout: float = 1800) -> int:
@@ -88,6 +89,6 @@ def _trim() -> None:
 
 if __name__ == "__main__":
     try:
-        print(measure(Case(**json.loads(sys.argv[1]))))
+        say(measure(Case(**json.loads(sys.argv[1]))))
     except (Unsupported, UserError, RuntimeError, MemoryError) as error:
         sys.exit(" ".join(str(error).split())[:200] or type(error).__name__)

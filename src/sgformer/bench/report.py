@@ -14,6 +14,7 @@ import torch
 from sgformer import __version__
 from sgformer.bench.cases import Case
 from sgformer.bench.run import Result
+from sgformer.core.names import printable
 from sgformer.viz.bench import draw_growth, draw_throughput
 
 
@@ -71,6 +72,7 @@ COLUMNS = ("network", "images/s", "ms", "spread", "first call", "memory", "GMACs
 def print_table(results: Sequence[Result], baseline: str) -> None:
     """One row per case, grouped by mode, sizes and options."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 120)
@@ -84,13 +86,14 @@ def print_table(results: Sequence[Result], baseline: str) -> None:
         title += f", {group[0].case.precision} on {group[0].case.device}"
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
         for i, name in enumerate(COLUMNS):
-            table.add_column(name.format(baseline), justify="left" if i == 0 else "right", no_wrap=i > 0)
+            title = escape(name.format(printable(baseline)))
+            table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i > 0)
         for r in group:
-            table.add_row(*row(r, results, baseline))
+            table.add_row(*map(escape, row(r, results, baseline)))
         console.print(table)
         for r in group:
             if r.error:
-                console.print(f"  {short(r.case)}: {r.error}", markup=False, highlight=False)
+                console.print(f"  {short(r.case)}: {printable(r.error)}", markup=False, highlight=False)
         console.print()
 
 
@@ -112,7 +115,7 @@ def row(r: Result, results: Sequence[Result], baseline: str) -> list[str]:
 
 def short(case: Case) -> str:
     tokens = "" if case.tokens == 1 else f", tokens x {case.tokens:g}"
-    return case.model + ("" if case.backend == "eager" else f" ({case.backend})") + tokens
+    return printable(case.model) + ("" if case.backend == "eager" else f" ({case.backend})") + tokens
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:

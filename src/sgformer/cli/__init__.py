@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from sgformer._version import __version__
 from sgformer.cli.parser import HelpShown, run_function
 from sgformer.core import plugins
-from sgformer.core.errors import UserError
-from sgformer.core.names import nearest, printable
+from sgformer.core.errors import UserError, how_to_install
+from sgformer.core.names import nearest
+from sgformer.core.terminal import say
 from sgformer.tasks.registry import TASKS, get_task
 
 # Command -> (module, function, what it does). Training commands take the raw arguments; the parameters of the others
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SGFORMER_DEBUG"):
             raise
-        line = printable(" ".join(str(error).split()))
-        print(f"sgformer: error: {line}", file=sys.stderr)
+        say(f"sgformer: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # stdout was closed, e.g. by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         needs = f"needs {missing}, which is not installed"
         if missing.startswith("sgformer."):  # installed as sgformer-runtime, a subset of the package
-            needs = "is not part of sgformer-runtime: uninstall that, and pip install sgformer"
-        print(f"sgformer: error: this command {needs}", file=sys.stderr)
+            needs = f"is not part of sgformer-runtime: uninstall that, and {how_to_install()}"
+        say(f"sgformer: error: this command {needs}", file=sys.stderr)
         return 2
     except OSError as error:  # no space, no permission, no such folder
         if os.environ.get("SGFORMER_DEBUG") or error.strerror is None:
             raise
-        print(f"sgformer: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        say(f"sgformer: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sgformer: interrupted", file=sys.stderr)
+        say("sgformer: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -89,10 +89,10 @@ def _dispatch(arguments: list[str]) -> int:
         plugins.add(arguments[1])
         arguments = arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        say(*_overview())
         return 0
     if arguments[0] == "--version":
-        print(f"sgformer {__version__}")
+        say(f"sgformer {__version__}")
         return 0
     plugins.load()
     for words in (2, 1):
@@ -105,24 +105,22 @@ def _dispatch(arguments: list[str]) -> int:
             return run_function(function, name, arguments[words:])
     group = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
-        print(_overview(group))
+        say(*_overview(group))
         return 0 if len(arguments) > 1 else 2
     tried = " ".join(arguments[:2] if group else arguments[:1])
     hint = nearest(tried, [*COMMANDS, *{name.split()[0] for name in COMMANDS}])
     raise UserError(f"unknown command {tried!r}{hint or '; see sgformer --help'}")
 
 
-def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+def _overview(names: Sequence[str] = tuple(COMMANDS)) -> list[str]:
     names = [name for name in names if importlib.util.find_spec(COMMANDS[name][0])]  # sgformer-runtime has only one
-    return "\n".join(
-        [
-            "sgformer: the self-guided vision transformer",
-            "",
-            "usage: sgformer [--plugin FILE.py] COMMAND [options]",
-            "",
-            *(f"  {name:<16} {COMMANDS[name][2]}" for name in names),
-            "",
-            "sgformer COMMAND --help shows a command's options; sgformer --version the version. A plugin is a Python",
-            "file that runs before the command and registers models, heads, data formats and the like.",
-        ]
-    )
+    return [
+        "sgformer: the self-guided vision transformer",
+        "",
+        "usage: sgformer [--plugin FILE.py] COMMAND [options]",
+        "",
+        *(f"  {name:<16} {COMMANDS[name][2]}" for name in names),
+        "",
+        "sgformer COMMAND --help shows a command's options; sgformer --version the version. A plugin is a Python",
+        "file that runs before the command and registers models, heads, data formats and the like.",
+    ]

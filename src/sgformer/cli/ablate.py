@@ -24,6 +24,7 @@ def ablate(
         require(package, extra="train")
     from pathlib import Path
 
+    from sgformer.core.terminal import say
     from sgformer.tasks.sweep import markdown, read_ablation, run_ablation, summary
     from sgformer.training.run_folder import shown_log
 
@@ -32,6 +33,6 @@ def ablate(
     with shown_log():
         rows = run_ablation(ablation, folder, minutes)
     if rows:
-        print(markdown(ablation, summary(rows)))
-    print(f"tables and plot: {folder}")
+        say(*markdown(ablation, summary(rows)).split("\n"))
+    say(f"tables and plot: {folder}")
     return 0

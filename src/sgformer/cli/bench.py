@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from sgformer.core.errors import UserError, require
-from sgformer.core.files import try_folder, write_json
+from sgformer.core.files import make_folder, try_folder, write_json
+from sgformer.core.terminal import say
 
 
 def bench(
@@ -80,7 +81,7 @@ def bench(
     ]
     folder = Path(out)
     try_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     results: list = []
     try:
         with Progress() as progress:
@@ -91,5 +92,5 @@ def bench(
             write_json(folder / "bench.json", to_json(done, ["sgformer", *sys.argv[1:]], baseline or models[0]))
             print_table(done, baseline or models[0])
             draw(done, folder)
-    print(f"wrote {folder / 'bench.json'} and plots")
+    say(f"wrote {folder / 'bench.json'} and plots")
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sgformer.core.terminal import say
+
 
 def convert(source: str, target: str, raw: bool = False) -> int:
     """Convert a released SG-Former checkpoint to a .safetensors file of weights and config.
@@ -16,5 +18,5 @@ def convert(source: str, target: str, raw: bool = False) -> int:
     from sgformer.models.released import convert as convert_released
 
     convert_released(source, target, raw=raw)
-    print(f"wrote {target}")
+    say(f"wrote {target}")
     return 0

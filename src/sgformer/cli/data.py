@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sgformer.core.terminal import say
+
 
 def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
     """Check a data set before training on it: classes, sizes, image formats and every unreadable file.
@@ -19,7 +21,7 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
     from sgformer.data.checks import check_data
 
     report = check_data(dir, workers=workers)
-    print(report.to_json() if json else report.to_text())
+    say(*(report.to_json() if json else report.to_text()).split("\n"))
     return 1 if report.problems else 0
 
 
@@ -55,11 +57,11 @@ def data_from(
         raise UserError("--layout is missing: coco (detection), ade20k (segmentation) or imagenet (classification)")
     counts, found = convert(source, out, layout, format, images, table, bad_images)
     parts = " and ".join(f"{count} images of {split}" for split, count in counts.items())
-    print(f"{out}: {parts}, {len(found.classes)} classes, in the {layout} layout")
+    say(f"{out}: {parts}, {len(found.classes)} classes, in the {layout} layout")
     for note, count in found.notes.items():
-        print(f"  {count} {note}")
+        say(f"  {count} {note}")
     if "val" not in counts:
-        print("  no validation images: train with --val-split .2")
+        say("  no validation images: train with --val-split .2")
     return 0
 
 
@@ -81,7 +83,7 @@ def data_shards(source: str, out: str, shard_size: int = 512) -> int:
     for split, shards in Index.read(folder).splits.items():
         size = sum(shard.bytes for shard, _ in shards)
         images = sum(len(columns["names"]) for _, columns in shards)
-        print(f"{folder}: {images} images in {len(shards)} shards of {split}, {size / 1e6:.1f} MB")
+        say(f"{folder}: {images} images in {len(shards)} shards of {split}, {size / 1e6:.1f} MB")
     return 0
 
 
@@ -98,10 +100,10 @@ def data_index(dir: str) -> int:
 
     found = index_shards(dir)
     counts = " and ".join(f"{count} of {split}" for split, count in found["samples"].items())
-    print(f"{dir}/{INDEX}: {counts} images in {found['classes']} classes")
+    say(f"{dir}/{INDEX}: {counts} images in {found['classes']} classes")
     if extra := found["extra"]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(extra.items())[:8])
-        print(f"members that are neither an image nor its class, left out: {sum(extra.values())} ({kinds})")
+        say(f"members that are neither an image nor its class, left out: {sum(extra.values())} ({kinds})")
     return 0
 
 
@@ -133,5 +135,5 @@ def data_scenes(
     from sgformer.data.scenes import make_scenes
 
     folder = make_scenes(out, train, val, image_size, seed, layout, sprites, workers)
-    print(f"{folder}: {train} training and {val} validation scenes of {image_size} pixels in the {layout} layout")
+    say(f"{folder}: {train} training and {val} validation scenes of {image_size} pixels in the {layout} layout")
     return 0

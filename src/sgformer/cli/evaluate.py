@@ -8,6 +8,7 @@ from typing import Literal
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
 from sgformer.core.files import try_folder
+from sgformer.core.terminal import say
 
 
 def evaluate(
@@ -79,6 +80,8 @@ def evaluate(
     )
     path = Path(weights)
     folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")
+    if not out and folder.is_symlink():
+        raise UserError(f"{folder}: a link; remove it, or name a folder with --out")
     try_folder(folder)
     result = api.evaluate(
         weights,
@@ -96,9 +99,8 @@ def evaluate(
     from lightning.pytorch.utilities import rank_zero_only
 
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        print(result.table())  # first: whatever becomes of the files, the numbers are there
-        print(result.counted(), end="")
-        print(f", {len(result.skipped)} unreadable images left out" if result.skipped else "", flush=True)
+        say(*result.table().split("\n"))  # first: whatever becomes of the files, the numbers are there
+        say(result.counted() + (f", {len(result.skipped)} unreadable images left out" if result.skipped else ""))
         result.write(folder)
-        print(f"numbers: {folder / 'features.json'}" if by_features else f"{task.written}: {folder}")
+        say(f"numbers: {folder / 'features.json'}" if by_features else f"{task.written}: {folder}")
     return 0

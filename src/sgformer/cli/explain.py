@@ -7,8 +7,8 @@ from typing import Literal
 
 from sgformer.cli.images import exit_status, open_images
 from sgformer.core.errors import UserError, require
-from sgformer.core.files import try_folder
-from sgformer.core.names import printable
+from sgformer.core.files import make_folder, try_folder
+from sgformer.core.terminal import say
 
 
 def explain(
@@ -50,14 +50,14 @@ def explain(
     try_folder(out)
     folder, entries = Path(out), []
     for number, explanation in enumerate(explanations):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         name = f"{number:04d}.png"
         draw_explanation(explanation, folder / name)
         if arrays:
             explanation.save_arrays(folder / f"{number:04d}.npz")
         entries.append((" ".join(explanation.title.split("\n")), name))
-        print(f"{folder / name}  {printable(entries[-1][0])}")
+        say(f"{folder / name}  {entries[-1][0]}")
     status = exit_status(opened, len(entries))
     page = write_index(out, entries, f"What {Path(weights).name or weights} attended to")
-    print(f"index: {page}")
+    say(f"index: {page}")
     return status

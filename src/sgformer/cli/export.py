@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sgformer.core.errors import UserError
+from sgformer.core.terminal import say
 from sgformer.exporting.formats import FORMATS
 
 
@@ -50,7 +51,7 @@ def export(
         model=model,
         tokens=tokens,
     )
-    print(result.describe())
+    say(*result.describe().split("\n"))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sgformer.core.errors import UserError, require
 from sgformer.core.files import try_folder
+from sgformer.core.terminal import say
 
 
 def localization(
@@ -44,12 +45,13 @@ def localization(
     if image_size is not None:
         explainer.take_size(image_size)
     found = localize(explainer, objects, limit)
-    print(table(found))
-    print(
+    say(*table(found).split("\n"))
+    say(
         "inside: energy of salient tokens on the image's own objects; area: the objects' share of the image; "
         f"shuffled: on other images' objects; p: permutation test, {PERMUTATIONS} permutations"
     )
     if out is not None:
-        write_localization(found, out, {"weights": weights, "data": data, "split": split, "permutations": PERMUTATIONS})
-        print(f"tables and plot: {out}")
+        about = {"weights": weights, "data": data, "split": split, "permutations": PERMUTATIONS}
+        write_localization(found, out, about)
+        say(f"tables and plot: {out}")
     return 0

@@ -14,6 +14,7 @@ from docstring_parser import parse as parse_docstring
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
+from sgformer.core.terminal import say
 from sgformer.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Parser:
             HelpShown: help was requested.
         """
         if any(a in ("-h", "--help", "--help-all") for a in arguments):
-            print(self.help(everything="--help-all" in arguments))
+            say(*self.help(everything="--help-all" in arguments).split("\n"))
             raise HelpShown
         flags = {f"--{dashed(o.name)}" for o in self.options if not o.positional}
         for argument in arguments:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +9,9 @@ from typing import Any, Literal
 from sgformer.cli.images import exit_status, open_images
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
-from sgformer.core.files import fitting, to_json, try_file, try_folder, write_json
+from sgformer.core.files import fitting, make_folder, to_json, try_file, try_folder, write_json
 from sgformer.core.names import dashed, printable
+from sgformer.core.terminal import say
 
 
 def predict(
@@ -84,15 +84,15 @@ def predict(
         if json:
             kept.append(result)
         if json != "-":
-            print(f"{printable(result.image):<{width}}  {printable(task.line(result))}", flush=True)
+            say(f"{printable(result.image):<{width}}  {task.line(result)}")
         if out:
-            Path(out).mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             task.draw(result, image, Path(out), done - 1, own_stem(result.image, stems, out), metadata)
     status = exit_status(opened, done)
     if json == "-":
-        sys.stdout.write(to_json(task.to_json(kept, metadata)) + "\n")
+        say(*to_json(task.to_json(kept, metadata)).split("\n"))
     elif json:
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(json).parent)
         write_json(json, task.to_json(kept, metadata))
     return status
 
@@ -107,9 +107,9 @@ def write_features(weights: str, images: list[str], path: Path, bad_images: str,
     opened = open_images(images, bad_images)
     result = embed_images(weights, opened, **options)
     status = exit_status(opened, len(result.images))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     result.write(path)
-    print(f"{path}: names, and features {' x '.join(map(str, result.features.shape))}")
+    say(f"{path}: names, and features {' x '.join(map(str, result.features.shape))}")
     return status
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from sgformer.cli.parser import Option, Parser, config_options
 from sgformer.core.errors import Interrupted, UserError
+from sgformer.core.terminal import say
 from sgformer.tasks.registry import get_task
-from sgformer.training.config import AUTO, RunConfig, read_yaml
+from sgformer.training.config import AUTO, RunConfig, read_yaml, refuse_remote
 
 FILES = [
     Option("config", str | None, None, "recipe: a YAML file of options; the command line overrides it", "Run"),
@@ -31,7 +32,9 @@ def train(name: str, arguments: Sequence[str]) -> int:
     try:
         api.train(name, config, resume=resume)
     except Interrupted as stop:
-        print(f"{stop}; resume with: sgformer {command} --resume {stop.run}")
+        from sgformer.training.run_folder import resume_command
+
+        say(f"{stop}; resume with: {resume_command(name, stop.run, config)}")
         return 128 + stop.signum
     return 0
 
@@ -61,10 +64,13 @@ def read_options(
     if resume:
         from sgformer.training.run_folder import RunFolder
 
-        source = RunFolder.open(resume).path / "config.yaml"
+        folder = RunFolder.open(resume)
+        folder.check()
+        source = folder.path / "config.yaml"
     if source:
         try:
             stored = read_yaml(source, config_class)
+            refuse_remote(source, config_class, stored, given, downloads=bool(resume))
             if recipe:
                 stored = {name: value for name, value in stored.items() if name not in overruled(given)}
             given = parser.parse(arguments, stored)

@@ -7,11 +7,23 @@ import signal
 from pathlib import Path
 from types import ModuleType
 
+from sgformer.core.names import printable, without_login
+
+#: How this package is installed; docs/install.md says so at length. It is on no index: by its name alone, pip would
+#: install what somebody else registers there.
+INSTALL = "pip install '.{extra}' in the folder of sgformer's repository"
+
+
+def how_to_install(extra: str = "") -> str:
+    """The command that installs this package, with one of its extras."""
+    return INSTALL.format(extra=f"[{extra}]" if extra else "")
+
 
 class UserError(ValueError):
     """An error the user can fix. The message is one line: the offending file or value, and the remedy.
 
-    The command line prints it as `sgformer: error: ...` and exits with status 2.
+    What does not print is escaped, whatever names the message quotes, and addresses lose their passwords. The command
+    line prints it as `sgformer: error: ...` and exits with status 2.
     """
 
     MAX_LENGTH = 1000  # characters: text quoted from a file must not fill the screen
@@ -20,6 +32,7 @@ class UserError(ValueError):
         # A DataLoader worker re-raises an exception as `type(traceback as text)`: keep its last line.
         kind = type(self)
         line = message.rsplit(f"{kind.__module__}.{kind.__qualname__}: ", 1)[-1].strip()
+        line = printable(without_login(line))
         super().__init__(line if len(line) <= self.MAX_LENGTH else line[: self.MAX_LENGTH - 4] + " ...")
 
 
@@ -75,5 +88,5 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise UserError(
-            f"this needs the package {error.name!r}, which is not installed: pip install 'sgformer[{extra}]'"
+            f"this needs the package {error.name!r}, which is not installed: {how_to_install(extra)}"
         ) from None

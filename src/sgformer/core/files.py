@@ -2,6 +2,9 @@
 
 A file is written as `NAME.tmp` and renamed when complete. A killed process leaves at most that temporary file; readers
 see either the old file or the new one.
+
+A run folder may come from somebody else, with links in it that lead elsewhere. Nothing is written through a link below
+a folder that was passed to `distrust_links`, whatever its name is or was.
 """
 
 from __future__ import annotations
@@ -10,13 +13,83 @@ import errno
 import json
 import math
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sgformer.core.errors import UserError
+
+_distrusted: set[tuple[int, int]] = set()  # device and inode of folders
+
+
+def distrust_links(folder: str | os.PathLike[str]) -> None:
+    """From now on this process writes through no link below a folder; the way to it may have some."""
+    with suppress(OSError):
+        _distrusted.add(_identity(folder))
+
+
+def refuse_links(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if `path`, or a folder on the way to it, is a link below a folder of `distrust_links`."""
+    link = None
+    place = Path(os.path.abspath(path))
+    for part in (place, *place.parents) if _distrusted else ():
+        with suppress(OSError):  # not there yet
+            if link is not None and _identity(part) in _distrusted:
+                raise UserError(f"{link}: a link in {part}, through which nothing is written; remove it")
+            link = part if part.is_symlink() else link
+
+
+def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Create a folder, and those above it, unless it is there.
+
+    Raises:
+        UserError: see `refuse_links`.
+        OSError: it cannot be created.
+    """
+    refuse_links(path)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder and what is in it, if it is there.
+
+    Raises:
+        UserError: see `refuse_links`.
+        OSError: it cannot be removed.
+    """
+    refuse_links(path)
+    if os.path.lexists(path):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def appending(path: str | os.PathLike[str], newline: str | None = None) -> Iterator[IO[str]]:
+    """Open a text file to append to, in UTF-8; what UTF-8 cannot hold is escaped.
+
+    Raises:
+        UserError: see `refuse_links`; or it is no file, but a device, say.
+        OSError: it cannot be opened.
+    """
+    with open_to_append(path, newline) as file:
+        yield file
+
+
+def open_to_append(path: str | os.PathLike[str], newline: str | None = None) -> IO[str]:
+    """As `appending`, for callers that close the file."""
+    refuse_links(path)
+    if os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: not a file; remove it")
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", newline=newline)
 
 
 @contextmanager
@@ -28,11 +101,14 @@ def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path
         sync: fsync before renaming, so that the file survives a power failure.
 
     Raises:
+        UserError: see `refuse_links`; a link in the file's own place is replaced.
         OSError: the file cannot be written; names `path`, not the temporary file.
     """
     path = Path(path)
+    refuse_links(path.parent)
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
+        unfinished.unlink(missing_ok=True)  # what a killed process left, or a link
         yield unfinished
         if sync:
             with open(unfinished, "rb") as file:
@@ -86,6 +162,7 @@ def try_file(path: str | os.PathLike[str], option: str = "--out") -> None:
 
 
 def _try_to_write(folder: Path, name: str | None = None) -> None:
+    refuse_links(folder)
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     existing = new[-1].parent if new else folder
     if not existing.is_dir():

@@ -1,7 +1,10 @@
-"""Names: option spelling, suggestions for mistyped names, and the classes that count as background."""
+"""Names: option spelling, suggestions for mistyped names, names from anywhere in texts, and the classes that count as
+background."""
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -51,6 +54,33 @@ def escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # how Python keeps such a byte
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+_MARKDOWN = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {character: f"\\{character}" for character in "\\`*_[]|$~"}
+)
+
+
+def markdown(value: object) -> str:
+    """A value as text in Markdown, also in a cell of a table, that no character of it leaves or formats: neither
+    Markdown nor HTML, formulas or links."""
+    text = printable(str(value)).translate(_MARKDOWN)
+    return text.replace("://", ":\\//").replace("www.", "www\\.")
+
+
+def is_address(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is a URL, such as `s3://bucket/data`, and not a path."""
+    return bool(re.match(r"[A-Za-z][\w+.-]*(::[\w+.-]+)*://", os.fspath(place)))
+
+
+def is_remote(place: str) -> bool:
+    """Whether opening a place may call another machine: an address, or a share of Windows."""
+    return is_address(place) or bool(re.match(r"[\\/]{2}", place))
+
+
+def without_login(text: str) -> str:
+    """A text without the user names and passwords in its addresses: `ftp://user:word@host/x` -> `ftp://host/x`."""
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from sgformer.core.names import printable
+from sgformer.core.terminal import say
+
 T = TypeVar("T")
 
 
@@ -15,13 +18,14 @@ def track(items: Iterable[T], total: int, label: str, every: float = 10.0) -> It
     if sys.stderr.isatty():
         try:
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         except ImportError:
             pass
         else:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                yield from progress.track(items, total=total, description=label)
+                yield from progress.track(items, total=total, description=escape(printable(label)))
             return
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -30,4 +34,4 @@ def track(items: Iterable[T], total: int, label: str, every: float = 10.0) -> It
         if now - last >= every:
             last = now
             left = (now - start) / done * (total - done)
-            print(f"{label}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"{label}: {done} of {total}, {left:.0f} s left", file=sys.stderr)

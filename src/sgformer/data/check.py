@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from sgformer.core.errors import UserError
 from sgformer.core.files import to_json
-from sgformer.core.names import quoted, some
+from sgformer.core.names import printable, quoted, some
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.formats import find_format, naming_formats, open_both, open_data
@@ -85,16 +85,17 @@ class CheckReport:
 
     def to_text(self, limit: int = 20) -> str:
         """The report for a terminal; lists are cut after `limit` lines."""
-        lines = [self.root]
+        lines = [printable(self.root)]
         for name, split in self.splits.items():
             objects = f", {sum(split.per_class.values())} objects" if split.counted == "objects" else ""
             lines += ["", f"{name}: {split.images} images{objects} in {len(split.per_class)} classes"]
             if counts := split.per_class:
                 low, high = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+                fewest, most = (f"{counts[name]} ({printable(name)})" for name in (low, high))
                 middle = statistics.median(counts.values())
                 kind = "" if split.counted == "images" else f" {split.counted}"
                 lines.append(
-                    f"  per class   {counts[low]} ({low}) to {counts[high]} ({high}), median {middle:g}{kind}, "
+                    f"  per class   {fewest} to {most}, median {middle:g}{kind}, "
                     f"imbalance {counts[high] / max(1, counts[low]):.3g}"
                 )
             if split.widths and split.heights:
@@ -104,7 +105,7 @@ class CheckReport:
             lines.append(f"  unreadable  {len(split.unreadable)}")
         for title, items in (("problems", self.problems), ("notes", self.notes)):
             if items:
-                lines += ["", f"{title} ({len(items)}):", *(f"  {item}" for item in items[:limit])]
+                lines += ["", f"{title} ({len(items)}):", *(f"  {printable(item)}" for item in items[:limit])]
                 lines += [f"  ... and {len(items) - limit} more; --json lists all"] if len(items) > limit else []
         lines += ["", f"training: {self.training}"] if self.training else []
         lines += [] if self.problems else ["", "no problem found"]

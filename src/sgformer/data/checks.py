@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sgformer.core.errors import UserError
-from sgformer.core.names import some
+from sgformer.core.names import is_address, some
 from sgformer.data import ade20k, sources
 from sgformer.data.check import CheckReport, check_imagefolder, check_images, compare_splits
 from sgformer.data.coco import CocoListing, is_coco, single_coco
@@ -20,7 +20,6 @@ from sgformer.data.imagefolder import ImageFolder, scan
 from sgformer.data.label_values import check_values
 from sgformer.data.layouts import CONVERTS, SPLIT, class_folders, command
 from sgformer.data.sources.base import LOST
-from sgformer.data.store import is_address
 
 SPLITS = ("train", "val")
 LABEL_SPLITS = {"train": "training", "val": "validation"}

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgformer.core.errors import StalledError, UserError
+from sgformer.core.names import is_address
 from sgformer.data.coco import find_coco, is_coco, read_coco
 from sgformer.data.imagefolder import Listing, is_image_folder, scan, scan_splits
 from sgformer.data.layouts import hint
 from sgformer.data.shards import has_tars_only, is_shards, open_split, open_splits
-from sgformer.data.store import is_address
 
 Root = str | os.PathLike[str]
 

@@ -19,12 +19,12 @@ from typing import IO, Any, cast
 import numpy as np
 
 from sgformer.core.errors import UserError, first_line
-from sgformer.core.names import some
+from sgformer.core.names import is_address, printable, some
 from sgformer.core.progress import track
 from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, left_out, scan_splits
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
-from sgformer.data.store import Store, appearing, is_address, printable, unreadable
+from sgformer.data.store import Store, appearing, unreadable
 
 log = logging.getLogger("sgformer")
 BLOCK = tarfile.BLOCKSIZE

@@ -31,10 +31,10 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line
-from sgformer.core.names import canonical, some
+from sgformer.core.names import canonical, is_address, printable, some
 from sgformer.data.image import read_image
 from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits
-from sgformer.data.store import Store, is_address, printable, unreadable
+from sgformer.data.store import Store, unreadable
 
 INDEX = "shards.json"
 FORMAT, VERSION = "sgformer shards", 1

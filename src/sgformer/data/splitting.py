@@ -19,14 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sgformer.core.errors import UserError, first_line
-from sgformer.core.names import some
+from sgformer.core.names import is_address, some
 from sgformer.core.progress import track
 from sgformer.data import ade20k, imagefolder
 from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import EMPTY, SPLIT_NAMES, CocoListing, find_coco, image_folders, read_coco, single_coco
 from sgformer.data.imagefolder import ImageFolder
 from sgformer.data.layouts import class_folders, hint, is_single
-from sgformer.data.store import is_address
 
 FILE = "split.json"
 #: The two sides, by the names of the layouts.

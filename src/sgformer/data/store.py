@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import threading
 from collections import OrderedDict
@@ -14,14 +13,10 @@ from typing import IO, Any
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line, require
 from sgformer.core.files import replacing
+from sgformer.core.names import is_address, without_login
 from sgformer.data.image import in_time
 
 MAX_OPEN = 64  # files that a process keeps open
-
-
-def is_address(root: str | os.PathLike) -> bool:
-    """Whether `root` is a URL, such as `s3://bucket/data`, and not a folder."""
-    return bool(re.match(r"[A-Za-z][\w+.-]*(::[\w+.-]+)*://", os.fspath(root)))
 
 
 # The local half is by hand: fsspec's local reads take 1.5 to 4 times as long (docs/notes/libraries.md).
@@ -55,8 +50,8 @@ class Store:
         self._reset()
 
     def name(self, file: str = "") -> str:
-        """A file's name in messages."""
-        return os.path.join(self.root, file) if self.local else f"{self.root}/{file}".rstrip("/")
+        """A file's name in messages, and its path if it is local."""
+        return os.path.join(self.root, file) if self.local else without_login(f"{self.root}/{file}".rstrip("/"))
 
     def read(self, file: str, start: int = 0, size: int | None = None) -> bytes:
         """Read `size` bytes from `start`; fewer at the end of the file; None: all.
@@ -224,8 +219,3 @@ def unreadable(name: str, error: BaseException) -> StalledError:
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{name}: no such file")
     return StalledError(f"{name}: cannot be read ({first_line(error)})")
-
-
-def printable(text: str) -> str:
-    """An untrusted name with unprintable characters escaped."""
-    return text if text.isprintable() else ascii(text)[1:-1]

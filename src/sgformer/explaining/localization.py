@@ -18,12 +18,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
 from sgformer.core.errors import UserError
-from sgformer.core.files import write_json
+from sgformer.core.files import make_folder, replacing, write_json
+from sgformer.core.names import without_login
 from sgformer.core.progress import track
 from sgformer.data.objects import KnownObjects
 from sgformer.explaining.base import Explainer
@@ -181,14 +181,14 @@ def write_localization(blocks: list[Localization], folder: str | os.PathLike[str
     """Write `localization.csv`, `localization.json` (with the entries of `about`) and `localization.png`."""
     from sgformer.viz.evolution import draw_localization
 
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(folder)
     rows = [asdict(block) for block in blocks]
-    with (out / "localization.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(out / "localization.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_json(out / "localization.json", {**about, "blocks": rows})
+    shown = {name: without_login(value) if isinstance(value, str) else value for name, value in about.items()}
+    write_json(out / "localization.json", {**shown, "blocks": rows})
     draw_localization(rows, out / "localization.png")
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sgformer import ops
 from sgformer.core.errors import UserError
-from sgformer.core.files import try_file
+from sgformer.core.files import make_folder, try_file
+from sgformer.core.names import printable
 from sgformer.data.image import height_and_width
 from sgformer.exporting.formats import FORMATS, ExportFormat, Runner
 from sgformer.exporting.graphs import Graph
@@ -91,7 +92,7 @@ class Export:
         if self.input_size:
             takes = f"{self.input_size[0]} x {self.input_size[1]} pixels only ({self.fixed})"
         lines = [
-            f"wrote {' and '.join(map(str, self.files))}, {megabytes:.1f} MB",
+            f"wrote {' and '.join(printable(str(file)) for file in self.files)}, {megabytes:.1f} MB",
             f"input: {takes}; outputs: {', '.join(self.outputs)}",
             "largest difference from PyTorch, relative to the output's largest value (and if each ranks tokens of",
             "equal significance on its own):",
@@ -147,7 +148,7 @@ def export_graph(
     about = {**graph.about, "precision": precision, "input_size": size, "multiple": step}
     torch.manual_seed(0)
     example = torch.randn(1 if graph.whole_image else TRACED[0], 3, *(size or TRACED[1:]))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         unfinished = Path(folder) / out.name
         files = kind.write(graph, example, size, about, unfinished)

@@ -17,16 +17,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_sentence
-from sgformer.core.files import to_json
+from sgformer.core.files import distrust_links, to_json
 from sgformer.core.names import nearest, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
-from sgformer.models.pretrained import FOLDER, PRETRAINED, pretrained_file
+from sgformer.models.pretrained import FOLDER, PRETRAINED, SUFFIXES, pretrained_file
 from sgformer.models.released import adapt, is_released, pick_weights, read_pickle
 from sgformer.models.significance import set_token_budget
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
 TIMM = "timm"  # the "format" of files with another model of timm's registry
 DENSE = "sgformer-dense"  # the "format" of files with a backbone and its heads
 BACKBONE = "backbone.network."  # the backbone's prefix in those
@@ -79,6 +78,9 @@ def find_weights(source: Source) -> Path:
         UserError: the file does not exist or is of another kind, or the run has no weights yet.
     """
     path = Path(source)
+    run = path if path.is_dir() else path.parent
+    if path.is_dir() or (run / "config.yaml").is_file():
+        distrust_links(run)  # whoever made it may have set some, and results are written there
     if path.is_dir():
         for name in ("best.safetensors", "last.safetensors"):
             if (path / name).is_file():

@@ -8,6 +8,8 @@ from typing import Any
 TAG = "tiny_imagenet"  # of timm's tagged names, as in sgformer_n.tiny_imagenet
 FOLDER = Path(__file__).parents[1] / "weights"
 
+SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # of weights files
+
 # By name: what timm should know of them. The files' metadata say the same.
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sgformer_n": {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError, require
-from sgformer.core.files import write_json
+from sgformer.core.files import make_folder, write_json
 from sgformer.data.image import Images
 from sgformer.data.preparing import EvalTransform, eval_transform
 from sgformer.models.backbone import SGFormer
@@ -176,8 +176,7 @@ class FeatureScores:
 
     def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None:
         """`features.json` in `folder`; there are no pictures."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / "features.json", self.summary())
+        write_json(make_folder(folder) / "features.json", self.summary())
 
 
 def _scores(result: dict[str, Any]) -> str:

@@ -41,11 +41,11 @@ from typing import Any
 import yaml
 
 from sgformer.core.errors import UserError
-from sgformer.core.files import write_text
-from sgformer.core.names import nearest
+from sgformer.core.files import appending, distrust_links, make_folder, refuse_links, replacing, write_text
+from sgformer.core.names import is_address, nearest, without_login
+from sgformer.core.names import markdown as escaped
 from sgformer.tasks.registry import TASKS, get_task
-from sgformer.training.config import RunConfig, make_config, read_yaml, to_yaml
-from sgformer.training.report import cell
+from sgformer.training.config import RunConfig, make_config, read_yaml, refuse_remote, to_yaml
 from sgformer.training.run_folder import RunFolder
 
 log = logging.getLogger("sgformer")
@@ -135,7 +135,9 @@ def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Abla
     given = data or spec.get("data")
     if given is None:
         raise UserError(f"{path}: data is missing: set it there, or pass --data")
+    kind = get_task(task).Config
     common["data"] = given
+    overruled = {"data": data} if data else {}
     variants = {str(k): dict(v or {}) for k, v in (spec.get("variants") or {}).items()}
     if grid := spec.get("grid"):
         for values in itertools.product(*grid.values()):
@@ -153,9 +155,10 @@ def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Abla
     )
     for name in variants:
         try:
-            ablation.config(name, seeds[0])
+            config = ablation.config(name, seeds[0])
         except UserError as error:
             raise UserError(f"{path}: variant {name}: {error}") from None
+        refuse_remote(path, kind, config.to_dict(), overruled, downloads=False)
     return ablation
 
 
@@ -172,7 +175,8 @@ def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float
         UserError: the folder holds a run with other settings, a run failed (its log is named) or was stopped.
     """
     folder = Path(out)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    distrust_links(make_folder(folder))
+    make_folder(folder / "runs")
     runs, start = ablation.runs(), time.monotonic()
     for number, (variant, seed) in enumerate(runs, 1):
         place = run_folder(folder, variant, seed)
@@ -200,6 +204,7 @@ def _plain(variant: str) -> str:
 
 
 def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
+    refuse_links(place)
     config = ablation.config(variant, seed)
     command = [sys.executable, "-m", "sgformer", "train", ablation.task]
     if (place / "config.yaml").exists():
@@ -207,11 +212,13 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
         command += ["--resume", str(place)]
     else:
         recipe = place.with_name(f"{place.name}.yaml")
-        recipe.write_text(to_yaml({**config.to_dict(), "run": None}), encoding="utf-8")
+        write_text(recipe, to_yaml({**config.to_dict(), "run": None}))
         command += ["--config", str(recipe), "--run", str(place)]
+    if is_address(config.data or ""):  # not in files
+        command += ["--data", str(config.data)]
     before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     output = place.with_name(f"{place.name}.log")
-    with output.open("a", encoding="utf-8") as file:
+    with appending(output) as file:
         status = _run(command, file)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if place.is_dir():
@@ -220,7 +227,7 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
             cost = json.loads((place / "cost.json").read_text(encoding="utf-8"))
         cost["seconds"] += time.monotonic() - clock
         cost["processor_seconds"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        (place / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
+        write_text(place / "cost.json", json.dumps(cost))
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise UserError(f"{variant}, seed {seed}, was stopped; the same command resumes it")
     if status:
@@ -261,6 +268,7 @@ def _check_same(place: Path, config: RunConfig) -> None:
     # Options newer than the run have their defaults.
     settings = {**type(config)().resolved().to_dict(), **stored, "minutes": planned.get("minutes")}
     for name, value in config.with_weights().to_dict().items():
+        value = without_login(value) if isinstance(value, str) else value
         if config.is_auto(name):  # follows from the others and the data
             continue
         if name not in ("run", "workers", "device", "devices") and settings[name] != value:
@@ -340,7 +348,7 @@ def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
     if not rows:
         return
     table = summary(rows)
-    with (folder / f"{ablation.name}.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / f"{ablation.name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
@@ -364,10 +372,11 @@ def write_table(ablation: Ablation, rows: list[Row], folder: Path) -> None:
 
 def markdown(ablation: Ablation, table: list[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    first = table[0]["variant"]
-    lines = [f"{ablation.question}\n"] if ablation.question else []
+    first = escaped(table[0]["variant"])
+    lines = [f"{escaped(ablation.question)}\n"] if ablation.question else []
     lines += [
-        f"| variant | {ablation.score}, % | least to most | against {first} | runs | parameters | MACs | time of one |",
+        f"| variant | {escaped(ablation.score)}, % | least to most | against {first} | runs | parameters | MACs "
+        "| time of one |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table:
@@ -375,7 +384,7 @@ def markdown(ablation: Ablation, table: list[dict[str, Any]]) -> str:
         against = "" if row["difference"] is None else f"{row['difference']:+.1f}"
         against += "" if row["difference_sd"] is None else f" ± {row['difference_sd']:.1f}"
         seconds = "" if row["processor_seconds"] is None else f"{row['processor_seconds'] / 60:.1f} min"
-        name = cell(row["variant"])
+        name = escaped(row["variant"])
         lines.append(
             f"| {name} | {row['mean']:.1f}{spread} | {row['least']:.1f} to {row['most']:.1f} | {against} | "
             f"{row['runs']} | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.0f} M | {seconds} |"

@@ -15,6 +15,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,10 +26,11 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sgformer.core.errors import Interrupted, UserError
-from sgformer.core.files import write_text
+from sgformer.core.errors import Interrupted, UserError, first_line
+from sgformer.core.files import appending, write_text
 from sgformer.models.load import read_metadata, save_weights
 from sgformer.models.significance import set_token_budget
+from sgformer.training.ranks import gather
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.sharded import full, local_shard
 from sgformer.training.state_file import publish
@@ -189,9 +191,7 @@ class SkippedImages(Callback):
     def gather(self, trainer: L.Trainer) -> None:
         """Merge the lines of all processes, on every process."""
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, self.lines)
-            self.lines = set().union(*gathered)
+            self.lines = set().union(*gather(sorted(self.lines)))
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note(batch)
@@ -260,9 +260,8 @@ class RunLog(Callback):
         self._pace = (self._start, self._step)  # time and step at which the current stretch of training began
         if self.writes and self.table.exists():  # rows after the checkpoint will be repeated
             # A last line without a newline was cut off when the process was killed.
-            complete = self.table.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = [row for row in csv.DictReader(io.StringIO(complete, newline="")) if int(row["step"]) <= self._step]
-            self._write(rows)
+            complete = self.table.read_bytes().rpartition(b"\n")[0]
+            self._write([row for row in _rows(self.table, complete) if int(row["step"]) <= self._step])
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         self._losses, self._since["validation"] = {}, {}
@@ -349,7 +348,7 @@ class RunLog(Callback):
             with self.table.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 if set(row) <= set(reader.fieldnames or ()):
-                    with self.table.open("a", newline="", encoding="utf-8") as out:
+                    with appending(self.table, newline="") as out:
                         csv.DictWriter(out, reader.fieldnames or ()).writerow(_short(row))
                     return
                 rows = list(reader)
@@ -620,6 +619,22 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rows(table: Path, data: bytes) -> list[dict[str, str]]:
+    """The rows of a `metrics.csv` with this content.
+
+    Raises:
+        UserError: it is damaged; names `table`.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+        for row in rows:
+            for name, value in row.items():
+                int(value) if name == "step" else float(value or 0)
+        return rows
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{table}: damaged ({first_line(error)}); repair or remove it") from None
 
 
 def _rate(trainer: L.Trainer) -> float:

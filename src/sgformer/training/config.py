@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from sgformer.core.errors import UserError
-from sgformer.core.names import dashed, nearest
+from sgformer.core.names import dashed, is_remote, nearest, without_login
 from sgformer.models.config import (
     AGGREGATION,
     SIGNIFICANCE,
@@ -24,7 +24,7 @@ from sgformer.models.config import (
     parse_scales,
     with_stages,
 )
-from sgformer.models.pretrained import PRETRAINED, TAG
+from sgformer.models.pretrained import PRETRAINED, SUFFIXES, TAG, pretrained_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -110,6 +110,7 @@ class RunConfig:
 
     base_batch = LR_BASE_BATCH  # images per update that learning rates refer to
     former_names: ClassVar[Mapping[str, str]] = {}  # keys in the config.yaml of older runs -> current names
+    downloads: ClassVar[tuple[str, ...]] = ()  # options that take the name of something to download
 
     data: str | None = option(None, "Run", "folder with the images", main=True)
     model: str = option("sgformer_n", "Run", "sgformer_{n,t,s,m,b} or any timm model", main=True)
@@ -392,6 +393,10 @@ class RunConfig:
         wanted = min(peak * (config.batch_size / 32) ** 0.5, most)
         return config.fill(lr=_short(wanted * config.base_batch / config.batch_size))
 
+    def remote(self) -> dict[str, str]:
+        """The options that open a connection; a resumed run needs them again, on its command line."""
+        return remote(type(self), self.to_dict())
+
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
@@ -464,11 +469,53 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
     return renamed
 
 
+def remote(config_class: type[RunConfig], values: Mapping[str, Any]) -> dict[str, str]:
+    """Those values that open a connection when they are used: addresses, shares of Windows, names to download."""
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    return {
+        name: value
+        for name, value in texts.items()
+        if is_remote(value) or (name in config_class.downloads and _is_downloaded(value))
+    }
+
+
+def _is_downloaded(name: str) -> bool:
+    """Whether weights of this name are neither a file nor the package's own."""
+    is_file = "=" in name or Path(name).suffix in SUFFIXES or Path(name).exists()
+    return not is_file and pretrained_file(name) is None
+
+
+def refuse_remote(
+    source: str | os.PathLike[str],
+    config_class: type[RunConfig],
+    values: Mapping[str, Any],
+    given: Mapping[str, Any],
+    downloads: bool = True,
+) -> None:
+    """Raise UserError if a file makes the program open a connection: whoever wrote it may have chosen where to.
+
+    Args:
+        source: the file.
+        config_class: of the values.
+        values: of the file.
+        given: the options of the command line, which overrule the file's.
+        downloads: False: names of published networks are allowed.
+    """
+    standard = {f.name: f.default for f in dataclasses.fields(config_class)}
+    for name, value in remote(config_class, values).items():
+        if given.get(name) in (None, standard.get(name)) and (downloads or is_remote(value)):
+            raise UserError(
+                f"{source}: {dashed(name)} is elsewhere, {value}: connections are opened to what the command line "
+                f"names; add --{dashed(name)} {value}"
+            )
+
+
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text in field order."""
+    """YAML text in field order; addresses lose their passwords."""
     import yaml
 
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    shown = {name: without_login(value) if isinstance(value, str) else value for name, value in values.items()}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 Config = TypeVar("Config", bound=RunConfig)

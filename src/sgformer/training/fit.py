@@ -20,9 +20,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from sgformer.core.errors import Interrupted, UserError
+from sgformer.core.names import is_address
 from sgformer.core.processes import end_with_parent
 from sgformer.data.identity import Contents
-from sgformer.data.store import is_address
 from sgformer.models.load import Weights, read_weights
 from sgformer.models.pretrained import pretrained_file
 from sgformer.training import callbacks as cb
@@ -235,7 +235,7 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
         problem = error if isinstance(error, UserError) else _disk_error(error, folder)
         folder.note(f"stopped: {problem}")
         if is_main:
-            log.info(folder.resume_hint(task.name))
+            log.info(folder.resume_hint(task.name, config))
         raise problem from error
     finally:
         log.removeHandler(handler)

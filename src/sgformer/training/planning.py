@@ -23,6 +23,7 @@ from sgformer.core.errors import UserError
 from sgformer.core.names import dashed
 from sgformer.data.typical import typical_side
 from sgformer.training.config import Config, DataFacts, RunConfig
+from sgformer.training.ranks import broadcast
 
 log = logging.getLogger("sgformer")
 
@@ -204,7 +205,8 @@ class Stopwatch(Callback):
         each = (last[-2] - last[1]) / (len(last) - 3) if len(last) > 3 else last[1] - last[0]
         start += max(0.0, first[1] - first[0] - each)  # of the first batch: the loader starts
         validation = each * self.val_batches + last[-1] - last[-2] + self.overhead(trainer, task)
-        self.result = trainer.strategy.broadcast((Cost(start, update, validation), time.monotonic() - self.began))
+        *costs, passed = broadcast([start, update, validation, time.monotonic() - self.began])
+        self.result = (Cost(*costs), passed)
 
     def overhead(self, trainer: L.Trainer, task: Any) -> float:
         """Seconds that a checkpoint and weights take to write."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from sgformer.core.files import write_text
+from sgformer.core.errors import UserError, first_line
+from sgformer.core.files import make_folder, remove_folder, replacing, write_text
 from sgformer.explaining.localization import coverage, salient, stride_of
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.task import Splits, Task
@@ -56,7 +58,7 @@ class SignificanceRecorder(Callback):
             return
         for record in self._records():  # of epochs that will be repeated
             if int(record.name) > trainer.current_epoch:
-                shutil.rmtree(record)
+                remove_folder(record)
         for index in self.indices:
             image = self.val[index].image
             if image is not None:  # None: an unreadable file, with --bad-images skip
@@ -77,8 +79,8 @@ class SignificanceRecorder(Callback):
 
     def _record(self, model: Any, epoch: int, step: int) -> None:
         folder = self.path / f"{epoch:04d}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        remove_folder(folder)
+        make_folder(folder)
         explainer = self.task.explainer(model, self.splits.metadata)
         for number, (_, image, mask) in enumerate(self._samples):
             explanation = explainer.explain(image)
@@ -89,21 +91,25 @@ class SignificanceRecorder(Callback):
             for block in explanation.tokens:
                 arrays[f"significance/{block}"] = explanation.significance[hybrid_of(block)]
                 arrays[f"salient/{block}"] = salient(explanation, block)
-            np.savez_compressed(folder / f"{number:02d}.npz", **arrays)
+            with replacing(folder / f"{number:02d}.npz") as part, part.open("wb") as file:
+                np.savez_compressed(file, **arrays)
         write_evolution(self.path)
 
 
 def records(path: Path) -> list[Path]:
     """The folders of the records, in chronological order."""
-    return sorted(p for p in path.glob("[0-9]*") if p.is_dir())
+    return sorted(p for p in path.glob("[0-9]*") if p.name.isdecimal() and p.is_dir() and not p.is_symlink())
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """A record's arrays by image."""
     images = {}
     for file in sorted(path.glob("*.npz")):
-        with np.load(file) as arrays:
-            images[file.stem] = dict(arrays)
+        try:
+            with np.load(file) as arrays:
+                images[file.stem] = dict(arrays)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise UserError(f"{file}: damaged ({first_line(error)}); remove {path}") from None
     return images
 
 

@@ -6,26 +6,20 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sgformer.core.files import write_json, write_text
-from sgformer.core.names import printable
+from sgformer.core.files import make_folder, write_json, write_text
+from sgformer.core.names import markdown
 from sgformer.viz.confusion import draw_confusion
 
 
 def facts_table(facts: Mapping[str, Any]) -> list[str]:
     """A Markdown table without a heading, one fact per row."""
-    return ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in facts.items()), ""]
-
-
-def cell(value: Any) -> str:
-    """A value as text in a cell of a Markdown table, which no character of it leaves or formats."""
-    return re.sub(r"([\\|`*_<\[$])", r"\\\1", printable(str(value)))
+    return ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in facts.items()), ""]
 
 
 def taken_for(confusion: np.ndarray, names: Sequence[str], i: int) -> str:
@@ -37,7 +31,7 @@ def taken_for(confusion: np.ndarray, names: Sequence[str], i: int) -> str:
 def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
     """Write the files of a result that has `summary()`, `per_class()`, `confusion` and `class_names`; also a picture
     if `unit`, the unit of the counts, is given."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "metrics.json", result.summary())
     rows = result.per_class()
     write_text(folder / "classes.csv", csv_text(list(rows[0]), [list(row.values()) for row in rows]))
@@ -64,7 +58,7 @@ def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list
     lines = []
     for title, rows in tables:
         lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
+        lines += [f"| {' | '.join(map(markdown, row))} |" for row in rows]
         lines.append("")
     return lines
 

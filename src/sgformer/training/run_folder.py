@@ -20,10 +20,18 @@ from typing import Any
 
 from sgformer._version import __version__
 from sgformer.core.errors import UserError
-from sgformer.core.files import to_json, write_text
-from sgformer.core.names import dashed, some
+from sgformer.core.files import (
+    appending,
+    distrust_links,
+    make_folder,
+    open_to_append,
+    refuse_links,
+    to_json,
+    write_text,
+)
+from sgformer.core.names import dashed, printable, some, without_login
 from sgformer.data.identity import Contents, class_differences, read_contents, write_contents
-from sgformer.training.config import AUTO, Config, RunConfig, make_config, read_yaml, to_yaml
+from sgformer.training.config import AUTO, Config, RunConfig, make_config, read_yaml, refuse_remote, to_yaml
 
 log = logging.getLogger("sgformer")
 TIME = "%Y-%m-%d %H:%M:%S"
@@ -45,6 +53,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], writes: bool = True):
         self.path = Path(path)
         self.writes = writes
+        distrust_links(self.path)
 
     @property
     def checkpoint(self) -> Path:
@@ -76,7 +85,8 @@ class RunFolder:
                 raise UserError(f"{folder.path}: not a folder; pass another --run")
             if folder.path.exists() and any(file.name != leftover for file in folder.path.iterdir()):
                 raise UserError(f"{folder.path}: not empty; pass another --run, or --resume {folder.path} to continue")
-            folder.path.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.path)
+            distrust_links(folder.path)
             folder.write(CONFIG, to_yaml(config.to_dict()))
         return folder
 
@@ -91,6 +101,18 @@ class RunFolder:
         if not (folder.path / CONFIG).is_file():
             raise UserError(f"{folder.path}: not a run folder (no {CONFIG} in it)")
         return folder
+
+    def check(self) -> None:
+        """Look for what a folder of somebody else's may hold to do harm; before it is resumed, not hours later.
+
+        Raises:
+            UserError: a link that would be written through; what is neither file nor folder and may be read for ever.
+        """
+        for name in ("checkpoints", "validation", "significance", "log.txt", "metrics.csv"):
+            refuse_links(self.path / name)
+        for path in self.path.rglob("*"):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{path}: neither a file nor a folder; remove it")
 
     def keep_split(self, split: Mapping[str, Any] | None) -> None:
         """Write which images --val-split kept for validation; of a resumed run, compare.
@@ -146,15 +168,15 @@ class RunFolder:
             for file in self.path.rglob("*.tmp"):
                 file.unlink()
 
-    def resume_hint(self, command: str) -> str:
-        """How to resume a stopped run, and from which step."""
+    def resume_hint(self, command: str, config: RunConfig) -> str:
+        """How to resume a stopped run of these settings, and from which step."""
         try:
             path, step = self.usable_checkpoint()
         except UserError as error:
             return str(error)
         if path is None:
             return f"no checkpoint has been written to {self.path} yet"
-        return f"step {step} is saved in {path}; resume with: sgformer train {command} --resume {self.path}"
+        return f"step {step} is saved in {path}; resume with: {resume_command(command, self.path, config)}"
 
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
@@ -211,17 +233,14 @@ class RunFolder:
     def note(self, text: str) -> None:
         """Append a line to `log.txt` only; write errors are ignored."""
         if self.writes:
-            with (
-                suppress(OSError),
-                (self.path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file,
-            ):
-                file.write(f"{time.strftime(TIME)} {text}\n")
+            with suppress(OSError), appending(self.path / "log.txt") as file:
+                file.write(f"{time.strftime(TIME)} {printable(without_login(text))}\n")
 
     def start_log(self) -> logging.Handler:
         """Add a `log.txt` handler to the `sgformer` logger; the caller must remove the returned handler."""
         handler: logging.Handler = logging.NullHandler()
         if self.writes:
-            handler = _LogFile(self.path / "log.txt", encoding="utf-8", errors="backslashreplace")
+            handler = _LogFile(self.path / "log.txt")
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
         log.addHandler(handler)
         return handler
@@ -234,8 +253,11 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
         UserError: an option that must not change differs from the run's.
     """
     folder = RunFolder.open(run)
+    folder.check()
     # Nothing is derived from the data again: what an older run did not know has its standard value.
-    stored = make_config(config_class, read_yaml(folder.path / "config.yaml", config_class)).resolved()
+    values = read_yaml(folder.path / CONFIG, config_class)
+    refuse_remote(folder.path / CONFIG, config_class, values, options)
+    stored = make_config(config_class, values).resolved()
     given = {name: value for name, value in options.items() if value != AUTO or name not in stored.automatic()}
     config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **given}), run=str(folder.path))
     for name in (field.name for field in dataclasses.fields(config)):
@@ -247,12 +269,18 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
     return config
 
 
+def resume_command(command: str, run: str | os.PathLike[str], config: RunConfig) -> str:
+    """The command line that resumes a run of these settings."""
+    again = "".join(f" --{dashed(name)} {value}" for name, value in config.remote().items())
+    return f"sgformer train {command} --resume {run}{again}"
+
+
 def environment() -> Mapping[str, Any]:
     """Versions, commit, machine and command line of this process."""
     packages = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
+        "command": without_login(shlex.join(sys.argv)),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -295,8 +323,16 @@ def _own_folder(path: Path) -> Path:
     raise AssertionError
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(logging.StreamHandler):  # type: ignore[type-arg]
     """Drops lines silently on a full disk; the error that stops the run reports the cause."""
+
+    def __init__(self, path: Path):
+        super().__init__(open_to_append(path))
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.stream.close()
+        super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

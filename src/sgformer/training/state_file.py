@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sgformer.core.errors import UserError, first_line
+from sgformer.core.files import make_folder, refuse_links
 
 SEAL = b"sgformer blake2b "  # followed by 64 hexadecimal digits, the checksum of everything before
 LENGTH = len(SEAL) + 64
@@ -35,8 +36,9 @@ class StateIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w+b") as file:
+            make_folder(path.parent)
+            path.unlink(missing_ok=True)  # what a killed process left, or a link
+            with path.open("x+b") as file:
                 torch.save(checkpoint, file)
                 seal(file)
                 file.flush()
@@ -95,6 +97,7 @@ def read_step(path: Path) -> int:
 
 def publish(unfinished: Path, path: Path, previous: Path) -> None:
     """Rename a written state to `path`; the existing one becomes `previous`."""
+    refuse_links(path.parent)
     if path.exists():
         os.replace(path, previous)
     os.replace(unfinished, path)

@@ -7,13 +7,14 @@ only, and exported networks run without torch.
 
 from __future__ import annotations
 
+import csv
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from sgformer.core.errors import require
+from sgformer.core.errors import UserError, first_line, require
 from sgformer.training.config import RunConfig
 
 
@@ -190,8 +191,15 @@ class Task:
         return known(splits, index) if known else None
 
     def read_evaluation(self, folder: Path) -> Any:
-        """Read an evaluation back from the folder that `Evaluation.write` filled."""
-        return self.part("metrics").read(folder)
+        """Read an evaluation back from the folder that `Evaluation.write` filled.
+
+        Raises:
+            UserError: its files are damaged.
+        """
+        try:
+            return self.part("metrics").read(folder)
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration, csv.Error) as error:
+            raise UserError(f"{folder}: damaged ({first_line(error)}); sgformer eval measures again") from None
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
         """Markdown of a finished run: the task's own, or the numbers, the facts and the pictures."""

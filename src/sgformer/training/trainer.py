@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
 from sgformer.training.config import RunConfig
+from sgformer.training.ranks import Ranks
 from sgformer.training.state_file import StateIO
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -40,7 +44,15 @@ NOISE = (
 )
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ReplicatedStrategy(Ranks, DDPStrategy):
+    """DDP: every process has the whole network and a part of the batch."""
+
+    def setup_distributed(self) -> None:
+        self.meet()
+        super().setup_distributed()
+
+
+class ShardedStrategy(Ranks, ModelParallelStrategy):
     """FSDP2: parameters, gradients and optimizer state are sharded over all processes; see `TaskModule`.
 
     Training states are unsharded, in one file, so that a run can resume with another number of processes.
@@ -52,6 +64,21 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def _setup_distributed(self) -> None:
+        self.meet()
+        super()._setup_distributed()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning's, but every process takes its shards from the file, where Lightning sends pickles."""
+        checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
+        options = StateDictOptions(full_state_dict=True)
+        model: Any = self.model
+        set_model_state_dict(model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, model)
+            set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
+        return checkpoint
 
 
 def build_trainer(
@@ -82,13 +109,17 @@ def build_trainer(
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if resolved.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in published recipes
+    # The number of machines, from torchrun or SLURM, otherwise 1.
+    machines = int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1)
+    alone = machines == 1 and _processes(resolved, devices) == 1
+    interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)  # no script that could be started again
+    replicated = "auto" if alone else ReplicatedStrategy(start_method="fork" if interactive else "popen")
     return L.Trainer(
         accelerator=resolved.type,
         devices=devices if resolved.index is None else [resolved.index],  # type: ignore[arg-type]
-        # The number of machines, from torchrun or SLURM, otherwise 1.
-        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1),
+        num_nodes=machines,
         precision=PRECISION[precision],  # type: ignore[arg-type]
-        strategy=ShardedStrategy() if strategy == "fsdp" else "auto",
+        strategy=ShardedStrategy() if strategy == "fsdp" else replicated,
         callbacks=list(callbacks),
         plugins=[StateIO()],
         logger=False,
@@ -99,6 +130,15 @@ def build_trainer(
         use_distributed_sampler=False,  # our samplers distribute the images themselves, each exactly once
         **options,
     )
+
+
+def _processes(device: torch.device, devices: int | str) -> int:
+    """Processes on this machine, as Lightning counts them."""
+    if device.index is not None:
+        return 1
+    if devices == "auto":
+        return torch.cuda.device_count() if device.type == "cuda" else 1
+    return int(devices)
 
 
 def machine_options(config: RunConfig) -> dict[str, Any]:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from sgformer.core.errors import UserError, first_line
 from sgformer.viz.style import COLOURS, figure
 
 
 def read_metrics(table: str | Path) -> dict[str, list[tuple[float, float]]]:
-    """Every column of a `metrics.csv` as (epoch, value) points; empty cells are skipped."""
+    """Every column of a `metrics.csv` as (epoch, value) points; empty cells are skipped.
+
+    Raises:
+        UserError: the file is damaged.
+        OSError: it cannot be read.
+    """
     series: dict[str, list[tuple[float, float]]] = {}
-    with Path(table).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("epoch", "step"):
-                    series.setdefault(name, []).append((float(row["epoch"]), float(value)))
+    try:
+        with Path(table).open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("epoch", "step"):
+                        series.setdefault(name, []).append((float(row["epoch"]), float(value)))
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{table}: damaged ({first_line(error)}); repair or remove it") from None
     return series
 
 

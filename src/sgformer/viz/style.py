@@ -40,6 +40,7 @@ SETTINGS = {
     "ytick.major.size": 0,
     "legend.frameon": False,
     "text.parse_math": False,  # names may hold dollar signs
+    "text.usetex": False,  # whatever the user's matplotlibrc says: names are no programs for TeX
 }
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgformer.core.errors import UserError
+from sgformer.core.errors import UserError, how_to_install
+from sgformer.core.names import markdown
 from sgformer.data.image import height_and_width
 from sgformer.exporting.formats import ExportFormat, Runner, register_export
 from sgformer.exporting.graphs import Graph
@@ -24,7 +25,7 @@ WEIGHTS, CONFIG, CARD, CODE = "model.safetensors", "config.json", "README.md", "
 CLASS = "SGFormerForImageClassification"
 
 #: What `trust_remote_code=True` runs instead of `import sgformer` in the reader's own program.
-MODULE = f'''"""The classifier of this folder for transformers: pip install sgformer."""
+MODULE = f'''"""The classifier of this folder for transformers; needs sgformer: {how_to_install()}."""
 
 import sgformer  # noqa: F401 - adds its networks to timm
 from transformers import TimmWrapperForImageClassification
@@ -105,18 +106,18 @@ def _card(about: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm", "transformers"]
     )
     size = " x ".join(str(int(side)) for side in height_and_width(about["image_size"]))
-    known = ", ".join(f"`{name}`" for name in about["classes"][:20])
+    known = ", ".join(markdown(name) for name in about["classes"][:20])
     more = f" and {len(about['classes']) - 20} more" if len(about["classes"]) > 20 else ""
     metrics = metadata.get("metrics", {}).items()
     # A value that is not finite is stored as null.
-    scores = [f"| {name} | {value:.4g} |" for name, value in metrics if isinstance(value, (int, float))]
+    scores = [f"| {markdown(name)} | {value:.4g} |" for name, value in metrics if isinstance(value, (int, float))]
     table = ["", "On the validation images of its training:", "", "| Metric | Value |", "|---|---|", *scores]
-    import_first = "import sgformer  # pip install sgformer\n" if about["config"] else ""
+    import_first = f"import sgformer  # {how_to_install()}\n" if about["config"] else ""
     return f"""---
 {data.to_yaml()}
 ---
 
-# {about["model"]}
+# {markdown(about["model"])}
 
 An image classifier of {len(about["classes"])} classes: {known}{more}. Images are read at {size} pixels.
 {chr(10).join(table if scores else [])}

@@ -49,6 +49,8 @@ class ClassifyConfig(RunConfig):
     min_lr: float = option(1e-5, "Optimiser", "rate that the cosine ends at, scaled like --lr", auto=True)
     cooldown_epochs: int = option(0, "Optimiser", "epochs at --min-lr after --epochs")
 
+    downloads = ("teacher",)
+
     teacher: str | None = option(
         None, "Distillation", "network to learn from: a timm network's name, run, weights, or NAME=FILE of a state dict"
     )

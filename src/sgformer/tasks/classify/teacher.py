@@ -22,8 +22,8 @@ from sgformer.core.errors import UserError
 from sgformer.core.names import some
 from sgformer.data.preparing import Normalization, preprocessing
 from sgformer.models.checkpoint import checksum
-from sgformer.models.load import SUFFIXES, build_network, build_pretrained, network_name, read_weights
-from sgformer.models.pretrained import pretrained_file
+from sgformer.models.load import build_network, build_pretrained, network_name, read_weights
+from sgformer.models.pretrained import SUFFIXES, pretrained_file
 
 FILE_HELP = "--teacher-classes FILE (lines of CLASS, a tab, the teacher's index)"
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sgformer.core.errors import require
-from sgformer.core.files import write_json, write_text
+from sgformer.core.files import make_folder, write_json, write_text
 from sgformer.training.report import class_tables, csv_text, facts_table, show
 from sgformer.viz.detection import draw_precision_recall
 
@@ -71,6 +71,21 @@ class DetectionEvaluation:
         """A copy that lists these images as skipped."""
         return dataclasses.replace(self, skipped=tuple(skipped))
 
+    def to_json(self) -> dict[str, Any]:
+        """All but the detections, in types that JSON has; see `of_json`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "results"}
+        curves = {kind: precision.tolist() for kind, precision in self.precision.items()}
+        keys = [key.item() if isinstance(key, np.generic) else key for key in self.image_scores]
+        scores = list(zip(keys, self.image_scores.values(), strict=True))
+        return {**values, "precision": curves, "image_scores": scores}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> DetectionEvaluation:
+        """The evaluation of `to_json`."""
+        curves = {kind: np.array(precision) for kind, precision in values["precision"].items()}
+        scores, skipped = dict(values["image_scores"]), tuple(values["skipped"])
+        return cls(**{**values, "precision": curves, "image_scores": scores, "skipped": skipped})
+
     def summary(self) -> dict[str, Any]:
         """The numbers by name, as `metrics.json` holds them (NaN is null there)."""
         return {
@@ -100,8 +115,7 @@ class DetectionEvaluation:
 
     def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None:
         """`metrics.json`, `classes.csv`, `results_box.json` (and `_mask`), and on request `precision_recall.png`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         write_json(folder / "metrics.json", self.summary())
         if self.classes:
             write_text(

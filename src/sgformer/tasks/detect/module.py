@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sgformer.models.load import Weights
@@ -15,6 +14,7 @@ from sgformer.tasks.detect.data import coco_metric
 from sgformer.tasks.detect.metrics import CocoMetric, DetectionEvaluation
 from sgformer.tasks.detect.network import Detector, coco_results, new_detector
 from sgformer.training.optimizer import check_optimizer, create_optimizer
+from sgformer.training.ranks import broadcast, gather
 from sgformer.training.task import Splits
 from sgformer.training.task_module import TaskModule, decay_groups
 
@@ -86,18 +86,14 @@ class DetectionModule(TaskModule):
         if self.metric is None:
             return
         trainer = self.trainer
-        parts: list[Any] = [(self.results, self.seen)]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, (self.results, self.seen))
+        parts = gather([self.results, self.seen]) if trainer.world_size > 1 else [(self.results, self.seen)]
         if trainer.is_global_zero:
             results = [result for part, _ in parts for result in part]
             images = [self.image_ids[i] for _, positions in parts for i in positions]
             self.result = self.metric.evaluate(results, images)
         if trainer.world_size > 1:  # the others get the metrics, without the many detections
-            light = [dataclasses.replace(self.result, results={}) if self.result and trainer.is_global_zero else None]
-            torch.distributed.broadcast_object_list(light)
-            self.result = self.result if trainer.is_global_zero else light[0]
+            light = broadcast(self.result.to_json() if self.result else None)
+            self.result = self.result if trainer.is_global_zero else DetectionEvaluation.of_json(light)
         self.log_dict(self.result.metrics(), rank_zero_only=False, sync_dist=False)  # type: ignore[union-attr]
 
     def evaluation(self, skipped: Sequence[str]) -> DetectionEvaluation:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
+from sgformer.core.files import make_folder
 from sgformer.data.image import Images, height_and_width
 from sgformer.data.preparing import IMAGENET, Normalization
 from sgformer.models.load import Weights, read_weights
@@ -118,8 +119,7 @@ def evaluate(
         **machine,
     )
     if out is not None and first:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        examples = Path(out) / "examples.png"
+        examples = make_folder(out) / "examples.png"
         draw_examples(model.to(find_device(device)), dataset, module.by_image, how, examples, normalization)
     return result
 

@@ -1,0 +1,23 @@
+"""What is shown on the terminal and in logs: names from anywhere, which cannot steer a terminal, and no passwords."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+from sgformer.core.names import printable, without_login
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines, by default to stdout; line breaks and whatever else in them does not print become escapes."""
+    shown = (printable(without_login(str(line))) for line in lines)
+    print("\n".join(shown), file=sys.stdout if file is None else file, flush=True)
+
+
+def _harmless(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(without_login(record.getMessage())), ()
+    return True
+
+
+logging.getLogger("sgformer").addFilter(_harmless)

@@ -1,0 +1,213 @@
+"""Run folders of others: nothing is written through their links, and their settings open no connection."""
+
+import gzip
+import json
+import shutil
+import sys
+from itertools import islice
+
+import hostile
+import pytest
+import yaml
+
+import sgformer
+from sgformer.cli import main
+from sgformer.core import files
+from sgformer.core.errors import UserError
+from sgformer.core.files import appending, distrust_links, make_folder, remove_folder, replacing, try_folder, write_text
+from sgformer.data.sharding import make_shards
+from sgformer.models.pretrained import pretrained_file
+from sgformer.tasks.sweep import read_ablation
+from sgformer.training.config import to_yaml
+
+pytest.importorskip("lightning")
+
+
+@pytest.fixture(autouse=True)
+def _trusting(monkeypatch):
+    monkeypatch.setattr(files, "_distrusted", set())
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A folder that is not trusted, reached through a link, and one outside."""
+    (tmp_path / "real" / "own").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "a.txt").write_text("mine")
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    distrust_links(tmp_path / "run")
+    return tmp_path / "run", tmp_path / "outside"
+
+
+def test_a_link_to_a_folder_is_not_followed(places):
+    run, outside = places
+    (run / "led").symlink_to(outside)
+    (run / "own" / "led").symlink_to("../led")
+    for folder in (run / "led", run / "own" / "led", run / "led" / "new"):
+        for write in (
+            lambda folder=folder: write_text(folder / "a.txt", "theirs"),
+            lambda folder=folder: make_folder(folder),
+            lambda folder=folder: remove_folder(folder),
+            lambda folder=folder: try_folder(folder),
+            lambda folder=folder: appending(folder / "a.txt").__enter__(),
+        ):
+            with pytest.raises(UserError, match=r"led: a link in .*, through which nothing is written"):
+                write()
+    assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+    write_text(run / "own" / "b.txt", "fine")  # the link on the way to the run is its user's
+    assert (run / "own" / "b.txt").read_text() == "fine"
+
+
+def test_a_link_to_a_file_is_replaced_or_refused(places):
+    run, outside = places
+    for name in ("b.txt", "b.txt.tmp"):
+        (run / name).symlink_to(outside / "a.txt")
+    with replacing(run / "b.txt") as unfinished:
+        unfinished.write_text("theirs")
+    assert (run / "b.txt").read_text() == "theirs" and not (run / "b.txt").is_symlink()
+    (run / "c.txt").symlink_to(outside / "a.txt")
+    (run / "d.txt").symlink_to("/dev/full")
+    (run / "e.txt").mkdir()
+    for name in ("c.txt", "d.txt", "e.txt"):
+        with pytest.raises(UserError, match=name), appending(run / name):
+            pass
+    assert (outside / "a.txt").read_text() == "mine"
+
+
+def test_links_elsewhere_are_the_users(places, tmp_path):
+    outside = places[1]
+    (tmp_path / "led").symlink_to(outside)
+    write_text(tmp_path / "led" / "a.txt", "new")
+    assert (outside / "a.txt").read_text() == "new"
+
+
+def plan(command, links=(), settings=()):
+    whole = {"links": dict(links), "settings": dict(settings), "damaged": [], "seed": 0, "command": command}
+    return json.dumps(whole).encode()
+
+
+@pytest.mark.slow
+def test_run_folders(tmp_path):
+    outcomes = {hostile.try_run(*one, tmp_path) for one in islice(hostile.mutated_runs(1), 40)}
+    assert outcomes == {"accepted", "refused"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "nothing"])
+def test_all_files_are_links_and_a_run_resumes(kind, tmp_path):
+    """Each is replaced by a file; only its settings, its state and what is appended to must be its own."""
+    own = ("config.yaml", "checkpoints/last.ckpt", "metrics.csv", "log.txt", "data.json.gz")
+    run = hostile.a_run()[0]
+    links = {name: kind for name in hostile.run_places() if (run / name.removesuffix(".tmp")).is_file()}
+    links = {name: kind for name in links if name not in own and not name.startswith("best")}
+    if kind == "file":  # not read as weights
+        links = {name: kind for name in links if not name.endswith(".safetensors")}
+    assert len(links) > 30
+    assert hostile.try_run("", plan("resume", links), tmp_path) == "accepted"
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "validation", "significance", "log.txt", "metrics.csv"])
+def test_what_leads_out_of_a_run_is_named_before_it_resumes(place, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml({"data": "photos"}))
+    (run / place).symlink_to(tmp_path)
+    assert main(["train", "classify", "--resume", str(run)]) == 2
+    assert capsys.readouterr().err.startswith(f"sgformer: error: {run / place}: a link in {run}, ")
+
+
+def test_the_default_folder_of_eval_is_no_link(tmp_path, capsys):
+    (tmp_path / "outside").mkdir()
+    shutil.copy(pretrained_file("sgformer_n"), tmp_path / "w.safetensors")
+    (tmp_path / "w-eval").symlink_to(tmp_path / "outside")
+    assert main(["eval", str(tmp_path / "w.safetensors"), "--data", str(tmp_path)]) == 2
+    assert "w-eval: a link; remove it, or name a folder with --out" in capsys.readouterr().err
+
+
+# -- addresses --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", hostile.ELSEWHERE)
+@pytest.mark.parametrize("field", ["data", "val_data", "weights", "teacher", "images"])
+def test_settings_in_files_open_no_connection(field, address, tmp_path, capsys):
+    """Neither those of a run nor those of a recipe; a published network's name is allowed in a recipe."""
+    run = tmp_path / "run"
+    run.mkdir()
+    task = "detect" if field in ("images", "val_data") else "classify"
+    values = {"data": str(tmp_path / "nowhere"), field: address}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    recipe = ["train", task, "--config", str(run / "config.yaml")]
+    for command in (["train", task, "--resume", str(run)], recipe):
+        with hostile.offline() as asked:
+            assert main(command) == 2
+        said = capsys.readouterr().err
+        assert not asked and said.count("\n") == 1 and "secret" not in said
+        if "hf" not in address:
+            assert f"config.yaml: {field.replace('_', '-')} is elsewhere, " in said
+
+
+def test_a_resumed_run_names_its_teacher_again(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"data": str(tmp_path / "nowhere"), "weights": None, "teacher": "resnet50"})
+    )
+    with hostile.offline() as asked:
+        assert main(["train", "classify", "--resume", str(run)]) == 2
+        assert "teacher is elsewhere, resnet50: " in capsys.readouterr().err
+        with pytest.raises(UserError, match="teacher is elsewhere"):
+            sgformer.train("classify", resume=run)
+        assert main(["train", "classify", "--resume", str(run), "--teacher", "resnet50"]) == 2
+        assert "nowhere" in capsys.readouterr().err  # as far as the data
+    assert not asked
+
+
+def test_an_ablation_opens_no_connection(tmp_path):
+    file = tmp_path / "a.yaml"
+    (tmp_path / "r.yaml").write_text("weights: s3://b/x\n")
+    option = {"data": "x", "options": {"teacher": "s3://b/x"}}
+    for spec in ({"data": "s3://b/x"}, option, {"config": "r.yaml", "data": "x"}):
+        file.write_text(yaml.safe_dump({**spec, "variants": {"one": {}, "two": {"lr": 0.1}}}))
+        with pytest.raises(UserError, match="is elsewhere, s3://b/x"):
+            read_ablation(file)
+    file.write_text(yaml.safe_dump({"data": "s3://b/x", "variants": {"one": {}}}))
+    assert read_ablation(file, "memory://x").common["data"] == "memory://x"
+
+
+@pytest.mark.slow
+def test_passwords_are_kept_nowhere(tmp_path, monkeypatch, capsys, caplog):
+    """A run on an address with a login: in none of its files, and in nothing that is said."""
+    fsspec = pytest.importorskip("fsspec")
+    address = "memory://user:secret@host/photos"
+    shards = make_shards(hostile.a_run()[1], tmp_path / "shards")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards), memory._strip_protocol(address), recursive=True)
+    run = tmp_path / "run"
+    begin = ["train", "classify", "--data", address, "--run", str(run)]
+    begin += [word for name, value in hostile.RUN.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["sgformer", *begin])
+    assert main(begin) == 0
+    assert main(["eval", str(run), "--data", address, "--workers", "0", "--device", "cpu"]) == 0
+    assert main(["train", "classify", "--resume", str(run), "--epochs", "2", "--max-steps", "2"]) == 2
+    assert "add --data memory://host/photos" in capsys.readouterr().err
+    again = ["--resume", str(run), "--epochs", "2", "--max-steps", "2", "--data", address]
+    assert main(["train", "classify", *again]) == 0
+    memory.rm(f"{memory._strip_protocol(address)}/val/000000.tar")
+    assert main(["train", "classify", *again[:-4], "--max-steps", "3", "--data", address]) == 2
+    assert main(["data", "check", address]) in (1, 2)
+    said = "".join(capsys.readouterr()) + caplog.text
+    assert "memory://host/photos" in said and "secret" not in said
+    for path in run.rglob("*"):
+        if path.is_file():
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            assert b"secret" not in data, path
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://user:secret@127.0.0.1:1/x", "http://user:secret@127.0.0.1:1/x", "nosuch://user:secret@host/x"]
+)
+def test_an_address_that_does_not_answer_is_named_without_its_password(address, tmp_path, capsys):
+    pytest.importorskip("fsspec")
+    assert main(["train", "classify", "--data", address]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "secret" not in said and address.replace("user:secret@", "") in said
