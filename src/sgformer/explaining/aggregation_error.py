@@ -19,7 +19,7 @@ class AggregationError:
         full: (h, Q, d), attention over all tokens.
         pooled: (h, Q, d), attention over the groups' means.
         within: (h, Q, d), the part of ``full - pooled`` that comes from weighting the members of a group alike.
-        between: (h, Q, d), the part that comes from underrating groups of unlike keys; ``within + between`` is the error.
+        between: (h, Q, d), the part that comes from underrating groups of unlike keys; the error is their sum.
         bound: (h, Q), an upper bound on the norm of the error.
         received: (h, Q, M), the attention that the groups' tokens receive in ``full``.
     """
