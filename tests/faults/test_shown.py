@@ -63,6 +63,7 @@ def test_lines_errors_and_records_are_escaped(caplog):
         ("ftp://user:word@host/a@b", "ftp://host/a@b"),
         ("simplecache::ftp://user:w@rd@host:21/x: no such file", "simplecache::ftp://host:21/x: no such file"),
         ("'http://u:p@h/x' and 'http://v@h/y'", "'http://h/x' and 'http://h/y'"),
+        ("ftp://u:p'\"w@h/x", "ftp://h/x"),
         ("me@host.example", "me@host.example"),
     ],
 )

@@ -155,8 +155,9 @@ def test_no_drawing_reads_names_as_mathematics(tmp_path, monkeypatch):
 
 def test_the_index_escapes_names(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    text = write_index(tmp_path, [("<script>\udcff.png & co", "0.png")], "<run>").read_text(encoding="utf-8")
-    assert "<script>" not in text and "&lt;script&gt;\\udcff.png &amp; co" in text and "<h1>&lt;run&gt;</h1>" in text
+    text = write_index(tmp_path, [("<script>\udcff.png\x1b & co", "0.png")], "<run>\x9b").read_text(encoding="utf-8")
+    assert "<script>" not in text and "&lt;script&gt;\\xff.png\\x1b &amp; co" in text
+    assert "<h1>&lt;run&gt;\\x9b</h1>" in text and all(line.isprintable() for line in text.split("\n"))
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ class Progress:
 
     def __enter__(self) -> Callable[[str], None]:
         from rich.console import Console
+        from rich.markup import escape
 
         self.status = Console(stderr=True).status("")
         self.status.start()
-        return lambda line: self.status.update(line)
+        return lambda line: self.status.update(escape(printable(line)))
 
     def __exit__(self, *_: Any) -> None:
         self.status.stop()

@@ -80,7 +80,7 @@ def is_remote(place: str) -> bool:
 
 def without_login(text: str) -> str:
     """A text without the user names and passwords in its addresses: `ftp://user:word@host/x` -> `ftp://host/x`."""
-    return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sgformer.core.errors import require
 from sgformer.core.files import write_text
+from sgformer.core.names import printable
 from sgformer.results import Explanation
 from sgformer.viz.style import figure
 
@@ -217,6 +218,7 @@ def colour_map(values: np.ndarray, name: str = MAP) -> np.ndarray:
 
 def write_index(folder: str | Path, entries: Sequence[tuple[str, str]], title: str) -> Path:
     """Write `index.html`, which opens without a server. ``entries``: (caption, picture's file name in the folder)."""
+    title, entries = printable(title), [(printable(caption), name) for caption, name in entries]
     figures = "\n".join(
         f'<figure><a href="{escape(name)}"><img src="{escape(name)}" alt="{escape(caption)}" loading="lazy"></a>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
