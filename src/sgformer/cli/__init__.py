@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from sgformer._version import __version__
@@ -13,6 +14,7 @@ from sgformer.cli.parser import HelpShown, run_function
 from sgformer.core import plugins
 from sgformer.core.errors import UserError
 from sgformer.core.names import nearest, printable
+from sgformer.core.processes import ignore_image_warnings
 from sgformer.tasks.registry import TASKS, get_task
 
 # Command -> (module, function, what it does). Training commands take the raw arguments; the parameters of the others
@@ -51,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--"]:  # `torchrun -m sgformer -- train ...`: torchrun would claim --run without it
         del arguments[0]
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            ignore_image_warnings()
+            return _dispatch(arguments)
     except HelpShown:
         return 0
     except UserError as error:
