@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from sgformer.app.networks import Network, Networks, reduced
 from sgformer.app.worker import Worker
 from sgformer.core.errors import UserError, require
+from sgformer.core.parse import read_yaml
 from sgformer.data.image import find_images, read_image
 from sgformer.results import Explanation
 from sgformer.tasks.registry import get_task
@@ -208,8 +208,8 @@ def _examples(weights: Path, folder: str | None) -> list[Path]:
     images = find_images(folder) if folder else []
     config = (weights if weights.is_dir() else weights.parent) / "config.yaml"
     if not folder and config.is_file():
-        with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's config after all
-            data = Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data")))
+        with contextlib.suppress(UserError, AttributeError):  # not a run's config after all
+            data = Path(str(read_yaml(config).get("data")))
             for place in (data / "val", data / "val2017", data / "images" / "validation"):
                 with contextlib.suppress(UserError):  # holds tar shards only
                     images = images or (find_images(place) if place.is_dir() else [])

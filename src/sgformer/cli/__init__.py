@@ -81,9 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sgformer: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("SGFORMER_DEBUG") or not _out_of_memory(error):
+            raise
+        print("sgformer: error: out of memory: smaller images or batches (--image-size, --batch-size)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sgformer: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or torch, on the CPU or a GPU, got no more memory."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -27,6 +27,7 @@ from torch import nn
 
 from sgformer.core.errors import Interrupted, UserError
 from sgformer.core.files import write_text
+from sgformer.core.parse import as_table, read_bytes
 from sgformer.models.load import read_metadata, save_weights
 from sgformer.training.run_folder import RunFolder
 from sgformer.training.sharded import full, local_shard
@@ -242,8 +243,11 @@ class RunLog(Callback):
         self._pace = (self._start, self._step)  # time and step at which the current stretch of training began
         if self.writes and self.table.exists():  # rows after the checkpoint will be repeated
             # A last line without a newline was cut off when the process was killed.
-            complete = self.table.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = [row for row in csv.DictReader(io.StringIO(complete, newline="")) if int(row["step"]) <= self._step]
+            complete = read_bytes(self.table).decode("utf-8", "replace").rpartition("\n")[0]
+            try:
+                rows = [row for row in as_table(complete, self.table) if int(row["step"]) <= self._step]
+            except (KeyError, ValueError):
+                raise UserError(f"{self.table}: damaged; remove it to resume without the rows so far") from None
             self._write(rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:

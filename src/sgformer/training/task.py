@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from sgformer.core.errors import require
+from sgformer.core.errors import UserError, first_line, require
 from sgformer.training.config import RunConfig
 
 
@@ -190,8 +190,17 @@ class Task:
         return known(splits, index) if known else None
 
     def read_evaluation(self, folder: Path) -> Any:
-        """Read an evaluation back from the folder that `Evaluation.write` filled."""
-        return self.part("metrics").read(folder)
+        """Read an evaluation back from the folder that `Evaluation.write` filled.
+
+        Raises:
+            UserError: a file in it is missing or damaged.
+        """
+        try:
+            return self.part("metrics").read(folder)
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise UserError(f"{folder}: a file of this evaluation is damaged ({first_line(error)})") from None
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
         """Markdown of a finished run: the task's own, or the numbers, the facts and the pictures."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
+from sgformer.core.errors import UserError
+from sgformer.core.parse import read_table
 from sgformer.viz.style import COLOURS, figure
 
 
 def read_metrics(table: str | Path) -> dict[str, list[tuple[float, float]]]:
     """Every column of a `metrics.csv` as (epoch, value) points; empty cells are skipped."""
     series: dict[str, list[tuple[float, float]]] = {}
-    with Path(table).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("epoch", "step"):
+    for number, row in enumerate(read_table(table), 2):
+        for name, value in row.items():
+            if value and name not in ("epoch", "step"):
+                try:
                     series.setdefault(name, []).append((float(row["epoch"]), float(value)))
+                except (KeyError, ValueError):
+                    raise UserError(f"{table}: row {number} must hold numbers, one of them the epoch") from None
     return series
 
 
