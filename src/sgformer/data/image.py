@@ -595,7 +595,8 @@ def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpola
         height, width = round(image.height / ratio), round(image.width / ratio)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     resampling = Image.Resampling[interpolation.upper()]
-    if max(height, width) > ELONGATED * max(goal):  # 20,000 x 1 pixels would become five million x 256
+    # 20,000 x 1 pixels would become five million x 256; and a small part of a very large image is seldom meant.
+    if max(height, width) > ELONGATED * max(goal) or height * width > MAX_PIXELS:
         x, y = image.width / width, image.height / height
         part = (max(0.0, left * x), max(0.0, top * y), min(width, left + size[1]) * x, min(height, top + size[0]) * y)
         return np.asarray(image.resize((size[1], size[0]), resampling, box=part))

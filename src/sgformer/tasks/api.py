@@ -108,10 +108,10 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
 
 
 def _read(weights: Source, model: str | None) -> tuple[Weights, Task]:
-    """The content of any weights, and their task."""
+    """The content of any weights, in float32, and their task."""
     from sgformer.models.load import read_weights
 
-    stored = read_weights(weights, model)
+    stored = read_weights(weights, model).in_full()
     return stored, task_of(stored.task, weights)
 
 
@@ -148,6 +148,7 @@ def evaluate(
     if knn or linear_probe:
         return _score_features(stored, data, knn, linear_probe, **options)
     task.require()
+    task.check(stored)
     refuse_foreign(options, task, "eval_options", weights)
     return task.evaluate(stored, data, **options)
 
@@ -233,6 +234,7 @@ def predict_images(
         return task, task.predict_exported(network, images, **options), network.metadata
     stored, task = _read(weights, model)
     task.require()
+    task.check(stored)
     refuse_foreign(options, task, "predict_options", weights)
     return task, task.predict(stored, images, **options), dict(stored.metadata)
 
@@ -419,6 +421,7 @@ def export(
     from sgformer.exporting.export import export_graph
 
     stored, task = _read(weights, model)
+    task.check(stored)
     return export_graph(
         lambda whole: task.graph(stored, whole, features, significance),
         out,

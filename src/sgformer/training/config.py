@@ -17,6 +17,7 @@ from sgformer.core import parse
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, nearest
 from sgformer.models.config import AGGREGATION, SIGNIFICANCE, VARIANTS, parse_regions, parse_scales, with_stages
+from sgformer.models.metadata import MAX_SIDE
 from sgformer.models.pretrained import PRETRAINED, TAG
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ class RunConfig:
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
         self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")
         self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
+        self._check("image_size", lambda v: max(self.image_hw) <= MAX_SIDE, f"must be {MAX_SIDE} pixels or less")
         self._check_minutes("epochs")
         if self.coarse not in ("global", AUTO) and not self.model.startswith("sgformer_"):
             raise UserError(f"--coarse {self.coarse} is for sgformer models; {self.model} has no coarse heads")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from sgformer.core.errors import UserError, first_line, require
+from sgformer.models.metadata import require as require_entries
 from sgformer.training.config import RunConfig
 
 
@@ -105,6 +106,7 @@ class Task:
         written: the contents of `eval`'s output folder, for the last line on the terminal.
         quantity: the meaning of the shares in `summary`.
         extras: (package, extra of this package that installs it) needed in addition to those of training.
+        needs: the entries of weights' metadata that evaluation, prediction and export read.
     """
 
     name: ClassVar[str]
@@ -121,6 +123,7 @@ class Task:
     written: ClassVar[str] = "tables"
     quantity: ClassVar[str] = "share"
     extras: ClassVar[Sequence[tuple[str, str]]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def part(self, name: str) -> Any:
         """Import a module of the task's folder."""
@@ -130,6 +133,10 @@ class Task:
         """Raise UserError if a package in `extras` is missing."""
         for package, extra in self.extras:
             require(package, extra=extra)
+
+    def check(self, weights: Any) -> None:
+        """Raise UserError if the metadata of a `models.load.Weights` lack what the task `needs`."""
+        require_entries(weights.metadata, self.needs, weights.path)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

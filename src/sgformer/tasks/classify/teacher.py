@@ -129,9 +129,9 @@ def read_network(source: str) -> tuple[nn.Module, Mapping[str, Any]]:
     name, equals, file = source.partition("=")
     try:
         if Path(source).exists() or pretrained_file(source) or (Path(source).suffix in SUFFIXES and not equals):
-            weights = read_weights(source)
+            weights = read_weights(source).in_full()
         elif equals:
-            weights = read_weights(file, name)
+            weights = read_weights(file, name).in_full()
         else:
             network = build_pretrained(source)
             return network, network.metadata  # type: ignore[return-value]
