@@ -42,7 +42,10 @@ ONLY = {
     "data": {"core"},
 }
 # Without torch, at their heads and in their functions.
-LIGHT = ("core/errors.py", "core/files.py", "core/names.py", "core/plugins.py", "results.py", "models/config.py")
+LIGHT = (
+    *("core/errors.py", "core/files.py", "core/names.py", "core/parse.py", "core/plugins.py", "results.py"),
+    *("models/config.py", "models/metadata.py"),
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -194,3 +194,17 @@ def test_any_name_on_any_terminal(encoding, tmp_path, capsys, monkeypatch):
     answers = json.loads((tmp_path / "p.json").read_text())
     assert {os.fsencode(one["image"]) for one in answers} == set(files)
     assert {label["class"] for label in answers[0]["labels"]} == set(names)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: ...")])
+def test_no_memory_is_a_line(weights, folder, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sgformer.tasks.classify.predict.predict", fail)
+    assert main(["predict", str(weights), str(folder / "a.png")]) == 2
+    assert capsys.readouterr().err.startswith("sgformer: error: out of memory: ")
+    if not isinstance(error, MemoryError):
+        error.args = ("another",)
+        with pytest.raises(RuntimeError):
+            main(["predict", str(weights), str(folder / "a.png")])

@@ -1,5 +1,6 @@
 """Full and read-only disks, damaged files, losses that are no numbers, readers that die: a line that names it."""
 
+import gzip
 import os
 import resource
 import shutil
@@ -101,6 +102,56 @@ def test_leftovers_and_half_a_row_do_no_harm(half, stopped):
     assert resumed_is_whole(stopped, half[1])
     assert not list(stopped.rglob("*.tmp"))
     assert [row.split(",")[1] for row in (stopped / "metrics.csv").read_text().splitlines()].count("1") == 1
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+)
+NESTED = "[" * 2000 + "]" * 2000
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("config.yaml", BOMB.encode(), r"config\.yaml: not a YAML file \(line 2\): aliases"),
+        ("config.yaml", f"image_size: '{NESTED}'".encode(), r"config\.yaml: image_size: neither aliases"),
+        ("metrics.csv", b"epoch,step\n1,x\n2,3\n", r"metrics\.csv: damaged; remove it"),
+        ("metrics.csv", b"epoch,step\n1,1,1\n\n", r"metrics\.csv: damaged; remove it"),
+        ("metrics.csv", b"epoch,step,lr\n1,1,\xff\n\n", r"metrics\.csv: row 2 must hold numbers"),
+        ("metrics.csv", b"a" * 200_000 + b"\n\n", r"metrics\.csv: damaged; remove it"),
+        ("data.json.gz", gzip.compress(b"[" * 2**25), r"data\.json\.gz: damaged"),
+        ("data.json.gz", gzip.compress(NESTED.encode()), r"data\.json\.gz: damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(stopped, name, content, says):
+    (stopped / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        train("classify", resume=stopped, max_steps=4)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metrics.json", b"[" * 2000),
+        ("metrics.json", b"[]"),
+        ("metrics.json", b'{"top1": "x"}'),
+        ("confusion.csv", b"a,b\n1,x\n"),
+        ("confusion.csv", b"a,b,c\n1,2\n1,2,3,4\n"),
+        ("confusion.csv", b""),
+    ],
+)
+def test_a_damaged_validation_is_named_by_a_run_with_nothing_left_to_do(half, tmp_path, name, content):
+    shutil.copytree(half[0].parent / "whole", tmp_path / "run")
+    (tmp_path / "run/validation" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"run/validation") as caught:
+        train("classify", resume=tmp_path / "run", max_steps=4)
+    one_line(caught)
+
+
+def test_an_odd_environment_is_none(stopped):
+    (stopped / "environment.json").write_text(NESTED)
+    assert train("classify", resume=stopped, max_steps=4).environment()["sgformer"]
 
 
 # -- disks ------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from sgformer.app.networks import Network, Networks, reduced
 from sgformer.app.worker import Failed, Stopped, Worker
 from sgformer.core.errors import UserError, require
 from sgformer.core.names import is_remote
+from sgformer.core.parse import read_yaml
 from sgformer.data.image import find_images, read_image
 from sgformer.models.config import TOKEN_BUDGETS
 from sgformer.results import Explanation
@@ -253,8 +253,8 @@ def _examples(weights: Path, folder: str | None) -> list[Path]:
     images = find_images(folder) if folder else []
     config = (weights if weights.is_dir() else weights.parent) / "config.yaml"
     if not folder and config.is_file():
-        with contextlib.suppress(yaml.YAMLError, AttributeError):  # not a run's config after all
-            stored = str(yaml.safe_load(config.read_text(encoding="utf-8")).get("data"))
+        with contextlib.suppress(UserError, AttributeError):  # not a run's config after all
+            stored = str(read_yaml(config).get("data"))
             data = Path("" if is_remote(stored) else stored)
             for place in (data / "val", data / "val2017", data / "images" / "validation"):
                 with contextlib.suppress(UserError):  # holds tar shards only

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from sgformer._version import __version__
@@ -13,6 +14,7 @@ from sgformer.cli.parser import HelpShown, run_function
 from sgformer.core import plugins
 from sgformer.core.errors import UserError, how_to_install
 from sgformer.core.names import nearest
+from sgformer.core.processes import ignore_image_warnings
 from sgformer.core.terminal import say
 from sgformer.tasks.registry import TASKS, get_task
 
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--"]:  # `torchrun -m sgformer -- train ...`: torchrun would claim --run without it
         del arguments[0]
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            ignore_image_warnings()
+            return _dispatch(arguments)
     except HelpShown:
         return 0
     except UserError as error:
@@ -77,9 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"sgformer: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("SGFORMER_DEBUG") or not _out_of_memory(error):
+            raise
+        print("sgformer: error: out of memory: smaller images or batches (--image-size, --batch-size)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         say("sgformer: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or torch, on the CPU or a GPU, got no more memory."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _dispatch(arguments: list[str]) -> int:

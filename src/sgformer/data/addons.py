@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+from PIL import Image
 
 # Brands of the container that HEIC files share with AVIF, which Pillow reads itself.
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -16,17 +17,19 @@ HEAD = 64
 
 
 class Addon(NamedTuple):
-    """A package that adds a format to Pillow: the format, the module, the name for pip."""
+    """A package that adds a format to Pillow: the format, the package's class of images, its name for pip, and Pillow's
+    name for the format."""
 
     format: str
-    module: str
+    opener: str
     package: str
+    known_as: str
 
     @property
     def installed(self) -> bool:
         """Whether the package is there."""
         try:
-            return find_spec(self.module) is not None
+            return find_spec(self.opener.partition(".")[0]) is not None
         except ValueError:  # a module without a spec
             return False
 
@@ -35,9 +38,15 @@ class Addon(NamedTuple):
         """What to do for these files to be read."""
         return f"{self.format} needs pip install {self.package}"
 
+    def open(self, file: IO[bytes]) -> Image.Image:
+        """Open a file with the installed package, which is not registered with Pillow: other programs in this process
+        keep the formats that they chose."""
+        module, _, name = self.opener.rpartition(".")
+        return getattr(importlib.import_module(module), name)(file, "")
 
-PILLOW_HEIF = Addon("HEIC", "pillow_heif", "pillow-heif")
-PILLOW_JXL = Addon("JPEG XL", "pillow_jxl", "pillow-jxl-plugin")
+
+PILLOW_HEIF = Addon("HEIC", "pillow_heif.HeifImageFile", "pillow-heif", "HEIF")
+PILLOW_JXL = Addon("JPEG XL", "pillow_jxl.JpegXLImagePlugin.JXLImageFile", "pillow-jxl-plugin", "JXL")
 
 #: By extension, in lower case.
 ADDONS = {".heic": PILLOW_HEIF, ".heif": PILLOW_HEIF, ".hif": PILLOW_HEIF, ".jxl": PILLOW_JXL}
@@ -48,11 +57,3 @@ def addon_of(head: bytes) -> Addon | None:
     if head[4:8] == b"ftyp" and head[8:12] in HEIC and b"avif" not in head:
         return PILLOW_HEIF
     return PILLOW_JXL if head.startswith(JPEG_XL) else None
-
-
-@cache
-def activate(addon: Addon) -> None:
-    """Let Pillow read an installed package's format."""
-    module = importlib.import_module(addon.module)
-    if register := getattr(module, "register_heif_opener", None):  # the other registers itself
-        register()

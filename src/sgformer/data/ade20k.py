@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from sgformer.core.errors import StalledError, UserError
 from sgformer.core.names import canonical
+from sgformer.core.parse import MAX_SMALL, read_bytes
 from sgformer.core.progress import track
 from sgformer.data.dense_transforms import DenseTransform
 from sgformer.data.identity import class_differences
@@ -235,8 +236,8 @@ def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = Fal
     """
     path = Path(path)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in read_bytes(path, MAX_SMALL).decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as UTF-8 text ({error})") from None
     if not lines or not lines[0].lower().startswith("idx"):
         if not lines:
@@ -245,7 +246,7 @@ def read_class_names(path: str | os.PathLike[str], reduce_zero_label: bool = Fal
     table: dict[int, str] = {}
     for line in lines[1:]:
         label, *_, names = line.split("\t")
-        if not label.strip().isdigit() or int(label) in table:
+        if not label.strip().isdecimal() or len(label) > 9 or int(label) in table:
             raise UserError(f"{path}: expected a new label and a name, separated by a tab, got {line.strip()!r}")
         table[int(label)] = names.split(";")[0].split(",")[0].strip()
     if not reduce_zero_label:

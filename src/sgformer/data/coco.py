@@ -33,6 +33,7 @@ from torchvision import tv_tensors
 
 from sgformer.core.errors import StalledError, UserError, require
 from sgformer.core.names import some
+from sgformer.core.parse import read_json
 from sgformer.data.coco_dialects import Content, plain
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.imagefolder import Sample, bad_image, seeded
@@ -561,16 +562,7 @@ def _runs(text: str) -> list[int]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{file}: malformed JSON ({type(error).__name__})") from None
+    content = read_json(file, None)
     if not isinstance(content, dict):
         raise UserError(f"{file}: not COCO annotations: expected an object with images, annotations and categories")
     return content

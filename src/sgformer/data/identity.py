@@ -18,6 +18,7 @@ from typing import Any
 from sgformer.core.errors import UserError
 from sgformer.core.files import replacing
 from sgformer.core.names import canonical, quoted, some
+from sgformer.core.parse import parse_json
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,12 @@ def read_contents(path: str | os.PathLike[str]) -> dict[str, Contents] | None:
     """
     try:
         with gzip.open(path) as file:
-            value = json.load(file)
+            # Names repeat themselves, but not so often.
+            limit = 2**24 + 64 * os.stat(path).st_size
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError("too large")
+        value = parse_json(data, path)
         found = {
             split: Contents(tuple(one["classes"]), tuple((name, truth) for name, truth in one["images"]))
             for split, one in value.items()
@@ -108,7 +114,7 @@ def read_contents(path: str | os.PathLike[str]) -> dict[str, Contents] | None:
         return found
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, zlib.error, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: damaged ({type(error).__name__}); remove it to resume without comparing the data"
         ) from None

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sgformer.core.errors import StalledError, UserError
-from sgformer.data.addons import ADDONS, HEAD, activate, addon_of
+from sgformer.data.addons import ADDONS, HEAD, addon_of
 
 #: File name extensions (lower case) of images in listed folders.
 IMAGE_EXTENSIONS = frozenset(
@@ -43,6 +43,10 @@ IMAGE_EXTENSIONS = frozenset(
         *(extension for extension, addon in ADDONS.items() if addon.installed),
     ]
 )
+
+#: Pillow's names of the formats that are read, besides those of `ADDONS`. No other decoder is tried: some of Pillow's
+#: run programs (Ghostscript for PostScript, whatever the file's name says), and each is C code fed by strangers.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 
 #: Larger images are rejected before decoding. 128 Mpx are 384 MB as RGB.
 MAX_PIXELS = 128 * 2**20
@@ -66,10 +70,6 @@ UPRIGHT = {
 
 T = TypeVar("T")
 ImageSource = str | os.PathLike | bytes | IO[bytes]
-
-# Pillow's own limit and its metadata warnings would appear once per file and worker; MAX_PIXELS is our limit.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 
 
 # -- which images, and each as RGB ------------------------------------------------------------------------------------
@@ -230,7 +230,9 @@ def open_image(source: Any, number: int = 0) -> Image.Image:
     if isinstance(source, bytes | bytearray | memoryview):
         return read_image(bytes(source), name)
     if isinstance(source, Image.Image):
-        with _named_errors(str(getattr(source, "filename", "") or name), None, MAX_PIXELS):
+        name = str(getattr(source, "filename", "") or name)
+        _refuse_undecoded(source, name)
+        with _named_errors(name, FORMATS, MAX_PIXELS):
             return _decoded(_limited(source, MAX_PIXELS))
     if hasattr(source, "read"):
         return read_image(source, str(getattr(source, "name", name)))
@@ -242,6 +244,16 @@ def open_image(source: Any, number: int = 0) -> Image.Image:
         return _from_array(source, name, source.shape)
     kind = type(source).__name__
     raise UserError(f"{name}: an image is a file, bytes, a PIL image, an array or a tensor, got {kind}")
+
+
+def _refuse_undecoded(image: Image.Image, name: str) -> None:
+    """Raise UserError if reading the pixels would run a decoder that is none of ours."""
+    known = (*FORMATS, "MPO", *(addon.known_as for addon in ADDONS.values()))
+    waiting = bool(getattr(image, "tile", None)) or isinstance(image, ImageFile.StubImageFile)
+    if waiting and image.format not in known:
+        raise UserError(
+            f"{name}: {image.format} is not read here ({', '.join(FORMATS)} are): pass image.convert('RGB')"
+        )
 
 
 def _is_tensor(value: Any) -> bool:
@@ -305,7 +317,7 @@ def read_image(
     Args:
         source: a path, the bytes of a file, or a seekable binary file object.
         name: the image's name in error messages; by default the path.
-        formats: Pillow's formats to try, such as "PNG"; by default all.
+        formats: Pillow's formats to try, such as "PNG"; by default `FORMATS`, and those of `ADDONS`.
         max_pixels: larger images are rejected before decoding.
 
     Returns:
@@ -435,7 +447,7 @@ def opened(
     if name is None:
         path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
         name = str(path or "image")
-    with _named_errors(name, formats, max_pixels):
+    with _named_errors(name, formats or FORMATS, max_pixels):
         if isinstance(source, (str, os.PathLike)):
             with Path(source).open("rb") as file:
                 yield _checked(file, formats, max_pixels)
@@ -444,7 +456,7 @@ def opened(
 
 
 @contextmanager
-def _named_errors(name: str, formats: Sequence[str] | None, max_pixels: int) -> Iterator[None]:
+def _named_errors(name: str, formats: Sequence[str], max_pixels: int) -> Iterator[None]:
     """Any failure in the block becomes a UserError that starts with the image's name."""
     try:
         yield
@@ -460,8 +472,8 @@ def _checked(file: IO[bytes], formats: Sequence[str] | None, max_pixels: int) ->
     if formats is None and (addon := addon_of(head)):
         if not addon.installed:
             raise UnidentifiedImageError(addon.advice)
-        activate(addon)
-    return _limited(Image.open(file, formats=None if formats is None else tuple(formats)), max_pixels)
+        return _limited(addon.open(file), max_pixels)
+    return _limited(Image.open(file, formats=tuple(formats or FORMATS)), max_pixels)
 
 
 def _limited(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -470,7 +482,7 @@ def _limited(image: Image.Image, max_pixels: int) -> Image.Image:
     return image
 
 
-def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) -> str:
+def _reason(error: Exception, formats: Sequence[str], max_pixels: int) -> str:
     """Why an image could not be read, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
@@ -482,9 +494,7 @@ def _reason(error: Exception, formats: Sequence[str] | None, max_pixels: int) ->
     if isinstance(error, UnidentifiedImageError):
         if text in {addon.advice for addon in ADDONS.values()}:
             return text
-        return "not an image, or not of a format " + (
-            "that Pillow supports" if formats is None else f"accepted here: {', '.join(formats)}"
-        )
+        return f"not an image, or not of a format accepted here: {', '.join(formats)}"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"too large, the limit is {max_pixels} pixels ({text.split(' exceeds')[0]})"
     if text == "0 bytes":
@@ -585,7 +595,8 @@ def centre(image: Image.Image, size: tuple[int, int], crop_pct: float, interpola
         height, width = round(image.height / ratio), round(image.width / ratio)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     resampling = Image.Resampling[interpolation.upper()]
-    if max(height, width) > ELONGATED * max(goal):  # 20,000 x 1 pixels would become five million x 256
+    # 20,000 x 1 pixels would become five million x 256; and a small part of a very large image is seldom meant.
+    if max(height, width) > ELONGATED * max(goal) or height * width > MAX_PIXELS:
         x, y = image.width / width, image.height / height
         part = (max(0.0, left * x), max(0.0, top * y), min(width, left + size[1]) * x, min(height, top + size[0]) * y)
         return np.asarray(image.resize((size[1], size[0]), resampling, box=part))

@@ -34,6 +34,7 @@ import PIL
 from PIL import Image, ImageDraw, ImageFilter
 
 from sgformer.core.errors import UserError, require
+from sgformer.core.parse import read_json
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.image import read_image
@@ -220,6 +221,9 @@ def load_sources(split: str, sprites: str | None = None) -> Sources:
     return Sources(FASHION_CLASSES, Sprites(images, labels, shaded=True), photographs)
 
 
+MAX_IDX = 2**28  # bytes of an IDX file, unpacked; MNIST's have 47 million
+
+
 # By hand: torchvision's reader raises a bare AssertionError on damaged files, and does not read gzip.
 def read_idx(path: str | os.PathLike) -> np.ndarray:
     """Read an IDX file (the format of MNIST), optionally gzipped, as an array of the stored shape and dtype.
@@ -231,7 +235,8 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+            with gzip.open(path) as file:
+                data = file.read(MAX_IDX)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -664,7 +669,7 @@ def scene_objects(path: str | os.PathLike[str]) -> np.ndarray:
     path = Path(path)
     root, split = path.parents[2], path.parents[1].name
     try:
-        generator = json.loads((root / "scenes.json").read_text(encoding="utf-8"))["generator"]
+        generator = read_json(root / "scenes.json")["generator"]
         index, size, seed, sprites = (
             int(path.stem),
             int(generator["image_size"]),
@@ -673,7 +678,7 @@ def scene_objects(path: str | os.PathLike[str]) -> np.ndarray:
         )
         if generator["layout"] != "imagenet" or split not in SPLITS:
             raise ValueError
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a scene of `sgformer data scenes` in the imagenet layout") from None
     sources = _cached_sources(split, sprites)
     rng = np.random.default_rng((seed, SPLITS.index(split), index))

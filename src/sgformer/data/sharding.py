@@ -20,6 +20,7 @@ import numpy as np
 
 from sgformer.core.errors import UserError, first_line
 from sgformer.core.names import is_address, printable, some
+from sgformer.core.parse import parse_json
 from sgformer.core.progress import track
 from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, left_out, scan_splits
@@ -295,8 +296,8 @@ def _take(sample: dict[str, Any], kind: str, member: tarfile.TarInfo, tar: tarfi
             raise UserError(f"{where}: {key}.cls does not hold a class index")
         sample["cls"] = int(text)
     elif kind == ".json":
-        with contextlib.suppress(ValueError, RecursionError):
-            about = json.loads(_content(tar, member)) if member.size <= 2**20 else {}
+        with contextlib.suppress(UserError):
+            about = parse_json(_content(tar, member), key) if member.size <= 2**20 else {}
             name = about.get("name") if isinstance(about, dict) else None
             if isinstance(name, str) and 0 < len(name) <= LONGEST_NAME:
                 sample["name"] = name

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sgformer.core.errors import MissingError, StalledError, UserError, first_line
+from sgformer.core.errors import MissingError, StalledError, UserError
 from sgformer.core.names import canonical, is_address, printable, some
+from sgformer.core.parse import parse_json
 from sgformer.data.image import read_image
 from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits
 from sgformer.data.store import Store, unreadable
@@ -253,10 +254,7 @@ class Index:
                 f"{error}; convert a folder with sgformer data shards, or create the index of existing shards with: "
                 f"sgformer data index {root}"
             ) from None
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: not JSON ({first_line(error)})") from None
+        content = parse_json(data, name)
         try:
             return cls(store, *_checked(content))
         except _InvalidIndex as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from sgformer.core.errors import UserError, first_line
 from sgformer.core.names import is_address, some
+from sgformer.core.parse import read_json
 from sgformer.core.progress import track
 from sgformer.data import ade20k, imagefolder
 from sgformer.data.ade20k import LabelledFolder, read_label_map
@@ -298,16 +298,16 @@ def kept_by(
     if not single:
         return None
     file = Path(weights).parent / FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        names = tuple(str(name) for name in content["val"])
-        return ValSplit(float(content["val_split"]), int(content["seed"]), names, str(file))
-    except FileNotFoundError:
+    if not file.exists():
         raise UserError(
             f"{file}: no such file; it names the images that --val-split kept from these weights: copy it here from "
             "their run"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        )
+    try:
+        content = read_json(file)
+        names = tuple(str(name) for name in content["val"])
+        return ValSplit(float(content["val_split"]), int(content["seed"]), names, str(file))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({first_line(error)}); copy it from the run again") from None
 
 

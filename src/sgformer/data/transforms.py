@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from timm.data import auto_augment as timm_policies
 from timm.data import create_transform
-from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import MaybeToTensor
 from torchvision.transforms import Compose, Normalize
 
@@ -23,10 +24,6 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     if bits < 1:
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
-
-
-# timm passes 0 bits to Pillow, which rejects them from version 13 on: one image in a thousand would stop a training.
-NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def train_transform(
@@ -82,8 +79,16 @@ def train_transform(
 
 
 def _fused(transform: Compose, normalization: Normalization) -> Compose:
-    """The same with conversion and normalisation in one step."""
+    """The same with conversion and normalisation in one step, and with our `posterize`.
+
+    timm passes 0 bits to Pillow, which rejects them from version 13 on: one image in a thousand would stop a training.
+    timm's own table of operations stays as it is, for other programs in this process.
+    """
     steps = list(transform.transforms)
+    for policy in steps:
+        for operation in (*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))):
+            if operation.aug_fn is timm_policies.posterize:
+                operation.aug_fn = posterize
     at = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
     if not isinstance(steps[at - 1], MaybeToTensor):
         raise TypeError(f"expected timm to convert images just before it normalises them (got {steps[at - 1]})")

@@ -5,7 +5,6 @@ The file's metadata describe the preprocessing. `tasks/TASK/predict_onnx.py` tur
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from PIL import Image
 
 from sgformer.core.errors import UserError, first_line, require
 from sgformer.data.image import fit_size
+from sgformer.models.metadata import parse_metadata
+from sgformer.models.metadata import require as require_entries
 
 
 class ExportedNetwork:
@@ -29,8 +30,12 @@ class ExportedNetwork:
         input_size: its fixed (height, width); None if open.
 
     Raises:
-        UserError: the file is missing or not of `sgformer export`, or onnxruntime is not installed.
+        UserError: the file is missing or not of `sgformer export`, its metadata are invalid, or onnxruntime is not
+            installed.
     """
+
+    #: What every file states; `tasks/TASK/predict_onnx.py` asks for more.
+    needs = ("task", "classes", "mean", "std", "image_size", "input_size", "multiple")
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None):
         runtime = require("onnxruntime", extra="onnx")
@@ -48,15 +53,44 @@ class ExportedNetwork:
         stored = self.session.get_modelmeta().custom_metadata_map
         if "sgformer" not in stored:
             raise UserError(f"{path}: was not written by sgformer export, so its preprocessing is unknown")
-        self.metadata: dict[str, Any] = json.loads(stored["sgformer"])
+        self.metadata: dict[str, Any] = parse_metadata(stored["sgformer"], path)
+        self.require(*self.needs)
+        if [one.name for one in self.session.get_inputs()] != ["image"]:
+            raise UserError(f"{path}: its inputs are not the image alone")
         self.input_size: tuple[int, int] | None = None
         if self.metadata["input_size"] is not None:
             self.input_size = (self.metadata["input_size"][0], self.metadata["input_size"][1])
 
+    def require(self, *keys: str) -> None:
+        """Raise UserError if entries of the metadata are missing."""
+        require_entries(self.metadata, keys, self.path)
+
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Normalised images (B, 3, H, W) float32 -> every output by name."""
+        """Normalised images (B, 3, H, W) float32 -> every output by name.
+
+        Raises:
+            UserError: the file cannot be run on them.
+        """
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, {"image": images.astype(np.float32, copy=False)}), strict=True))
+        try:
+            found = self.session.run(names, {"image": images.astype(np.float32, copy=False)})
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise UserError(f"{self.path}: onnxruntime cannot run it ({first_line(error)})") from None
+        return dict(zip(names, found, strict=True))
+
+    def logits(self, images: np.ndarray, dims: int) -> np.ndarray:
+        """Normalised images -> the output `logits` of so many dimensions, with a score of every class, float32.
+
+        Raises:
+            UserError: there is no such output.
+        """
+        found = np.asarray(self(images).get("logits"))
+        if found.ndim != dims or found.shape[:2] != (len(images), len(self.classes)) or found.dtype.kind != "f":
+            shape = "x".join(map(str, found.shape))
+            raise UserError(
+                f"{self.path}: its output logits is {shape or 'missing'}, not for {len(self.classes)} classes"
+            )
+        return found.astype(np.float32)
 
     def refuse_size(self, image_size: Any) -> None:
         """Raise UserError if an image size is given and the file's is fixed."""

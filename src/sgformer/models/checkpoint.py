@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from torch import Tensor
 
 from sgformer.core.errors import UserError, first_sentence
 from sgformer.core.files import replacing, to_json
-from sgformer.core.names import some
+from sgformer.core.names import printable, some
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import SGFormerConfig
 from sgformer.models.layers import resize_table
+from sgformer.models.metadata import parse_metadata
 
 log = logging.getLogger("sgformer")
 
@@ -29,6 +32,8 @@ FORMAT = "sgformer"
 CHECKSUM = "checksum"
 POSITION = "stem.position.table"
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # of counters and index tables
 
 
 # -- our own files ----------------------------------------------------------------------------------------------------
@@ -79,6 +84,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """
     with _opened(path) as f:
         tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    check_kinds(tensors, path)
     written = header.pop(CHECKSUM, None)
     if written not in (None, checksum(tensors, header)):
         raise UserError(f"{path}: damaged: its checksum does not match its content")
@@ -108,7 +114,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as f:
             yield f
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{path}: not a readable safetensors file ({first_sentence(e)})") from None
 
 
@@ -116,12 +122,40 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the metadata that was passed to ``save_model``.
 
     Raises:
-        UserError: as :func:`read_safetensors`, or the metadata is not JSON.
+        UserError: as :func:`read_safetensors`, or the metadata are not JSON, or invalid.
     """
-    try:
-        return json.loads(read_header(path).get("metadata", "{}"))
-    except json.JSONDecodeError:
-        raise UserError(f"{path}: its metadata is not readable") from None
+    return parse_metadata(read_header(path).get("metadata", "{}"), path)
+
+
+def check_kinds(tensors: Mapping[str, Tensor], source: Any) -> None:
+    """Raise UserError unless all tensors hold floats, whole numbers or truth values, in memory as they are."""
+    for name, tensor in tensors.items():
+        odd = tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested
+        if odd or tensor.dtype not in (*FLOATS, *WHOLE):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{source}: {printable(name)[:80]} holds {kind}, which no network here has as weights")
+
+
+def check_config(config: SGFormerConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the tensors in a file bear out what its config says, before a network is built from that: as many
+    blocks, a position table of that size, as many classes. All else shows in the shapes of the layers.
+
+    Raises:
+        ValueError: they do not.
+    """
+    names = {found[0]: found[1] for name in shapes if (found := re.match(r"stages\.(\d+)\.blocks\.\d+\.", name))}
+    blocks = Counter(names.values())
+    for i, stage in enumerate(config.stages):
+        single = stage.reduction is not None and config.pairs == "single"
+        depth = -(-stage.depth // 2) if single else stage.depth
+        if blocks[str(i)] != depth:
+            raise ValueError(f"it says {depth} blocks in stage {i + 1}, the tensors {blocks[str(i)]}")
+    table = (*(-(-side // 4) for side in config.img_size), config.stages[0].dim)
+    if tuple(shapes.get(POSITION, ())) != table:
+        raise ValueError(f"it says a position table of {table}, the tensors {tuple(shapes.get(POSITION, ()))}")
+    classes = (shapes.get(CLASSIFIER[0]) or (0,))[0]
+    if classes != config.num_classes:
+        raise ValueError(f"it says {config.num_classes} classes, the tensors {classes}")
 
 
 def build_from_tensors(
@@ -184,7 +218,12 @@ def check_fit(source: str, tensors: Mapping[str, Tensor], expected: Mapping[str,
         for name, t in tensors.items()
         if name in expected and t.shape != expected[name]
     ]
-    parts = [f"{len(n)} {what}: {some(n, 4)}" for what, n in (("missing", missing), ("unknown", extra)) if n]
-    parts += [f"{len(wrong)} of another shape: {some(wrong, 4)}"] if wrong else []
+    parts = [f"{len(n)} {what}: {_some(n)}" for what, n in (("missing", missing), ("unknown", extra)) if n]
+    parts += [f"{len(wrong)} of another shape: {_some(wrong)}"] if wrong else []
     if parts:
         raise UserError(f"{source}: the weights do not fit the model ({'; '.join(parts)})")
+
+
+def _some(names: list[str]) -> str:
+    """A few names of tensors, which a stranger may have chosen."""
+    return some([printable(name)[:80] for name in names[:4]] + names[4:], 4)

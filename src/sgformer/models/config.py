@@ -8,9 +8,21 @@ can be read, printed, compared and stored anywhere. To define a new size, write 
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+# Beyond what a network of this kind can use. A config may come with weights of strangers, and sizes that no tensor in
+# their file bears out cost memory as soon as the network sees an image.
+MAX_DIM = 2**14
+MAX_DEPTH = 512  # of a stage
+MAX_PARTS = 16  # stages, regions, scales
+MAX_REACH = 512  # tokens along the side of what one window or one reduced token covers
+MAX_RATE = 2**14
+MAX_CLASSES = 2**20
+MAX_IMAGE = 2**14  # pixels along a side
 
 
 class Region(NamedTuple):
@@ -48,8 +60,17 @@ class StageConfig:
     scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "regions", tuple(Region(*r) for r in self.regions))
-        object.__setattr__(self, "scales", tuple(self.scales))
+        _few("regions", self.regions)
+        _few("scales", self.scales)
+        regions = (Region(*r) for r in self.regions)
+        _set(
+            self, "regions", tuple(Region(_number("share", r.share), _whole("rate", r.rate, MAX_RATE)) for r in regions)
+        )
+        _set(self, "scales", tuple(_whole("scales", s, MAX_REACH) for s in self.scales))
+        for name, most in (("dim", MAX_DIM), ("heads", MAX_DIM), ("depth", MAX_DEPTH)):
+            _set(self, name, _whole(name, getattr(self, name), most))
+        if self.reduction is not None:
+            _set(self, "reduction", _whole("reduction", self.reduction, MAX_REACH))
         _require(self.dim > 0 and self.heads > 0 and self.depth > 0, "dim, heads and depth must be positive", self)
         _require(self.dim % self.heads == 0, "dim must be a multiple of heads", self)
         if self.reduction is None:
@@ -104,17 +125,29 @@ class SGFormerConfig:
     drop_path_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        _few("stages", self.stages)
         stages = (s if isinstance(s, StageConfig) else StageConfig(**s) for s in self.stages)
-        object.__setattr__(self, "stages", tuple(stages))
-        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
-        object.__setattr__(self, "img_size", size)
+        _set(self, "stages", tuple(stages))
+        sides = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        size = tuple(_whole("img_size", side, MAX_IMAGE) for side in sides)
+        _set(self, "img_size", size)
+        for name, most in (("in_chans", MAX_DIM), ("num_classes", MAX_CLASSES), ("window", MAX_REACH)):
+            _set(self, name, _whole(name, getattr(self, name), most))
+        for name in ("mlp_ratio", "drop_rate", "drop_path_rate"):
+            _set(self, name, _number(name, getattr(self, name)))
         _require(len(self.stages) > 0, "stages must not be empty", self.stages)
         _require(len(size) == 2 and min(size) >= 32, "img_size must be (H, W), both at least 32", size)
         _require(self.in_chans >= 1, "in_chans must be at least 1", self.in_chans)
         _require(self.num_classes >= 0, "num_classes must be 0 or more", self.num_classes)
         _require(self.window >= 1, "window must be at least 1", self.window)
         for name, known in CHOICES.items():
-            _require(getattr(self, name) in known, f"{name} must be one of {', '.join(known)}", getattr(self, name))
+            value = getattr(self, name)
+            _require(isinstance(value, str) and value in known, f"{name} must be one of {', '.join(known)}", value)
+        if self.coarse == "window":
+            reach = self.window * max(max(s.reduction or 1, *s.scales, 1) for s in self.stages)
+            _require(reach <= MAX_REACH, f"window x reduction must be at most {MAX_REACH} tokens", reach)
+        _require(all(1 <= s.dim * self.mlp_ratio <= 2**18 for s in self.stages), "mlp_ratio is too small or large",
+                 self.mlp_ratio)  # fmt: skip
         if self.pairs != "guided":
             for name, default in (("significance", "hybrid"), ("aggregation", "linear"), ("attention", "softmax")):
                 value = getattr(self, name)
@@ -143,6 +176,7 @@ class SGFormerConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> SGFormerConfig:
         """Build from ``to_dict``'s output; unknown keys raise a ValueError that names them."""
         _known(values, cls)
+        _few("stages", values.get("stages", ()))
         for stage in values.get("stages", ()):
             _known(stage, StageConfig)
         return cls(**values)
@@ -222,10 +256,41 @@ def with_stages(config: SGFormerConfig, **values: tuple[Any, ...] | None) -> SGF
 
 def _require(condition: bool, message: str, value: Any) -> None:
     if not condition:
-        raise ValueError(f"{message} (got {value})")
+        raise ValueError(f"{message} (got {value!s:.200})")
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _few(name: str, values: Any) -> None:
+    """Raise ValueError unless the values are a list or tuple of at most `MAX_PARTS`."""
+    _require(isinstance(values, list | tuple), f"{name} must be a list", values)
+    _require(len(values) <= MAX_PARTS, f"{name} must be at most {MAX_PARTS}", f"{len(values)} of them")
+
+
+def _whole(name: str, value: Any, most: int) -> int:
+    """The value as an int; NumPy's are numbers, too."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number (got {value!r:.200})") from None
+    _require(whole <= most, f"{name} must be at most {most}", whole if abs(whole) < 10**18 else "more than 10^18")
+    return whole
+
+
+def _number(name: str, value: Any) -> float:
+    """The value as a finite float."""
+    try:
+        number = float(value) if not isinstance(value, str | bytes) else math.nan
+    except (TypeError, OverflowError):
+        number = math.nan
+    _require(math.isfinite(number), f"{name} must be a finite number", value)
+    return number
 
 
 def _known(values: Mapping[str, Any], cls: type) -> None:
+    _require(isinstance(values, Mapping), f"{cls.__name__} must be a mapping", type(values).__name__)
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown {cls.__name__} field: {', '.join(unknown)} (known: {', '.join(sorted(known))})")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.models import build_model_with_cfg
 from torch import Tensor
 
 import sgformer.models.registry  # noqa: F401 - registers the sizes with timm
 from sgformer.core.errors import UserError
 from sgformer.models.backbone import SGFormer
-from sgformer.models.checkpoint import fit_to_model
+from sgformer.models.checkpoint import check_config, fit_to_model
 from sgformer.models.config import VARIANTS, SGFormerConfig
 
 
@@ -57,6 +59,8 @@ def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwar
             f"SG-Former has no dilated stages: output_stride must be 32 (got {stride}); "
             "for finer maps take those of strides 4, 8 and 16"
         )
+    if pretrained:
+        _check_folder(kwargs.get("pretrained_cfg"), config, kwargs)
     out_indices = kwargs.pop("out_indices", tuple(range(len(config.stages))))
     return build_model_with_cfg(
         from_fields,
@@ -67,6 +71,27 @@ def build(variant: str, config: SGFormerConfig, pretrained: bool = False, **kwar
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
+
+
+def _check_folder(about: Any, config: SGFormerConfig, options: Mapping[str, Any]) -> None:
+    """Check what the `config.json` of a folder (`local-dir:...`) says of the network against the tensors in it.
+
+    Raises:
+        ValueError: they are others.
+    """
+    about = about.to_dict() if hasattr(about, "to_dict") else about
+    if not isinstance(about, Mapping) or about.get("source") != "local-dir":
+        return
+    file = Path(str(about.get("file"))) / "model.safetensors"
+    if file.is_file():
+        fields = {name: options[name] for name in options if name in SGFormerConfig.__dataclass_fields__}
+        try:
+            with safe_open(file, framework="pt") as stored:
+                shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            classes = shapes.get("head.fc.weight", (0,))[0]
+            check_config(config.replace(**{**fields, "num_classes": classes}), shapes)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{file.parent}: its config does not fit its weights: {error}") from None
 
 
 def _fit(tensors: Mapping[str, Tensor], model: SGFormer) -> dict[str, Tensor]:

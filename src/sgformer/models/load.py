@@ -5,23 +5,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sgformer.core.errors import UserError, first_sentence
+from sgformer.core.errors import UserError, first_line, first_sentence
 from sgformer.core.files import distrust_links, to_json
-from sgformer.core.names import nearest, some
+from sgformer.core.names import nearest, printable, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
+from sgformer.models.metadata import check_architecture, parse_config, parse_metadata
 from sgformer.models.pretrained import FOLDER, PRETRAINED, SUFFIXES, pretrained_file
 from sgformer.models.released import adapt, is_released, pick_weights, read_pickle
 from sgformer.models.significance import set_token_budget
@@ -29,6 +30,7 @@ from sgformer.models.significance import set_token_budget
 TIMM = "timm"  # the "format" of files with another model of timm's registry
 DENSE = "sgformer-dense"  # the "format" of files with a backbone and its heads
 BACKBONE = "backbone.network."  # the backbone's prefix in those
+SPARE = 2**22  # parameters of layers after the last feature map that a backbone below heads may lack, besides its own
 
 Source = str | os.PathLike[str]
 log = logging.getLogger("sgformer")
@@ -60,6 +62,13 @@ class Weights:
     def task(self) -> str:
         """The network's task; "classify" for a backbone alone."""
         return str(self.metadata.get("task", "classify"))
+
+    def in_full(self) -> Weights:
+        """The weights in float32, in which images come; `self` if all are."""
+        if all(t.dtype == torch.float32 or not t.is_floating_point() for t in self.tensors.values()):
+            return self
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
 
     def backbone(self) -> Weights:
         """The weights without heads; `self` if there are none."""
@@ -138,20 +147,29 @@ def _of_file(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) 
     kind = header.get("format")
     if kind not in (checkpoint.FORMAT, TIMM, DENSE):
         return None
+    metadata = parse_metadata(header.get("metadata", "{}"), path)
+    classes = metadata.get("classes")
     try:
-        metadata = json.loads(header.get("metadata", "{}"))
         if kind == TIMM:
-            return Weights(path, tensors, metadata, str(metadata["timm_model"]))
+            return Weights(path, tensors, metadata, registered(metadata["timm_model"]))
         if kind == checkpoint.FORMAT:
-            config = SGFormerConfig.from_dict(json.loads(header["config"]))
+            config = parse_config(header["config"])
+            checkpoint.check_config(config, {name: tuple(t.shape) for name, t in tensors.items()})
+            if classes and config.num_classes not in (0, len(classes)):
+                raise ValueError(f"it says {config.num_classes} classes, the metadata name {len(classes)}")
             return Weights(path, tensors, metadata, _name(metadata.get("model"), config), config)
         architecture = metadata["architecture"]
-        stored = architecture["backbone"].get("config")
-        backbone = SGFormerConfig.from_dict(stored) if stored else None
-        name = architecture["backbone"]["model"]
-        return Weights(path, tensors, metadata, _name(name, backbone) if backbone else name, backbone, architecture)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: its config cannot be read ({first_sentence(error)})") from None
+        backbone, name = check_architecture(architecture), architecture["backbone"]["model"]
+        if classes and architecture.get("num_classes") not in (None, len(classes)):
+            raise ValueError(f"it says {architecture['num_classes']} classes, the metadata name {len(classes)}")
+        if backbone is not None:
+            inner = {n.removeprefix(BACKBONE): tuple(t.shape) for n, t in tensors.items() if n.startswith(BACKBONE)}
+            checkpoint.check_config(backbone, inner)
+        name = _name(name, backbone) if backbone else registered(name)
+        return Weights(path, tensors, metadata, name, backbone, architecture)
+    except (ValueError, KeyError) as error:
+        lacks = isinstance(error, KeyError)
+        raise UserError(f"{path}: its config cannot be read ({'no ' * lacks}{first_line(error)})") from None
 
 
 def _of_state_dict(path: Path, tensors: dict[str, Tensor], model: str | None, arch: str | None = None) -> Weights:
@@ -161,21 +179,48 @@ def _of_state_dict(path: Path, tensors: dict[str, Tensor], model: str | None, ar
         return Weights(path, adapted, {}, size_name(config), config)
     name = arch or model or _sgformer_name(tensors)
     if name is None:
+        names = some([printable(name)[:80] for name in list(tensors)[:3]], 3)
         raise UserError(
-            f"{path}: holds {len(tensors)} tensors ({some(list(tensors), 3)}) but not the network's name; "
+            f"{path}: holds {len(tensors)} tensors ({names} ...) but not the network's name; "
             "pass --model (a name from timm.list_models(), or sgformer_{n,t,s,m,b})"
         )
     if name in VARIANTS:
         table, head = tensors.get(checkpoint.POSITION), tensors.get(checkpoint.CLASSIFIER[0])
-        config = VARIANTS[name].replace(num_classes=0 if head is None else head.shape[0])
-        if table is not None and table.ndim == 3:
-            config = config.replace(img_size=(4 * table.shape[0], 4 * table.shape[1]))
+        config = VARIANTS[name]
+        with _named(path):
+            config = config.replace(num_classes=0 if head is None or not head.ndim else head.shape[0])
+            if table is not None and table.ndim == 3:
+                config = config.replace(img_size=(4 * table.shape[0], 4 * table.shape[1]))
         return Weights(path, tensors, {"model": name}, name, config)
-    import timm
-
-    if not timm.is_model(name):
-        raise UserError(f"{path}: unknown model {name!r}{nearest(name, timm.list_models())}")
+    with _named(path):
+        name = registered(name)
     return Weights(path, tensors, {"model": name, **_preprocessing(name)}, name)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn a ValueError into a UserError that names a file."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def registered(name: str) -> str:
+    """A name, if it is one of timm's registry, `sgformer_*` included, with or without a tag that it knows.
+
+    A file may hold any name: to timm, `hf-hub:...` is to be downloaded, and `local-dir:...` another folder.
+
+    Raises:
+        UserError: it is none (suggests the nearest one).
+    """
+    import timm  # not at the head: our own networks do without, which saves seconds
+
+    if timm.is_model(name) and not set(name) & set(":/\\"):
+        with suppress(RuntimeError):  # an unknown tag
+            timm.get_pretrained_cfg(name, allow_unregistered=True)
+            return name
+    raise UserError(f"unknown model {printable(name)[:80]!r}{nearest(name[:80], timm.list_models())}")
 
 
 def _sgformer_name(tensors: Mapping[str, Tensor]) -> str | None:
@@ -183,7 +228,7 @@ def _sgformer_name(tensors: Mapping[str, Tensor]) -> str | None:
     for name, config in VARIANTS.items():
         last = [f"stages.{i}.blocks.{stage.depth - 1}.norm1.weight" for i, stage in enumerate(config.stages)]
         beyond = [f"stages.{i}.blocks.{stage.depth}.norm1.weight" for i, stage in enumerate(config.stages)]
-        widths = [tensors[n].shape[0] if n in tensors else 0 for n in last]
+        widths = [tensors[n].shape[0] if n in tensors and tensors[n].ndim else 0 for n in last]
         if widths == [stage.dim for stage in config.stages] and not any(n in tensors for n in beyond):
             return name
     return None
@@ -254,21 +299,76 @@ def _build_timm(weights: Weights, pruned: bool, num_classes: int | None, options
     assert weights.model is not None
     if not pruned and "image_size" in weights.metadata:
         options = {**size_option(weights.model, weights.metadata["image_size"]), **options}
-    model: Any = build_model(weights.model, weights.metadata.get("num_classes"), **options)
-    head = next((name for name, module in model.named_modules() if module is model.get_classifier()), "")
-    weight = weights.tensors.get(f"{head}.weight")
-    stored = 0 if weight is None else weight.shape[0]
-    if stored != model.num_classes:
-        model.reset_classifier(stored)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if pruned:  # a backbone below heads has no layers after its last feature map
-        expected = {name: shape for name, shape in expected.items() if name in weights.tensors}
-    checkpoint.check_fit(str(weights.path), weights.tensors, expected)
+
+    def build(classes: int | None) -> Any:
+        """With as many classes as the tensors have."""
+        built: Any = build_model(str(weights.model), classes, **options)
+        head = next((name for name, module in built.named_modules() if module is built.get_classifier()), "")
+        weight = weights.tensors.get(f"{head}.weight")
+        stored = 0 if weight is None or not weight.ndim else weight.shape[0]
+        if stored != built.num_classes:
+            built.reset_classifier(stored)
+        return built
+
+    def check(built: nn.Module) -> None:
+        expected = {name: tensor.shape for name, tensor in built.state_dict().items()}
+        if pruned:  # a backbone below heads has no layers after its last feature map
+            lacking = sum(shape.numel() for name, shape in expected.items() if name not in weights.tensors)
+            if lacking > sum(tensor.numel() for tensor in weights.tensors.values()) + SPARE:
+                raise UserError(f"{weights.path}: the weights are but a small part of {weights.model}")
+            expected = {name: shape for name, shape in expected.items() if name in weights.tensors}
+        checkpoint.check_fit(str(weights.path), weights.tensors, expected)
+
+    skeleton = on_meta(lambda: build(weights.metadata.get("num_classes")), check, weights)
+    stored = getattr(skeleton, "num_classes", None) or None
+    with _refused(weights):
+        model = build(stored)
+    check(model)
+    stored = model.num_classes
+    if (names := weights.metadata.get("classes")) and stored not in (0, len(names)):
+        raise UserError(f"{weights.path}: holds {stored} classes, and its metadata name {len(names)}")
     model.load_state_dict(dict(weights.tensors), strict=False)
     if num_classes not in (None, stored):
         model.reset_classifier(num_classes)
     model.metadata = dict(weights.metadata)
     return model.eval()
+
+
+def on_meta(build: Callable[[], Any], check: Callable[[Any], None], weights: Weights) -> Any:
+    """Build a network without memory and check it: what a file names may be a thousand times larger than the file.
+
+    Returns:
+        The network; None if it cannot be built so, because it computes from its weights: then the check comes later.
+
+    Raises:
+        UserError: the check fails, or the network cannot be built at all.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = build()
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, NotImplementedError) or "meta" in str(error):
+            return None
+        raise UserError(f"{weights.path}: {_unbuilt(weights, error)}") from None
+    check(skeleton)
+    return skeleton
+
+
+@contextmanager
+def _refused(weights: Weights) -> Iterator[None]:
+    """Turn what networks of others raise where they are built into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{weights.path}: {_unbuilt(weights, error)}") from None
+
+
+def _unbuilt(weights: Weights, error: Exception) -> str:
+    return f"{weights.model} cannot be built as it says ({type(error).__name__}: {printable(first_line(error))})"
 
 
 def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -284,8 +384,7 @@ def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn
     """
     import timm  # not at the head: our own networks do without, which saves seconds
 
-    if not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
+    registered(name)
     options = options if num_classes is None else {"num_classes": num_classes, **options}
     if name not in VARIANTS and num_classes == 0:
         with suppress(TypeError):  # by default, timm's window transformers accept their training size only
@@ -336,12 +435,29 @@ def load_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> A
     Raises:
         UserError: the tensors do not fit the architecture.
     """
-    assert weights.architecture is not None
-    model = build(weights.architecture)
-    checkpoint.check_fit(str(weights.path), weights.tensors, {n: t.shape for n, t in model.state_dict().items()})
+    check_dense(build, weights)
+    with _refused(weights):
+        model = build(weights.architecture)  # type: ignore[arg-type]
+    _check_dense(model, weights)
     model.load_state_dict(dict(weights.tensors))
     model.metadata = dict(weights.metadata)
     return with_budget(model.eval(), weights)
+
+
+def check_dense(build: Callable[[Mapping[str, Any]], Any], weights: Weights) -> None:
+    """Check the tensors of a backbone with heads against its stored architecture, before it is built.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    architecture = weights.architecture
+    if architecture is None:
+        raise UserError(f"{weights.path}: holds a backbone alone, not a network for {weights.task}")
+    on_meta(lambda: build(architecture), lambda model: _check_dense(model, weights), weights)
+
+
+def _check_dense(model: nn.Module, weights: Weights) -> None:
+    checkpoint.check_fit(str(weights.path), weights.tensors, {n: t.shape for n, t in model.state_dict().items()})
 
 
 def take_fitting(model: Any, weights: Weights) -> Any:

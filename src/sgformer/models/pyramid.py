@@ -54,7 +54,7 @@ class Pyramid(nn.Module):
         self.places = prune(places, prune_norm=True) if prune else places
         self.network = network
         self.pads = False
-        if not isinstance(network, SGFormer):
+        if not isinstance(network, SGFormer) and not next(network.parameters()).is_meta:
             self.pads = self._needs_padding()
         self._freeze(freeze_stages)
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from sgformer.core.errors import UserError, first_sentence
-from sgformer.core.names import some
+from sgformer.core.names import printable, some
 from sgformer.models.backbone import SGFormer
-from sgformer.models.checkpoint import POSITION, build_from_tensors, save_model
+from sgformer.models.checkpoint import POSITION, build_from_tensors, check_kinds, save_model
 from sgformer.models.config import VARIANTS, SGFormerConfig
 
 # The released parameters that form one of ours, within a block's attention. Rows are stacked in this order; "name[0]"
@@ -138,17 +139,20 @@ def detect_variant(state_dict: Mapping[str, Tensor], source: str = "checkpoint")
     for name in state_dict:
         if m := re.match(r"block([1-4])\.(\d+)\.", name):
             depths[int(m[1]) - 1] = max(depths[int(m[1]) - 1], int(m[2]) + 1)
-    norms = [state_dict.get(f"norm{s}.weight") for s in range(1, 5)]
-    dims = [-1 if t is None else t.shape[0] for t in norms]
+    dims = [_rows(state_dict.get(f"norm{s}.weight"), -1) for s in range(1, 5)]
     for config in VARIANTS.values():
         if [s.dim for s in config.stages] == dims and [s.depth for s in config.stages] == depths:
             stem, head = state_dict.get("patch_embed1.conv.0.c.weight"), state_dict.get("head.weight")
             return config.replace(
                 in_chans=3 if stem is None or stem.ndim != 4 else stem.shape[1],
-                num_classes=0 if head is None else head.shape[0],
+                num_classes=_rows(head, 0),
             )
-    names = some(list(state_dict), 4)
+    names = some([printable(name)[:80] for name in list(state_dict)[:4]] + list(state_dict)[4:], 4)
     raise UserError(f"{source}: not a released SG-Former of a known size (dims {dims}, depths {depths}; holds {names})")
+
+
+def _rows(tensor: Tensor | None, without: int) -> int:
+    return without if tensor is None or not tensor.ndim else tensor.shape[0]
 
 
 def load_released(source: str | os.PathLike[str] | Mapping[str, Any], raw: bool = False, **overrides: Any) -> SGFormer:
@@ -210,30 +214,28 @@ def pick_weights(loaded: Any, raw: bool, source: str) -> dict[str, Tensor]:
         raise UserError(f"{source}: holds a {type(loaded).__name__}, not a checkpoint")
     keys = ("state_dict",) if raw else ("state_dict_ema", "state_dict")
     inner = next((loaded[k] for k in keys if isinstance(loaded.get(k), Mapping)), loaded)
-    tensors = {str(k).removeprefix("module."): v for k, v in inner.items() if isinstance(v, Tensor)}
+    tensors = {k.removeprefix("module."): v for k, v in inner.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not tensors:
-        raise UserError(f"{source}: holds no weights (keys: {some([str(k) for k in inner], 4)})")
-    return tensors
+        keys = [printable(k)[:80] if isinstance(k, str) else type(k).__name__ for k in inner]
+        raise UserError(f"{source}: holds no weights (keys: {some(keys, 4)})")
+    check_kinds(tensors, source)
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # of a file that is mapped, and may be replaced
 
 
 def read_pickle(path: Path) -> Any:
     """Read a file of ``torch.save`` that holds tensors, built-in types and ``argparse.Namespace`` only.
 
     Raises:
-        UserError: the file is missing or damaged, or loading it would run code.
+        UserError: the file is missing or damaged, loading it would run code, or it would be larger than the file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # torch skips entries marked as folders: their tensors would be uninitialised memory.
-                folders = (entry.filename for entry in archive.infolist() if entry.is_dir() or entry.external_attr & 16)
-                damaged = archive.testzip() or next(folders, None)
-            if damaged is not None:
-                raise UserError(f"{path}: damaged: its entry {damaged} is corrupt")
+        archive = check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their options under "args"
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, no tensor reaches beyond the file, which torch before 2.10 did not check.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        return _within(loaded, path)
     except pickle.UnpicklingError as e:
         if m := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise UserError(f"{path}: rejected, because loading it would run code ({m[1]})") from None
@@ -242,6 +244,106 @@ def read_pickle(path: Path) -> Any:
         raise
     except Exception as e:  # torch's readers raise many types on broken files
         raise UserError(f"{path}: truncated or damaged ({first_sentence(e)})") from None
+
+
+def check_archive(path: Path) -> bool:
+    """Whether a file of ``torch.save`` is a ZIP archive, as since torch 1.6; its entries and its pickles are checked.
+
+    torch unpacks compressed entries to any size, and skips those marked as folders: their tensors would be
+    uninitialised memory.
+
+    Raises:
+        UserError: an entry is damaged, compressed or marked as a folder, or a pickle would take too long.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            # A magic number, a version, the machine, the object, the names of its storages.
+            _refuse_nested(any(map(_is_nested, [file] * 5)), path)
+        return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            name = printable(entry.filename)[:80]
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                raise UserError(f"{path}: rejected: its entry {name} is compressed, as torch.save never does")
+            if entry.is_dir() or entry.external_attr & 16:
+                raise UserError(f"{path}: damaged: its entry {name} is corrupt")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise UserError(f"{path}: damaged: its entries overlap")
+        if (damaged := archive.testzip()) is not None:
+            raise UserError(f"{path}: damaged: its entry {printable(damaged)[:80]} is corrupt")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                with archive.open(entry) as file:
+                    _refuse_nested(_is_nested(file), path)
+    return True
+
+
+def _refuse_nested(nested: bool, path: Path) -> None:
+    if nested:
+        raise UserError(f"{path}: rejected: its tuples are nested deeper than {MAX_TUPLES} levels")
+
+
+MAX_TUPLES = 16  # in each other; a saved tensor takes three
+
+
+def _is_nested(file: IO[bytes]) -> bool:
+    """Whether the next pickle in a file nests tuples deeply: where each holds the one below it twice, sixty of them, a
+    few hundred bytes, take longer to hash than the world is old. Goes through its operations with levels for values."""
+    try:
+        return any(level > MAX_TUPLES for level in _levels(file))
+    except (ValueError, IndexError):  # no pickle, as the unpickler will say
+        return False
+
+
+def _levels(file: IO[bytes]) -> Iterator[int]:
+    """Of the value on top of the stack, after each operation of a pickle: how many tuples are in each other."""
+    frames: list[list[int]] = [[]]  # of the stack, one for each open mark
+    memo: dict[Any, int] = {}
+    for operation, argument, _ in pickletools.genops(file):
+        name, top = operation.name, frames[-1]
+        if name == "MARK":
+            frames.append([])
+        elif name == "TUPLE":
+            frames[-2].append(1 + max(frames.pop(), default=0))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            top[-int(name[-1]) :] = [1 + max(top[-int(name[-1]) :])]
+        elif name in ("APPENDS", "SETITEMS"):
+            frames.pop()
+        elif name in ("REDUCE", "NEWOBJ"):
+            top[-2:] = [0]
+        elif name in ("BUILD", "APPEND", "SETITEM"):
+            del top[-2 if name == "SETITEM" else -1 :]
+        elif name.endswith("GET"):
+            top.append(memo.get(argument, 0))
+        elif name.endswith("PUT"):
+            memo[argument] = top[-1]
+        elif name not in ("PROTO", "BINPERSID", "STOP"):  # which leave as many values as they found
+            top.append(0)
+        yield frames[-1][-1] if frames[-1] else 0
+
+
+def _within(loaded: Any, path: Path) -> Any:
+    """What was loaded, if none of its tensors is larger than its storage, and all together not than the file: strides
+    of 0 repeat a number, and many tensors may share one storage, as long as nobody copies them.
+
+    Raises:
+        UserError: they are.
+    """
+    total, left = 0, [loaded]
+    seen: set[int] = set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type == "cpu":
+                size = value.numel() * value.element_size()
+                total += size
+                if size > value.untyped_storage().nbytes() or total > 4 * path.stat().st_size:
+                    raise UserError(f"{path}: rejected: its tensors are larger than the file")
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, Mapping) else value
+    return loaded
 
 
 def _table_from_released(table: Tensor, source: str) -> Tensor:

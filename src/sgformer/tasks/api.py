@@ -108,10 +108,10 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
 
 
 def _read(weights: Source, model: str | None, tokens: float | None = None) -> tuple[Weights, Task]:
-    """The content of any weights, with a token budget if one is given, and their task."""
+    """The content of any weights, in float32, with a token budget if one is given, and their task."""
     from sgformer.models.load import read_weights
 
-    stored = read_weights(weights, model)
+    stored = read_weights(weights, model).in_full()
     if tokens is not None:
         stored = dataclasses.replace(stored, token_budget=tokens)
     return stored, task_of(stored.task, weights)
@@ -153,6 +153,7 @@ def evaluate(
     if knn or linear_probe:
         return _score_features(stored, data, knn, linear_probe, **options)
     task.require()
+    task.check(stored)
     refuse_foreign(options, task, "eval_options", weights)
     return task.evaluate(stored, data, **options)
 
@@ -243,6 +244,7 @@ def predict_images(
         return task, task.predict_exported(network, images, **options), network.metadata
     stored, task = _read(weights, model, tokens)
     task.require()
+    task.check(stored)
     refuse_foreign(options, task, "predict_options", weights)
     return task, task.predict(stored, images, **options), dict(stored.metadata)
 
@@ -446,6 +448,7 @@ def export(
     from sgformer.exporting.export import export_graph
 
     stored, task = _read(weights, model, tokens)
+    task.check(stored)
     return export_graph(
         lambda whole: task.graph(stored, whole, features, significance),
         out,

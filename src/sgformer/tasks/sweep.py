@@ -38,8 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sgformer.core import parse
 from sgformer.core.errors import UserError
 from sgformer.core.files import appending, distrust_links, make_folder, refuse_links, replacing, write_text
 from sgformer.core.names import is_address, nearest, without_login
@@ -114,12 +113,7 @@ def read_ablation(path: str | os.PathLike[str], data: str | None = None) -> Abla
         UserError: the file is unreadable, a key is unknown (the nearest is named), or a run's settings are invalid.
     """
     path = Path(path)
-    try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path}: not a YAML file") from None
+    spec = parse.read_yaml(path)
     if not isinstance(spec, Mapping):
         raise UserError(f"{path}: expected lines of `key: value`, got {type(spec).__name__}")
     for key in spec:
@@ -224,7 +218,7 @@ def _train(ablation: Ablation, variant: str, seed: int, place: Path) -> None:
     if place.is_dir():
         cost = {"seconds": 0.0, "processor_seconds": 0.0}
         if (place / "cost.json").exists():  # of an earlier part of this run
-            cost = json.loads((place / "cost.json").read_text(encoding="utf-8"))
+            cost = _read_cost(place)
         cost["seconds"] += time.monotonic() - clock
         cost["processor_seconds"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         write_text(place / "cost.json", json.dumps(cost))
@@ -279,11 +273,22 @@ def _result(place: Path, score: str) -> float | None:
     """The score of a finished run's last validation, a fraction; None if it is not finished."""
     if not (place / "report.md").exists():
         return None
-    with (place / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        values = [row[score] for row in csv.DictReader(file) if row.get(score)]
+    values = [row[score] for row in parse.read_table(place / "metrics.csv") if row.get(score)]
     if not values:
         raise UserError(f"{place}/metrics.csv lacks the column {score}")
-    return float(values[-1])
+    try:
+        return float(values[-1])
+    except ValueError:
+        raise UserError(f"{place}/metrics.csv: {score} must be a number, got {values[-1][:40]!r}") from None
+
+
+def _read_cost(place: Path) -> dict[str, float]:
+    """The time that a run took so far, by the names in its `cost.json`."""
+    cost = parse.read_json(place / "cost.json", parse.MAX_SMALL)
+    names = ("seconds", "processor_seconds")
+    if not isinstance(cost, dict) or not all(isinstance(cost.get(name), float | int) for name in names):
+        raise UserError(f"{place / 'cost.json'}: damaged; remove it to count the time of this run anew")
+    return {name: float(cost[name]) for name in names}
 
 
 def collect(ablation: Ablation, folder: Path) -> list[Row]:
@@ -298,7 +303,7 @@ def collect(ablation: Ablation, folder: Path) -> list[Row]:
         row.scores[seed] = score
         cost = place / "cost.json"
         if cost.exists():
-            row.seconds.append(json.loads(cost.read_text(encoding="utf-8"))["processor_seconds"])
+            row.seconds.append(_read_cost(place)["processor_seconds"])
         if not row.parameters:
             kind = get_task(ablation.task).Config
             stored = make_config(kind, read_yaml(place / "config.yaml", kind))

@@ -28,6 +28,7 @@ from torch import nn
 
 from sgformer.core.errors import Interrupted, UserError, first_line
 from sgformer.core.files import appending, write_text
+from sgformer.core.parse import as_table, read_bytes
 from sgformer.models.load import read_metadata, save_weights
 from sgformer.models.significance import set_token_budget
 from sgformer.training.ranks import gather
@@ -260,8 +261,12 @@ class RunLog(Callback):
         self._pace = (self._start, self._step)  # time and step at which the current stretch of training began
         if self.writes and self.table.exists():  # rows after the checkpoint will be repeated
             # A last line without a newline was cut off when the process was killed.
-            complete = self.table.read_bytes().rpartition(b"\n")[0]
-            self._write([row for row in _rows(self.table, complete) if int(row["step"]) <= self._step])
+            complete = read_bytes(self.table).decode("utf-8", "replace").rpartition("\n")[0]
+            try:
+                rows = [row for row in as_table(complete, self.table) if int(row["step"]) <= self._step]
+            except (KeyError, ValueError):
+                raise UserError(f"{self.table}: damaged; remove it to resume without the rows so far") from None
+            self._write(rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         self._losses, self._since["validation"] = {}, {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from sgformer.core import parse
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed, is_remote, nearest, without_login
 from sgformer.models.config import (
@@ -24,6 +25,7 @@ from sgformer.models.config import (
     parse_scales,
     with_stages,
 )
+from sgformer.models.metadata import MAX_SIDE
 from sgformer.models.pretrained import PRETRAINED, SUFFIXES, TAG, pretrained_file
 
 if TYPE_CHECKING:
@@ -241,6 +243,7 @@ class RunConfig:
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
         self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")
         self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
+        self._check("image_size", lambda v: max(self.image_hw) <= MAX_SIDE, f"must be {MAX_SIDE} pixels or less")
         self._check_minutes("epochs")
         if self.coarse not in ("global", AUTO) and not self.model.startswith("sgformer_"):
             raise UserError(f"--coarse {self.coarse} is for sgformer models; {self.model} has no coarse heads")
@@ -447,17 +450,10 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
     Raises:
         UserError: the file is missing or not a YAML mapping, or has an unknown key (named, with the nearest option).
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise UserError(f"{path}: not a YAML file{line}") from None
+    values = parse.read_yaml(path)
     if not isinstance(values or {}, Mapping):
         raise UserError(f"{path}: expected lines of `key: value`, got {type(values).__name__}")
     known = [f.name for f in dataclasses.fields(config_class)]
@@ -465,7 +461,10 @@ def read_yaml(path: str | os.PathLike[str], config_class: type[RunConfig]) -> di
     renamed = {config_class.former_names.get(key, key): value for key, value in renamed.items()}
     for key in renamed:
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+            raise UserError(f"{path}: unknown key {key[:80]!r}{nearest(key[:80], known)}")
+    for key, value in renamed.items():
+        if isinstance(value, str):  # which the command line's parser reads as YAML, where the option is not text
+            parse.check_text(value, f"{path}: {key}")
     return renamed
 
 

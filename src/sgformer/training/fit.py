@@ -251,7 +251,7 @@ def starting_weights(config: RunConfig, resume: str | os.PathLike[str] | None) -
     if resume and (own := Path(resume) / "last.safetensors").is_file():
         weights = read_weights(own)  # copied: the file is replaced while this run goes on
         return dataclasses.replace(weights, tensors={name: tensor.clone() for name, tensor in weights.tensors.items()})
-    return read_weights(config.weights, config.model) if config.weights else None
+    return read_weights(config.weights, config.model).in_full() if config.weights else None
 
 
 def started_from(config: RunConfig) -> str:

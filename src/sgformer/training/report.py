@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from sgformer.core.files import make_folder, write_json, write_text
 from sgformer.core.names import markdown
+from sgformer.core.parse import read_json, read_rows
 from sgformer.viz.confusion import draw_confusion
 
 
@@ -43,10 +43,9 @@ def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
 
 def read_confusion(folder: Path) -> tuple[dict[str, Any], np.ndarray, tuple[str, ...]]:
     """Read the summary, the counts and the class names written by `write_confusion`."""
-    stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    stored = read_json(folder / "metrics.json")
     numbers = {name: math.nan if value is None else value for name, value in stored.items()}
-    with (folder / "confusion.csv").open(newline="", encoding="utf-8") as file:
-        header, *lines = csv.reader(file)
+    header, *lines = read_rows(folder / "confusion.csv")
     return numbers, np.array([line[1:] for line in lines], dtype=np.int64), tuple(header[1:])
 
 

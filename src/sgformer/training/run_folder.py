@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import itertools
-import json
 import logging
 import os
 import platform
@@ -30,6 +29,7 @@ from sgformer.core.files import (
     write_text,
 )
 from sgformer.core.names import dashed, printable, some, without_login
+from sgformer.core.parse import MAX_SMALL, read_json
 from sgformer.data.identity import Contents, class_differences, read_contents, write_contents
 from sgformer.training.config import AUTO, Config, RunConfig, make_config, read_yaml, refuse_remote, to_yaml
 
@@ -128,8 +128,8 @@ class RunFolder:
                 self.write("split.json", to_json(split))
             return
         try:
-            before = set(json.loads(path.read_text(encoding="utf-8"))["val"])
-        except (OSError, ValueError, KeyError, TypeError):
+            before = {str(name) for name in read_json(path)["val"]}
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: damaged; it names the validation images of this run") from None
         if changed := sorted(before ^ set(split["val"])):
             raise UserError(
@@ -225,8 +225,8 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """Read `environment.json`; empty if it is missing or unreadable."""
         try:
-            facts = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            facts = read_json(self.path / "environment.json", MAX_SMALL)
+        except UserError:
             return {}
         return facts if isinstance(facts, dict) else {}
 

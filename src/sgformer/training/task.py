@@ -7,7 +7,6 @@ only, and exported networks run without torch.
 
 from __future__ import annotations
 
-import csv
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from sgformer.core.errors import UserError, first_line, require
+from sgformer.models.metadata import require as require_entries
 from sgformer.training.config import RunConfig
 
 
@@ -106,6 +106,7 @@ class Task:
         written: the contents of `eval`'s output folder, for the last line on the terminal.
         quantity: the meaning of the shares in `summary`.
         extras: (package, extra of this package that installs it) needed in addition to those of training.
+        needs: the entries of weights' metadata that evaluation, prediction and export read.
     """
 
     name: ClassVar[str]
@@ -122,6 +123,7 @@ class Task:
     written: ClassVar[str] = "tables"
     quantity: ClassVar[str] = "share"
     extras: ClassVar[Sequence[tuple[str, str]]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def part(self, name: str) -> Any:
         """Import a module of the task's folder."""
@@ -131,6 +133,10 @@ class Task:
         """Raise UserError if a package in `extras` is missing."""
         for package, extra in self.extras:
             require(package, extra=extra)
+
+    def check(self, weights: Any) -> None:
+        """Raise UserError if the metadata of a `models.load.Weights` lack what the task `needs`."""
+        require_entries(weights.metadata, self.needs, weights.path)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -194,12 +200,14 @@ class Task:
         """Read an evaluation back from the folder that `Evaluation.write` filled.
 
         Raises:
-            UserError: its files are damaged.
+            UserError: a file in it is missing or damaged.
         """
         try:
             return self.part("metrics").read(folder)
-        except (ValueError, LookupError, TypeError, AttributeError, StopIteration, csv.Error) as error:
-            raise UserError(f"{folder}: damaged ({first_line(error)}); sgformer eval measures again") from None
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise UserError(f"{folder}: a file of this evaluation is damaged ({first_line(error)})") from None
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
         """Markdown of a finished run: the task's own, or the numbers, the facts and the pictures."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
-from sgformer.core.errors import UserError, first_line
+from sgformer.core.errors import UserError
+from sgformer.core.parse import read_table
 from sgformer.viz.style import COLOURS, figure
 
 
@@ -17,14 +17,13 @@ def read_metrics(table: str | Path) -> dict[str, list[tuple[float, float]]]:
         OSError: it cannot be read.
     """
     series: dict[str, list[tuple[float, float]]] = {}
-    try:
-        with Path(table).open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name not in ("epoch", "step"):
-                        series.setdefault(name, []).append((float(row["epoch"]), float(value)))
-    except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(f"{table}: damaged ({first_line(error)}); repair or remove it") from None
+    for number, row in enumerate(read_table(table), 2):
+        for name, value in row.items():
+            if value and name not in ("epoch", "step"):
+                try:
+                    series.setdefault(name, []).append((float(row["epoch"]), float(value)))
+                except (KeyError, ValueError):
+                    raise UserError(f"{table}: row {number} must hold numbers, one of them the epoch") from None
     return series
 
 

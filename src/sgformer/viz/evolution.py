@@ -73,7 +73,7 @@ def draw_animation(
                 axes.set_title(f"stage {stage}", fontsize=9, loc="center")
             buffer = BytesIO()
             fig.savefig(buffer, dpi=100, format="png")
-        frames.append(Image.open(buffer).convert("RGB"))
+        frames.append(Image.open(buffer, formats=("PNG",)).convert("RGB"))
     # One palette for all frames, otherwise colours flicker.
     joined = Image.fromarray(np.concatenate([np.asarray(f) for f in (frames[0], frames[-1])]))
     palette = joined.quantize(256)

@@ -10,9 +10,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 PROCESSOR = ("-march=native", "-mprefer-vector-width=512") if X86 else ("-mcpu=native",)
 TIMEOUT = 120  # seconds for the compiler
+
+log = logging.getLogger("sgformer")
 
 
 class UnavailableError(RuntimeError):
@@ -49,14 +53,15 @@ def library() -> ctypes.CDLL:
         status = os.stat(compiler)  # another compiler version, another file
         name = _file_name(*command, str(status.st_size), str(status.st_mtime_ns), _processor())
         folder = _cache()
-        if folder is not None and (folder / name).is_file():
-            with contextlib.suppress(OSError):  # damaged: compile it again
-                return declare(ctypes.CDLL(str(folder / name)))
-        with contextlib.ExitStack() as stack:
-            if folder is None or not _can_write(folder):  # compiled for this process alone
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _compile(command, folder / name)
-            return declare(ctypes.CDLL(str(folder / name)))
+        if folder is not None and _can_write(folder):
+            if (foreign := foreign_part(folder)) is None:
+                return _load(folder / name) or _compile(command, folder / name)
+            log.warning(
+                f"{folder}: not loaded from, as others own or can write {foreign}: the kernels are compiled for this "
+                "process alone (chmod go-w, or name another folder in XDG_CACHE_HOME)"
+            )
+        with tempfile.TemporaryDirectory() as private:
+            return _compile(command, Path(private) / name)
     except OSError as error:
         raise UnavailableError(f"{error.filename or SOURCE.name}: {error.strerror or error}") from error
 
@@ -72,8 +77,18 @@ def _file_name(*key: str) -> str:
     return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
-def _compile(command: Sequence[str], file: Path) -> None:
-    # Under another name first: concurrent processes must not load a half-written file.
+def _load(file: Path) -> ctypes.CDLL | None:
+    """A compiled library; None if it is not there, damaged, without a symbol, or if others can write it."""
+    if not file.is_file() or foreign_part(file) is not None:
+        return None
+    with contextlib.suppress(OSError, AttributeError):
+        return declare(ctypes.CDLL(str(file)))
+    return None
+
+
+def _compile(command: Sequence[str], file: Path) -> ctypes.CDLL:
+    # Under another name first: concurrent processes must not load a half-written file. It is loaded under that name,
+    # as the system's loader would give a damaged library again that it holds under the file's own.
     handle, name = tempfile.mkstemp(suffix=".so", dir=file.parent)
     os.close(handle)
     try:
@@ -83,7 +98,10 @@ def _compile(command: Sequence[str], file: Path) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no reason given"]
             raise UnavailableError(f"{command[0]} failed: {lines[0][:200]}")
+        os.chmod(name, 0o700)  # whatever the umask
+        library = declare(ctypes.CDLL(name))
         os.replace(name, file)
+        return library
     except subprocess.TimeoutExpired:
         raise UnavailableError(f"{command[0]} did not finish within {TIMEOUT} s") from None
     finally:
@@ -91,11 +109,13 @@ def _compile(command: Sequence[str], file: Path) -> None:
 
 
 def _cache() -> Path | None:
-    """The cache folder; None without a home."""
+    """The cache folder; None without a home. A relative path is ignored, as the XDG specification says."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgformer"
+        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        base = given if given.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         return None
+    return base / "sgformer" if base.is_absolute() else None
 
 
 def _can_write(folder: Path) -> bool:
@@ -105,6 +125,46 @@ def _can_write(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def foreign_part(path: Path) -> Path | None:
+    """The first part of an absolute path, links followed, by which another user could change what is found there: not
+    owned by this user or root, or writable by others; None if there is none. A path that ends in a folder that only
+    its owner can write, below folders of which the same is true or that are sticky, as /tmp, has none."""
+    if not hasattr(os, "getuid"):  # Windows
+        return None
+    here, left, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
+    while True:
+        about = here.lstat()
+        if about.st_uid not in (os.getuid(), 0) or (not left and about.st_uid != os.getuid()):
+            return here
+        if stat.S_ISLNK(about.st_mode):
+            target, here, links = Path(os.readlink(here)), here.parent, links + 1
+            if links > 40:
+                return path
+            left += reversed(target.parts)  # an absolute one begins anew, as pathlib joins
+        elif _written_by_others(about) and not (left and about.st_mode & stat.S_ISVTX):
+            return here
+        if not left:
+            return None
+        here = here.parent if left[-1] == ".." else here / left[-1]
+        left.pop()
+
+
+def _written_by_others(about: os.stat_result) -> bool:
+    """Whether someone else has the right to write; a group of this user alone, as many systems make it, is no one."""
+    if about.st_mode & stat.S_IWOTH:
+        return True
+    if not about.st_mode & stat.S_IWGRP:
+        return False
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(about.st_gid)
+    except KeyError:
+        return True
+    return group.gr_name != user or bool(set(group.gr_mem) - {user})
 
 
 def _processor() -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
 import re
@@ -16,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sgformer.core.errors import StalledError, UserError, first_line
+from sgformer.core.errors import StalledError, UserError
 from sgformer.core.names import some
+from sgformer.core.parse import MAX_TEXT, parse_csv, parse_json, read_bytes
 from sgformer.data.image import IMAGE_EXTENSIONS, probe_image, walk
 
 #: Folder names, and the beginnings of file names, of each split.
@@ -27,7 +25,6 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "test2017"),
 }
 #: Annotation files beyond this size are refused before parsing; COCO's own are read elsewhere.
-MAX_TEXT = 2**30
 MAX_XML = 2**25
 #: What is left out with `--bad-images skip`, and is an error without.
 UNREADABLE, ABSENT = LOST = ("images that cannot be read, left out", "images that are not there, left out")
@@ -217,12 +214,7 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     Raises:
         UserError: it cannot be read, is too large, or holds a null character.
     """
-    try:
-        if path.stat().st_size > limit:
-            raise UserError(f"{path}: {path.stat().st_size} bytes are too many for such a file")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    data = read_bytes(path, limit)
     for encoding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252"):
         try:
             text = data.decode(encoding)
@@ -245,20 +237,12 @@ def head(path: Path, length: int = 4096) -> str:
 
 def read_json(path: Path) -> Any:
     """Raises UserError: not JSON; names the file."""
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: malformed JSON ({first_line(error)})") from None
+    return parse_json(read_text(path), path)
 
 
 def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
     """The rows of a table. Raises UserError: it is none; names the file."""
-    try:
-        return list(csv.reader(io.StringIO(read_text(path)), delimiter=delimiter))
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV table ({first_line(error)})") from None
+    return parse_csv(read_text(path), path, delimiter)
 
 
 def read_lines(path: Path) -> list[str]:

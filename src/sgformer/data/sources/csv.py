@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from sgformer.core.errors import UserError
+from sgformer.core.parse import parse_csv
 from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.sources.base import (
     Found,
@@ -113,8 +112,8 @@ def _delimiter(text: str) -> str:
 def _rows(text: str) -> list[list[str]]:
     """Of the beginning of a table; empty if it is none."""
     try:
-        return list(csv.reader(io.StringIO(text), delimiter=_delimiter(text)))
-    except csv.Error:
+        return parse_csv(text, "", _delimiter(text))
+    except UserError:
         return []
 
 

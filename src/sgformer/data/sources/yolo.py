@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sgformer.core.errors import UserError, first_line
+from sgformer.core.errors import UserError
+from sgformer.core.parse import MAX_YAML, parse_yaml
 from sgformer.data.image import IMAGE_EXTENSIONS, walk
 from sgformer.data.sources.base import (
     SPLIT_WORDS,
@@ -81,15 +82,8 @@ def _settings(reading: Reading) -> tuple[dict[str, Any], Path | None]:
         files = [path for path in files if "names" in head(path, 2**20)]
     if not files:
         return {}, None
-    import yaml
-
     path = files[0]
-    try:
-        settings = yaml.safe_load(read_text(path, 2**24))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a YAML file ({first_line(error)})") from None
+    settings = parse_yaml(read_text(path, 4 * MAX_YAML), path)
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected `train:`, `val:` and `names:`")
     return settings, path

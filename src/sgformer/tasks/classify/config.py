@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import dashed
+from sgformer.models.metadata import MIN_CROP
 from sgformer.training.config import AUTO, DataFacts, RunConfig, option
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class ClassifyConfig(RunConfig):
         self._check("layer_decay", lambda v: 0 < v <= 1, "must be in (0, 1]")
         for name in ("hflip", "reprob", "mix_prob", "smoothing"):
             self._check(name, lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        for name in ("crop_scale", "crop_pct"):
-            self._check(name, lambda v: 0 < v <= 1, "must be in (0, 1]")
+        self._check("crop_scale", lambda v: 0 < v <= 1, "must be in (0, 1]")
+        self._check("crop_pct", lambda v: MIN_CROP <= v <= 1, f"must be in [{MIN_CROP}, 1]")
         for name in ("mixup", "cutmix", "color_jitter"):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         self._check("balance", lambda v: v in ("none", "weights", "sampling"), "must be none, weights or sampling")

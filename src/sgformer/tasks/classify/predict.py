@@ -55,6 +55,8 @@ def predict(
         from sgformer.backends import optimize
 
         model = optimize.optimize(model)
+    if not model.num_classes:
+        raise UserError(f"{weights.path}: holds no classifier, only a backbone")
     names = weights.metadata.get("classes") or [str(i) for i in range(model.num_classes)]
     transform = eval_transform(**reading(weights.metadata, image_size))
     for batch in images.batches(batch_size):

@@ -35,6 +35,7 @@ def predict(
         UserError: an image cannot be read, or the size is invalid.
     """
     network.refuse_size(image_size)
+    network.require("crop_pct")
     size = height_and_width(image_size or network.input_size or network.metadata["image_size"])
     step = network.metadata["multiple"]
     if network.input_size is None and (min(size) < 32 or size[0] % step or size[1] % step):
@@ -42,7 +43,7 @@ def predict(
         raise UserError(f"{network.path}: takes images from 32 pixels up{steps}, got {size[0]} x {size[1]}")
     for batch in images.batches(batch_size):
         pixels = np.concatenate([_prepare(network, image, size) for _, image in batch])
-        shares = softmax(network(pixels)["logits"].astype(np.float32), 1)
+        shares = softmax(network.logits(pixels, 2), 1)
         for (name, image), row in zip(batch, shares, strict=True):
             order = np.argsort(-row, kind="stable")[:top]
             labels = tuple((network.classes[k], float(row[k])) for k in order)

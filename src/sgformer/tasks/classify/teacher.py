@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import some
+from sgformer.core.parse import MAX_SMALL, read_bytes
 from sgformer.data.preparing import Normalization, preprocessing
 from sgformer.models.checkpoint import checksum
 from sgformer.models.load import build_network, build_pretrained, network_name, read_weights
@@ -128,9 +129,9 @@ def read_network(source: str) -> tuple[nn.Module, Mapping[str, Any]]:
     name, equals, file = source.partition("=")
     try:
         if Path(source).exists() or pretrained_file(source) or (Path(source).suffix in SUFFIXES and not equals):
-            weights = read_weights(source)
+            weights = read_weights(source).in_full()
         elif equals:
-            weights = read_weights(file, name)
+            weights = read_weights(file, name).in_full()
         else:
             network = build_pretrained(source)
             return network, network.metadata  # type: ignore[return-value]
@@ -213,16 +214,16 @@ def read_indices(path: str, classes: Sequence[str], count: int) -> dict[str, lis
         UserError: the file is unreadable, or a line of it is invalid.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        lines = read_bytes(path, MAX_SMALL).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     found: dict[str, list[int]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, _, text = line.partition("\t")
         parts = [part.strip() for part in text.split(",")]
-        if not all(part.isdecimal() for part in parts):
+        if not all(part.isdecimal() and len(part) < 10 for part in parts):
             raise UserError(f"{path}: line {number}: expected CLASS, a tab, INDEX or INDEX,INDEX,..., got {line!r}")
         indices = [int(part) for part in parts]
         if name not in classes:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ import numpy as np
 
 from sgformer.core.errors import require
 from sgformer.core.files import make_folder, write_json, write_text
+from sgformer.core.parse import read_json, read_rows, read_table
 from sgformer.training.report import class_tables, csv_text, facts_table, show
 from sgformer.viz.detection import draw_precision_recall
 
@@ -141,20 +140,15 @@ class DetectionEvaluation:
     def read(cls, folder: str | os.PathLike[str]) -> DetectionEvaluation:
         """Read what `write` wrote to `folder`, without the results and the scores of the images."""
         folder = Path(folder)
-        numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        with (folder / "classes.csv").open(newline="", encoding="utf-8") as file:
-            classes = [
-                {
-                    k: v if k == "class" else int(v) if k == "objects" else float(v) if v else None
-                    for k, v in row.items()
-                }
-                for row in csv.DictReader(file)
-            ]
+        numbers = read_json(folder / "metrics.json")
+        classes = [
+            {k: v if k == "class" else int(v) if k == "objects" else float(v) if v else None for k, v in row.items()}
+            for row in read_table(folder / "classes.csv")
+        ]
         precision = {}
         for kind in ("box", "mask"):
             if (folder / f"precision_{kind}.csv").is_file():
-                with (folder / f"precision_{kind}.csv").open(newline="", encoding="utf-8") as file:
-                    lines = list(csv.reader(file))[1:]
+                lines = read_rows(folder / f"precision_{kind}.csv")[1:]
                 precision[kind] = np.array([[float(v) if v else np.nan for v in line[1:]] for line in lines])
         box, mask = (
             {name: math.nan if value is None else value for name, value in numbers.get(kind, {}).items()}
@@ -270,8 +264,8 @@ def image_scores(evaluation: Any) -> dict[Any, float]:
 
 def read_image_scores(folder: str | os.PathLike[str]) -> dict[str, float]:
     """Read the image scores that `DetectionEvaluation.write` wrote, by image id as text."""
-    with (Path(folder) / "images.csv").open(newline="", encoding="utf-8") as file:
-        return {row["image_id"]: float(row["f1"]) if row["f1"] else math.nan for row in csv.DictReader(file)}
+    rows = read_table(Path(folder) / "images.csv")
+    return {row["image_id"]: float(row["f1"]) if row["f1"] else math.nan for row in rows}
 
 
 def report(

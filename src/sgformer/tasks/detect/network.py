@@ -14,7 +14,7 @@ from sgformer.core.errors import UserError
 from sgformer.data.preparing import MEAN, STD, Normalization
 from sgformer.heads.mask_rcnn import paste_masks
 from sgformer.heads.registry import DETECTORS
-from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
+from sgformer.models.load import Weights, check_dense, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.results import coco_result
 from sgformer.tasks.detect.config import DetectConfig
@@ -168,6 +168,8 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: W
         UserError: weights of another network, or with heads of another width.
     """
     whole = weights is not None and weights.task == "detect"
+    if whole:
+        check_dense(Detector.build, weights)  # type: ignore[arg-type]
     if whole and (width := weights.architecture["width"]) != config.head_width:  # type: ignore[union-attr, index]
         raise UserError(
             f"{config.weights} has heads of width {width}, not {config.head_width}: pass --head-width {width}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
+from sgformer.core.parse import read_json
 from sgformer.data import splitting
 from sgformer.data.coco import Category, CocoDataset, CocoListing, collate, decode_masks
 from sgformer.data.detection_transforms import eval_transform
@@ -135,12 +135,8 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
     order = [key for _, key in sorted(ranked, key=lambda entry: (-entry[0], place[entry[1]]))]
     best, worst = order[: min(each, (len(order) + 1) // 2)], order[::-1][: min(each, len(order) // 2)]
     kind = "mask" if listing.has_masks and (folder / "results_mask.json").is_file() else "box"
-    boxes = json.loads((folder / "results_box.json").read_text(encoding="utf-8"))
-    masks = (
-        json.loads((folder / "results_mask.json").read_text(encoding="utf-8"))
-        if kind == "mask"
-        else [None] * len(boxes)
-    )
+    boxes = read_json(folder / "results_box.json", None)
+    masks = read_json(folder / "results_mask.json", None) if kind == "mask" else [None] * len(boxes)
     index = {key: i for i, key in enumerate(listing.own_ids)}
     dataset = CocoDataset(listing)
 

@@ -39,6 +39,7 @@ def predict(
     if not 0 <= score <= 1:
         raise UserError(f"--score must be in [0, 1], got {score}")
     network.refuse_size(image_size)
+    network.require("part", "category_ids")
     metadata = network.metadata
     if metadata["part"] != "whole" or network.input_size is None:
         raise UserError(f"{network.path}: holds {metadata['part']}, not a whole detector")
@@ -46,7 +47,7 @@ def predict(
     for name, image in images:
         size = image.height, image.width
         height, width = _fit_inside(size, sides, network.input_size)
-        found = network(_in_corner(network, image, (height, width)))
+        found = _checked(network, network(_in_corner(network, image, (height, width))))
         boxes = np.minimum(
             found["boxes"], np.array([width, height] * 2, np.float32)
         )  # the file clips at its own edges only
@@ -65,6 +66,22 @@ def prepare(network: ExportedNetwork, image: Image.Image) -> np.ndarray:
     """An image as input of an exported detector: (1, 3, H, W) float32."""
     assert network.input_size is not None
     return resize_smooth(network.normalised(np.asarray(image)), network.input_size)[None]
+
+
+def _checked(network: ExportedNetwork, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a detector.
+
+    Raises:
+        UserError: they are of another kind or shape, or their classes unknown.
+    """
+    count = len(found["boxes"]) if found.get("boxes") is not None and found["boxes"].ndim == 2 else -1
+    shapes = {"boxes": (count, 4), "scores": (count,), "labels": (count,)}
+    fits = all(name in found and found[name].shape == shape for name, shape in shapes.items())
+    masks = found.get("masks")
+    fits = fits and (masks is None or (masks.ndim == 4 and masks.shape[:2] == (count, 1) and masks[:1].size < 2**16))
+    if not fits or not np.isin(found["labels"], range(len(network.classes))).all():
+        raise UserError(f"{network.path}: its outputs are not those of a detector of {len(network.classes)} classes")
+    return found
 
 
 def _fit_inside(size: tuple[int, int], sides: tuple[int, int], limits: tuple[int, int]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ class Segment(Task):
         ("Confusion", "validation/confusion.png"),
     )
     written = "per class, confusion and examples"
+    needs = ("classes", "image_size", "short_side", "reduce_zero_label")
     quantity = "share of the image"
 
     def scores(self, module: Any) -> tuple[str, ...]:

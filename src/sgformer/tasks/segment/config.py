@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sgformer.heads.registry import HEADS
+from sgformer.models.metadata import MAX_SIDE
 from sgformer.training.config import AUTO, DataFacts, RunConfig, option
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class SegmentConfig(RunConfig):
             self._check(name, lambda v: v >= 0, "must be 0 or more")
         self._check("hflip", lambda v: 0 <= v <= 1, "must be in [0, 1]")
         self._check("classes", lambda v: v >= 2, "must be 2 or more")
-        self._check("short_side", lambda v: v >= 32, "must be 32 pixels or more")
+        self._check("short_side", lambda v: 32 <= v <= MAX_SIDE, f"must be 32 to {MAX_SIDE} pixels")
         self._check("scale_max", lambda v: v >= self.scale_min, f"must not be below --scale-min {self.scale_min}")
 
     @property

@@ -15,7 +15,7 @@ from sgformer.core.errors import UserError
 from sgformer.data.image import fit_size
 from sgformer.heads.common import resize
 from sgformer.heads.registry import HEADS
-from sgformer.models.load import Weights, load_dense, save_weights, take_fitting
+from sgformer.models.load import Weights, check_dense, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.tasks.segment.config import SegmentConfig
 
@@ -98,8 +98,9 @@ def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | No
     source: Any = config.model
     whole = weights is not None and weights.task == "segment"
     if whole:
-        assert weights is not None and weights.architecture is not None
-        arch = weights.architecture
+        assert weights is not None
+        check_dense(Segmenter.build, weights)
+        arch: Any = weights.architecture
         source = arch["backbone"]
         if (arch["head"], arch["width"]) != (config.head, config.head_width):
             raise UserError(

@@ -30,6 +30,7 @@ def predict(
     Raises:
         UserError: an image cannot be read, or the size is invalid.
     """
+    network.require("short_side", "reduce_zero_label")
     short = network.metadata["short_side"] if image_size is None else image_size
     if not isinstance(short, int) or short < 32:
         raise UserError(f"--image-size is one number from 32 up, the short side; got {image_size}")
@@ -38,8 +39,8 @@ def predict(
     for name, image in images:
         target = fit_multiple(image, short, 1 if network.input_size else network.metadata["multiple"])
         pixels = resize_smooth(network.normalised(np.asarray(image)), target)
-        logits = network(pixels[None])["logits"][0] if network.input_size is None else slide(network, pixels)
-        labels = labels_of(logits.astype(np.float32), (image.height, image.width))
+        logits = network.logits(pixels[None], 4)[0] if network.input_size is None else slide(network, pixels)
+        labels = labels_of(logits, (image.height, image.width))
         yield Segments(name, labels, network.classes, int(network.metadata["reduce_zero_label"])), image
 
 
@@ -61,7 +62,7 @@ def slide(network: ExportedNetwork, image: np.ndarray) -> np.ndarray:
     for top in rows:
         for left in cols:
             rows_in, cols_in = slice(top, top + high), slice(left, left + wide)
-            logits = network(image[None, :, rows_in, cols_in])["logits"][0].astype(np.float32)
+            logits = network.logits(image[None, :, rows_in, cols_in], 4)[0]
             if total.ndim == 0:
                 total = np.zeros((len(logits), *image.shape[1:]), np.float32)
             total[:, rows_in, cols_in] += logits
