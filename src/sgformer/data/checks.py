@@ -16,7 +16,7 @@ from sgformer.data.check import CheckReport, check_imagefolder, check_images, co
 from sgformer.data.coco import CocoListing, is_coco, single_coco
 from sgformer.data.formats import find_format, open_data
 from sgformer.data.image import walk
-from sgformer.data.imagefolder import ImageFolder, scan
+from sgformer.data.imagefolder import ImageFolder
 from sgformer.data.label_values import check_values
 from sgformer.data.layouts import CONVERTS, SPLIT, class_folders, command
 from sgformer.data.sources.base import LOST
@@ -51,8 +51,6 @@ def check_data(root: str | os.PathLike[str], workers: int = 0) -> CheckReport:
         return check_label_maps(path, workers)
     if found is not None:
         return check_source(path, found, workers)
-    if known["classes"] is None and class_folders(path):
-        return check_single_folder(path, workers)
     return check_imagefolder(root, workers=workers)
 
 
@@ -70,16 +68,6 @@ def _files(folder: Path, split: str, classes: tuple[str, ...], names: list[str],
     return _Files(
         folder, split, classes, tuple(names), (0,) * len(names), Counter(), folder, in_each_class=tuple(counts)
     )
-
-
-def check_single_folder(root: Path, workers: int = 0) -> CheckReport:
-    """Of `ROOT/CLASS/*`, which --val-split divides."""
-    report = CheckReport(os.fspath(root), True)
-    listing = scan(root, ".")
-    report.splits["all"], _ = check_images(report, listing, True, workers)
-    report.problems += [f"{a} is the same file as {b}, in another class" for a, b in report.conflicts]
-    report.training = f"{SPLIT}; {len(listing)} images, {len(listing.classes)} classes"
-    return report
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------
@@ -126,7 +114,7 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
     compare_splits(report, files, digests)
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     if failures:
-        report.training = f"stops: {failures[0]}"
+        report.stop(str(failures[0]))
     else:
         classes_of = listings["train"]
         about = "; ".join(listing.describe() for listing in listings.values())
@@ -204,7 +192,7 @@ def check_label_maps(root: Path, workers: int = 0) -> CheckReport:
     compare_splits(report, files, digests)
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     if failures:
-        report.training = f"stops: {failures[0]}"
+        report.stop(str(failures[0]))
     else:
         counts = [len(listing) for listing in listings.values()]
         about = f"{counts[0]} training and {counts[1]} validation images" if len(counts) > 1 else f"{counts[0]} images"
@@ -247,5 +235,7 @@ def check_source(root: Path, form: str, workers: int = 0) -> CheckReport:
         f"{count} {note.removesuffix(', left out')}" for note, count in found.notes.items() if note in LOST
     ]
     report.notes += [f"{count} {note}" for note, count in found.notes.items() if note not in LOST]
-    report.training = f"does not read {sources.FORMATS[form]}; this converts it: {command(root, layout)}"
+    needed = f"training does not read {sources.FORMATS[form]}; this converts it: {command(root, layout)}"
+    report.problems.append(needed)
+    report.training = f"stops: {needed}"
     return report

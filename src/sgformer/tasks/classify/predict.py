@@ -104,6 +104,7 @@ def evaluate(
     if (kept := splitting.kept_by(weights.path, weights.metadata, data, split, "imagenet")) is not None:
         listing: Any = splitting.side(splitting.open_classes(data, kept, names), split)
     else:
+        split = splitting.named_split(data, split, "imagenet")
         listing = open_named(data, split, names, weights.metadata.get("wordnet"))
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
