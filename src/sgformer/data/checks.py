@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import some
+from sgformer.core.progress import track
 from sgformer.data import ade20k, sources
 from sgformer.data.check import CheckReport, check_imagefolder, check_images, compare_splits
 from sgformer.data.coco import CocoListing, is_coco, single_coco
@@ -19,7 +21,7 @@ from sgformer.data.image import walk
 from sgformer.data.imagefolder import ImageFolder
 from sgformer.data.label_values import check_values
 from sgformer.data.layouts import CONVERTS, SPLIT, class_folders, command
-from sgformer.data.sources.base import LOST
+from sgformer.data.sources.base import LOST, Picture
 from sgformer.data.store import is_address
 
 SPLITS = ("train", "val")
@@ -226,11 +228,13 @@ def check_source(root: Path, form: str, workers: int = 0) -> CheckReport:
         objects = Counter(thing.label for picture in pictures for thing in picture.things)
         labels = Counter(picture.label for picture in pictures)
         counts = [objects[name] if objects else labels[name] for name in found.classes]
+        if painted := any(picture.labels_of for picture in pictures):
+            counts = _pixels(pictures, len(counts), report)
         names = [os.path.relpath(picture.path, root if root.is_dir() else root.parent) for picture in pictures]
         base = root if root.is_dir() else root.parent
         name = split or "all"
         report.splits[name], _ = check_images(report, _files(base, name, found.classes, names, counts), True, workers)
-        report.splits[name].counted = "objects" if objects else "images"
+        report.splits[name].counted = "pixels" if painted else "objects" if objects else "images"
     report.problems += [
         f"{count} {note.removesuffix(', left out')}" for note, count in found.notes.items() if note in LOST
     ]
@@ -239,3 +243,20 @@ def check_source(root: Path, form: str, workers: int = 0) -> CheckReport:
     report.problems.append(needed)
     report.training = f"stops: {needed}"
     return report
+
+
+def _pixels(pictures: Sequence[Picture], classes: int, report: CheckReport) -> list[int]:
+    """The pixels of each class in masks; reports what is wrong with them."""
+    counts = np.zeros(256, np.int64)
+    for picture in track(pictures, len(pictures), "masks"):
+        try:
+            values = picture.labels_of() if picture.labels_of else None
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        if values is not None:
+            counts += np.bincount(values.ravel(), minlength=256)
+            if picture.size and values.shape != picture.size[::-1]:
+                own = f"its mask {values.shape[1]} x {values.shape[0]}"
+                report.problems.append(f"{picture.path}: {picture.size[0]} x {picture.size[1]} pixels, {own}")
+    return counts[:classes].tolist()
