@@ -132,7 +132,7 @@ def errors(model: Any, images: Tensor) -> dict[str, list[tuple[float, float, flo
 
 def error_table(weights: str, data: str, size: int, count: int) -> None:
     model: Any = sgformer.load_model(weights)
-    listing = open_named(data, "val", model.metadata["classes"], model.metadata.get("wordnet"))
+    listing = open_named(data, "val", model.metadata)
     transform = eval_transform(**(preprocessing(model.metadata) | {"image_size": (size, size)}))
     chosen = torch.randperm(len(listing), generator=torch.Generator().manual_seed(0))[:count]
     from sgformer.data.imagefolder import ImageFolderDataset

@@ -58,7 +58,7 @@ def classifier(weights: str, data: str, batch: int, size: int | None, limit: int
     from sgformer.tasks.classify.predict import open_named
 
     model = sgformer.load_model(weights)
-    listing = open_named(data, "val", model.metadata["classes"], model.metadata.get("wordnet"))
+    listing = open_named(data, "val", model.metadata)
     about = preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {})
     dataset = ImageFolderDataset(listing, eval_transform(**about))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]  # neighbours of any class

@@ -80,10 +80,12 @@ def test_headers_alone_do_not_find_a_truncated_file(root):
 
 
 def test_a_missing_split_is_a_problem_and_no_split_an_error(root, tmp_path):
-    (root / "val").rename(root / "test")
+    (root / "val").rename(root / "validation")
     report = check_imagefolder(root)
     assert set(report.splits) == {"train"}
-    assert len(report.problems) == 1 and "'val'" in report.problems[0]
+    assert len(report.problems) == 1 and "/validation? Rename it to 'val'" in report.problems[0]
+    assert report.training == f"stops: {report.problems[0]}" and "--val-split" not in report.training
+    (root / "validation").rename(root / "test")
     (root / "train").rename(root / "training")
     with pytest.raises(UserError, match=r"no folder 'train' \(folders: test, training\)"):
         check_imagefolder(root)

@@ -10,6 +10,7 @@ from PIL import Image
 from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.data.checks import check_data
+from sgformer.data.sharding import make_shards
 
 BOX = [8, 4, 16, 12]
 
@@ -135,6 +136,14 @@ def test_folders_of_classes_with_and_without_a_split(tmp_path):
         image(tmp_path / f"b/{('train', 'val')[i // 2]}/{('ant', 'bee')[i % 2]}/{i}.png", i)
     report = check_data(tmp_path / "a")
     assert report.splits["all"].per_class == {"ant": 2, "bee": 2} and "--val-split .2" in report.training
+    make_shards(tmp_path / "a", tmp_path / "shards")
+    (tmp_path / "a").rename(tmp_path / "train")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "train").rename(tmp_path / "c/train")
+    for unsplit in ("c", "shards"):
+        again = check_data(tmp_path / unsplit)
+        assert list(again.splits) == ["train"] and again.problems == []
+        assert again.training == report.training
     assert check_data(tmp_path / "b").training == "2 training and 2 validation images, 2 classes"
     (tmp_path / "b/val/cow").mkdir()
     assert "classes unknown to training (1): cow" in check_data(tmp_path / "b").training
@@ -147,12 +156,12 @@ def test_files_of_other_tools(tmp_path):
         (tmp_path / f"labels/{split}/{i}.txt").write_text("0 .5 .5 .5 .5\n1 .5 .5 .1 .1\n0 .1 .1 .1 .1\n")
     (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog]\n")
     report = check_data(tmp_path)
-    assert report.splits["val"].per_class == {"cat": 2, "dog": 1} and not report.problems
-    assert report.training == (
-        f"does not read YOLO labels; this converts it: sgformer data from {tmp_path} OUT --layout coco"
-    )
+    assert report.splits["val"].per_class == {"cat": 2, "dog": 1}
+    needed = f"training does not read YOLO labels; this converts it: sgformer data from {tmp_path} OUT --layout coco"
+    assert report.problems == [needed] and report.training == f"stops: {needed}"
+    assert main(["data", "check", str(tmp_path)]) == 1
     (tmp_path / "images/val/1.png").write_text("no image")
-    assert check_data(tmp_path).problems == ["1 images that cannot be read"]
+    assert check_data(tmp_path).problems == ["1 images that cannot be read", needed]
     (tmp_path / "labels/train/0.txt").write_text("9 .5 .5 .5 .5")
     with pytest.raises(UserError, match=r"0\.txt, line 1: class 9"):
         check_data(tmp_path)

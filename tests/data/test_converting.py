@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from coco_scene import content, thing, write_coco
 from PIL import Image
 
 from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.data import ade20k, sources
+from sgformer.data.checks import check_data
 from sgformer.data.coco import decode_mask, find_coco, read_coco
 from sgformer.data.converting import convert
 from sgformer.data.formats import open_both
@@ -505,6 +507,60 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path):
         convert(tmp_path / "in", tmp_path / "out", "imagenet")
     convert(tmp_path / "in", tmp_path / "out", "imagenet", bad_images="skip")
     assert files(tmp_path / "out") == ["train/cat/0.png"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"imageData": "no base64!"},
+        {"imageData": base64.b64encode(b"no image").decode()},
+        {"imageData": base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()},
+        {"shapes": [{"label": "cat", "shape_type": "mask", "points": [[1, 1], [4, 4]], "mask": "no base64!"}]},
+    ],
+)
+def test_unreadable_images_within_labelme_stop_or_are_left_out(tmp_path, broken):
+    image(tmp_path / "in/0.png")
+    triangle = ("cat", [[1, 1], [9, 1], [9, 9]], "polygon", {})
+    text(tmp_path / "in/0.json", labelme("0.png", triangle))
+    text(tmp_path / "in/1.json", json.dumps({**json.loads(labelme("1.png", triangle)), **broken}))
+    if "shapes" in broken:
+        image(tmp_path / "in/1.png")
+    with pytest.raises(UserError, match=r"1\.json: .*--bad-images skip") as error:
+        convert(tmp_path / "in", tmp_path / "out", "coco")
+    assert "\n" not in str(error.value)
+    counts, found = convert(tmp_path / "in", tmp_path / "out", "coco", bad_images="skip")
+    assert counts == {"train": 1} and found.notes["images that cannot be read, left out"] == 1
+    assert "1 images that cannot be read" in check_data(tmp_path / "in").problems
+
+
+def test_unreadable_masks_stop_or_are_left_out_with_their_image(tmp_path):
+    for i in range(2):
+        image(tmp_path / f"in/images/{i}.png", seed=i)
+        (tmp_path / "in/masks").mkdir(exist_ok=True)
+        Image.new("RGB", SIZE, (0, 0, 255 * i)).save(tmp_path / f"in/masks/{i}.png")
+    text(tmp_path / "in/labelmap.txt", "road:0,0,0::\nsky:0,0,255::\n")
+    data = (tmp_path / "in/masks/1.png").read_bytes()
+    (tmp_path / "in/masks/1.png").write_bytes(data[:50])
+    with pytest.raises(UserError, match=r"masks/1\.png: .*--bad-images skip"):
+        convert(tmp_path / "in", tmp_path / "out", "ade20k")
+    counts, found = convert(tmp_path / "in", tmp_path / "out", "ade20k", bad_images="skip")
+    assert counts == {"train": 1} and found.notes["images that cannot be read, left out"] == 1
+    assert files(tmp_path / "out") == ["annotations/training/0.png", "classes.txt", "images/training/0.png"]
+    report = check_data(tmp_path / "in")
+    assert report.splits["all"].per_class["sky"] == 0 and "1 images that cannot be read" in report.problems
+    (tmp_path / "in/masks/0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image of it can be read"):
+        convert(tmp_path / "in", tmp_path / "none", "ade20k", bad_images="skip")
+
+
+def test_unreadable_images_of_coco_stop_or_are_left_out(tmp_path):
+    write_coco(tmp_path / "in", content([thing(10, 3, [1, 1, 9, 9]), thing(20, 3, [1, 1, 9, 9])]))
+    (tmp_path / "in/train/20.png").write_text("no image")
+    with pytest.raises(UserError, match=r"20\.png: .*--bad-images skip"):
+        convert(tmp_path / "in/annotations/instances_train.json", tmp_path / "out", "ade20k")
+    file = tmp_path / "in/annotations/instances_train.json"
+    counts, _ = convert(file, tmp_path / "out", "ade20k", bad_images="skip")
+    assert counts == {"train": 1}
 
 
 def test_the_command_says_what_it_did(tmp_path, capsys):

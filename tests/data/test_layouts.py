@@ -111,7 +111,7 @@ CONVERTED = "it looks like {}: `sgformer data from {{root}} OUT --layout {}` con
         (label_maps, objects, "the ADE20K layout, which `sgformer train segment` reads"),
         (folders, objects, "folders of classes, which `sgformer train classify` reads"),
         (folders, labels, "folders of classes, which `sgformer train classify` reads"),
-        (one_folder, classes, "it is not split: --val-split .2 keeps a fifth"),
+        (one_folder, classes, "there are no validation images: --val-split .2 keeps a fifth"),
     ],
 )
 def test_a_wrong_layout_says_what_it_is(tmp_path, make, open_it, words):

@@ -12,8 +12,18 @@ from PIL import Image
 import sgformer
 from sgformer.core.errors import UserError
 from sgformer.data import splitting
+from sgformer.data.formats import open_both
 from sgformer.data.imagefolder import left_out
-from sgformer.data.splitting import ValSplit, divide, names_of, open_classes, open_label_maps, open_objects
+from sgformer.data.sharding import make_shards
+from sgformer.data.splitting import (
+    ValSplit,
+    divide,
+    named_split,
+    names_of,
+    open_classes,
+    open_label_maps,
+    open_objects,
+)
 
 
 def image(path, seed):
@@ -58,11 +68,65 @@ def test_equal_files_are_on_one_side(root):
         assert not sides[0] & sides[1]
 
 
-def test_several_classes_in_an_image_are_spread_alike(tmp_path):
+def test_shards_are_divided_as_their_folder(root, tmp_path):
+    shutil.copy(root / "ant/0.png", root / "bee/again.png")
+    sides = open_classes(root, ValSplit(0.2))
+    make_shards(root, tmp_path / "shards")
+    for of_folder, of_shards in zip(sides, open_classes(tmp_path / "shards", ValSplit(0.2)), strict=True):
+        assert (of_shards.paths, of_shards.targets) == (of_folder.paths, of_folder.targets)
+        indices = range(len(of_folder))
+        assert of_shards.read_bytes(indices) == of_folder.read_bytes(indices)
+    with pytest.raises(UserError, match=r"no split 'val' \(splits: train\); .*--val-split \.2"):
+        open_both(tmp_path / "shards")
+    (tmp_path / "both").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(root, tmp_path / "both" / split)
+    make_shards(tmp_path / "both", tmp_path / "split")
+    with pytest.raises(UserError, match=r"these are in .*split/val: leave the option out"):
+        open_classes(tmp_path / "split", ValSplit(0.2))
+
+
+def test_folders_that_seem_to_hold_validation_images_are_not_passed_over(root, tmp_path):
+    for split in ("train", "Validation"):
+        shutil.copytree(root, tmp_path / "v" / split)
+    with pytest.raises(UserError, match=r"v/Validation: are these validation images\? Rename it to 'val'"):
+        open_classes(tmp_path / "v", ValSplit(0.2))
+    with pytest.raises(UserError, match="Rename it to 'val'"):
+        make_shards(tmp_path / "v", tmp_path / "out")
+    (root / "ant").rename(root / "dev")  # without train, a class
+    assert open_classes(root, ValSplit(0.2))[0].classes == ("bee", "cow", "dev")
+
+
+def test_evaluation_says_how_to_take_all_images(root, tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no validation images; --split all evaluates on all of its images"):
+        named_split(root, "val", "imagenet")
+    assert named_split(root, "all", "imagenet") == "." and named_split(root, "val", "coco") == "val"
+    make_shards(root, tmp_path / "shards")
+    with pytest.raises(UserError, match="--split train evaluates on all"):
+        named_split(tmp_path / "shards", "val", "imagenet")
+    image(tmp_path / "m/images/0.png", 0)
+    with pytest.raises(UserError, match="--split all evaluates"):
+        named_split(tmp_path / "m", "validation", "ade20k")
+    model = sgformer.create_model("sgformer_n", num_classes=3, img_size=32)
+    about = {"task": "classify", "classes": ["ant", "bee", "cow"], "image_size": 32}
+    weights = sgformer.save_model(model, tmp_path / "w.safetensors", about)
+    result = sgformer.evaluate(weights, root, split="all", workers=0, device="cpu")
+    assert result.counted().startswith("35 images")
+    with pytest.raises(UserError, match="--val-split is for --knn"):
+        sgformer.evaluate(weights, root, val_split=0.2)
+    with pytest.raises(UserError, match="there are no validation images: --val-split"):
+        sgformer.evaluate(weights, root, knn=True)
+    found = sgformer.evaluate(weights, root, knn=True, val_split=0.2, workers=0, device="cpu")
+    assert (found.images, found.train_images) == (7, 28)
+
+
+def test_several_classes_in_an_image_are_spread_alike():
     rng = np.random.default_rng(0)
     classes = [set(np.flatnonzero(rng.random(5) < (0.5, 0.3, 0.2, 0.1, 0.05)).tolist()) for _ in range(400)]
     names = [f"{i}.png" for i in range(400)]
-    chosen = divide(names, [tmp_path / name for name in names], classes, 0.2, 0)
+    chosen = divide(names, names, classes, 0.2, 0)
     assert abs(sum(chosen) - 80) <= 4
     total, kept = Counter(), Counter()
     for content_of, val in zip(classes, chosen, strict=True):
@@ -189,6 +253,11 @@ def test_a_run_writes_its_split_and_evaluation_and_resume_keep_to_it(tmp_path, m
     assert len(written["val"]) == 2 and written["val_split"] == 0.2
     result = sgformer.evaluate(run.path, data, workers=0, device="cpu")
     assert result.counted().startswith("2 images")
+    if task == "classify":  # features are scored on the images that the weights do not know, too
+        found = sgformer.evaluate(run.path, data, knn=True, workers=0, device="cpu")
+        assert (found.images, found.train_images) == (2, 8)
+        with pytest.raises(UserError, match=r"split\.json says which of these images the weights know"):
+            sgformer.evaluate(run.path, data, knn=True, val_split=0.5)
     written["val"] = written["val"][:1]  # as if the data had been others
     (run.path / "split.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match=r"split\.json: the data changed: 1 images would be on the other side"):

@@ -12,15 +12,22 @@ from sgformer.core.errors import UserError
 from sgformer.tasks.classify.config import ClassifyConfig
 
 L = pytest.importorskip("lightning")
-from sgformer.models.load import build_model, read_weights, save_weights  # noqa: E402
+from sgformer.models.load import (  # noqa: E402
+    build_model,
+    build_network,
+    read_weights,
+    save_weights,
+)
 from sgformer.tasks.classify.data import read_listings  # noqa: E402
 from sgformer.tasks.classify.metrics import Evaluation, report  # noqa: E402
 from sgformer.tasks.classify.module import (  # noqa: E402
     ClassificationModule,
     balanced_weights,
     classifier_notes,
+    classifier_rows,
     new_classifier,
 )
+from sgformer.tasks.classify.teacher import class_names  # noqa: E402
 
 
 def stub(classes=7):
@@ -144,18 +151,56 @@ def test_the_warm_up_ends_before_the_run(epochs, given, updates):
     assert ClassifyConfig(epochs=epochs, **options).resolved().warmup_updates(10) == updates
 
 
-def test_what_a_classifier_starts_from_is_said(tmp_path):
+@pytest.mark.parametrize("name", ["sgformer_n", "test_efficientnet", "deit_tiny_distilled_patch16_224"])
+def test_the_classifier_takes_the_rows_of_its_classes(tmp_path, name):
     path = tmp_path / "w.safetensors"
-    sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=2), path, {"classes": ["ant", "bee"]})
+    size = {} if "deit" in name else {"image_size": 32}
+    about = {"model": name, "classes": ["ant", "bee", "cat"], "wordnet": ["n01", "n02", "n03"], **size}
+    torch.manual_seed(0)
+    save_weights(build_model(name, 3), path, about)
     weights = read_weights(path)
-    assert classifier_notes(weights, ["ant", "bee"]) == []
+    config = ClassifyConfig(model=name, **({} if size == {} else {"image_size": 32})).resolved()
+
+    def start(*classes):
+        rows = classifier_rows(weights, classes)
+        model = new_classifier(config, len(classes), weights, rows)
+        layers = model.get_classifier()
+        return rows, (layers[0] if isinstance(layers, tuple) else layers), classifier_notes(weights, classes)
+
+    _, same, notes = start("ant", "bee", "cat")
+    assert notes == []
+    rows, layer, notes = start("cat", "ant", "bee")
+    assert rows == [2, 0, 1] and notes == [f"the classifier of {path} is kept, its classes matched by name"]
+    assert torch.equal(layer.weight, same.weight[rows]) and torch.equal(layer.bias, same.bias[rows])
+    rows, layer, _ = start("n03", "n01")
+    assert rows == [2, 0] and torch.equal(layer.weight, same.weight[rows])
+    rows, layer, notes = start("ant", "dog", "elk", "cat")
+    assert notes == [f"of the classifier of {path}, 2 classes are kept; dog, elk start afresh"]
+    assert torch.equal(layer.weight[[0, 3]], same.weight[[0, 2]])
+    assert not any(torch.equal(layer.weight[1], row) for row in same.weight)
+    rows, layer, notes = start("x", "y", "z")  # as many, but others
+    assert rows == [None] * 3
+    assert notes == [f"the classifier starts afresh: no class of the data is among those of {path}"]
+    assert not any(torch.equal(a, b) for a in layer.weight for b in same.weight)
+
+
+def test_a_classifier_of_nameless_classes_is_kept_if_their_number_fits(tmp_path):
+    path = tmp_path / "w.safetensors"
+    sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=2), path)
+    weights = read_weights(path)
+    assert classifier_rows(weights, ["x", "y"]) is None and classifier_notes(weights, ["x", "y"]) == []
     assert classifier_notes(weights, ["a", "b", "c"]) == [
         f"the classifier starts afresh: {path} has 2 classes, the data 3"
     ]
-    assert classifier_notes(weights, ["bee", "ant"]) == [
-        f"the classifier of {path} is kept, though its classes are others: "
-        "the classes are in another order: bee, ant instead of ant, bee"
-    ]
+
+
+def test_the_packages_classifier_knows_wordnet_ids():
+    weights = read_weights("sgformer_n")
+    ids, names = weights.metadata["wordnet"], weights.metadata["classes"]
+    assert classifier_rows(weights, ids) is None and classifier_notes(weights, ids) == []
+    assert classifier_rows(weights, [names[7], ids[3]]) == [7, 3]
+    assert classifier_notes(weights, ["shirt", "hat"]) == []  # nobody expects its classes
+    assert class_names(build_network(weights), weights.metadata)[0] == (names[0], ids[0])
 
 
 def test_unknown_models_suggest_the_nearest():

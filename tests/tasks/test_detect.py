@@ -157,6 +157,24 @@ def test_a_detector_goes_on_with_other_classes(tmp_path):
         started(config(weights=str(path), model="sgformer_t"), 2, True)
 
 
+def test_heads_of_other_classes_start_afresh(tmp_path, caplog):
+    caplog.set_level("INFO", "sgformer")
+    path = tmp_path / "d.safetensors"
+    before = small()
+    before.save(path, {"classes": ["cat", "dog"], "category_ids": [3, 7], "image_size": 64})
+    weights, settings = read_weights(path), config()
+    same, own = new_detector(settings, 2, True, weights, ["cat", "dog"]).state_dict(), before.state_dict()
+    assert all(torch.equal(same[name], own[name]) for name in own) and not caplog.messages
+    for classes in (["cat", "cow"], ["dog", "cat"]):
+        caplog.clear()
+        other = new_detector(settings, 2, True, weights, classes).state_dict()
+        fresh = {name for name in own if not torch.equal(other[name], own[name])}
+        assert fresh and all("predictor" in name or "mask" in name for name in fresh)
+        assert "backbone.network.stages.0.blocks.0.mlp.fc1.weight" not in fresh
+        assert len(caplog.messages) == 1 and "what there is for each class starts afresh" in caplog.messages[0]
+    assert "the classes are in another order: dog, cat" in caplog.messages[0]
+
+
 def test_tensors_that_do_not_fit_are_said_or_refused(tmp_path, caplog):
     path = tmp_path / "w.safetensors"
     small().save(path, {})

@@ -59,6 +59,22 @@ def small(head="semantic-fpn", classes=3, name="sgformer_n"):
     return Segmenter(pyramid_backbone(name), head, classes)
 
 
+@pytest.mark.parametrize("head", ["semantic-fpn", "upernet"])
+def test_heads_of_other_classes_start_afresh(tmp_path, caplog, head):
+    caplog.set_level("INFO", "sgformer")
+    path = tmp_path / "s.safetensors"
+    before = Segmenter(pyramid_backbone("sgformer_n"), head, 2, 16)
+    before.save(path, {"classes": ["road", "sky"]})
+    settings = SegmentConfig(model="sgformer_n", head=head, head_width=16).resolved()
+    weights, own = read_weights(path), before.state_dict()
+    same = new_segmenter(settings, 2, weights, ["road", "sky"]).state_dict()
+    assert all(torch.equal(same[name], own[name]) for name in own) and not caplog.messages
+    other = new_segmenter(settings, 2, weights, ["sky", "road"]).state_dict()
+    fresh = [name for name in own if not torch.equal(other[name], own[name])]
+    assert fresh and all(len(own[name]) == 2 for name in fresh)
+    assert len(caplog.messages) == 1 and "another order: sky, road instead of road, sky" in caplog.messages[0]
+
+
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 

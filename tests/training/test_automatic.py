@@ -12,7 +12,7 @@ from sgformer.data.typical import typical_side
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.segment.config import SegmentConfig
-from sgformer.training.config import AUTO, DataFacts, make_config, read_yaml
+from sgformer.training.config import AUTO, OPTIMISERS, DataFacts, make_config, read_yaml
 from sgformer.training.run_folder import resumed_config
 
 TASKS = [ClassifyConfig, DetectConfig, SegmentConfig]
@@ -74,6 +74,23 @@ def test_a_rate_alone_is_one_for_adamw():
     tuned = ClassifyConfig(lr=1e-4).resolved(PHOTOS)
     assert tuned.opt == "adamw" and tuned.min_lr == pytest.approx(1e-6)
     assert ClassifyConfig(strategy="fsdp").resolved(PHOTOS).opt == "adamw"
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_optimiser_has_a_rate_of_its_own_or_needs_one(kind):
+    rates = {opt: kind(data="photos", opt=opt).resolved(PHOTOS).lr for opt in ("adamw", "nadam", "lion", "sgd", "SGD")}
+    assert rates["nadam"] == rates["adamw"] and rates["SGD"] == rates["sgd"]
+    assert rates["lion"] == pytest.approx(0.2 * rates["adamw"], rel=0.1)
+    assert rates["sgd"] == pytest.approx(25 * rates["adamw"], rel=0.1)
+    with pytest.raises(UserError, match=r"--opt kron has no automatic learning rate: give one with --lr$"):
+        kind(data="photos", opt="kron").resolved(PHOTOS)
+    assert kind(data="photos", opt="kron", lr=0.1).resolved(PHOTOS).lr == 0.1
+
+
+def test_rates_are_of_optimisers_that_there_are():
+    from timm.optim import list_optimizers
+
+    assert {name for names in OPTIMISERS for name in names.split()} <= set(list_optimizers())
 
 
 def test_the_batch_divides_among_processes():

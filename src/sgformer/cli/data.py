@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from sgformer.core.terminal import say
@@ -16,7 +17,7 @@ def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
         workers: processes that read images; 0 reads in this one.
 
     Returns:
-        0 if the report lists no problem, 1 otherwise.
+        0 if the report lists no problem, 1 otherwise, also for files that have to be converted first.
     """
     from sgformer.data.checks import check_data
 
@@ -60,16 +61,20 @@ def data_from(
     say(f"{out}: {parts}, {len(found.classes)} classes, in the {layout} layout")
     for note, count in found.notes.items():
         say(f"  {count} {note}")
-    if "val" not in counts:
-        say("  no validation images: train with --val-split .2")
+    _tell_unsplit(counts)
     return 0
+
+
+def _tell_unsplit(splits: Collection[str]) -> None:
+    if "val" not in splits:
+        say("  no validation images: train with --val-split .2")
 
 
 def data_shards(source: str, out: str, shard_size: int = 512) -> int:
     """Pack an image folder into WebDataset tar shards, which train, eval and data check read.
 
     Args:
-        source: data set with train/CLASS/* and val/CLASS/*.
+        source: data set with train/CLASS/* and val/CLASS/*, or CLASS/*.
         out: folder to create.
         shard_size: maximum size of a shard in MB.
 
@@ -80,10 +85,12 @@ def data_shards(source: str, out: str, shard_size: int = 512) -> int:
     from sgformer.data.shards import Index
 
     folder = make_shards(source, out, shard_size)
-    for split, shards in Index.read(folder).splits.items():
+    found = Index.read(folder).splits
+    for split, shards in found.items():
         size = sum(shard.bytes for shard, _ in shards)
         images = sum(len(columns["names"]) for _, columns in shards)
         say(f"{folder}: {images} images in {len(shards)} shards of {split}, {size / 1e6:.1f} MB")
+    _tell_unsplit(found)
     return 0
 
 
@@ -104,6 +111,7 @@ def data_index(dir: str) -> int:
     if extra := found["extra"]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(extra.items())[:8])
         say(f"members that are neither an image nor its class, left out: {sum(extra.values())} ({kinds})")
+    _tell_unsplit(found["samples"])
     return 0
 
 

@@ -25,6 +25,8 @@ def evaluate(
     images: str | None = None,
     knn: bool = False,
     linear_probe: bool = False,
+    val_split: float | None = None,
+    split_seed: int | None = None,
     model: str | None = None,
     tokens: float | None = None,
     workers: int = 4,
@@ -38,7 +40,7 @@ def evaluate(
     Args:
         weights: a run folder, .safetensors, a released or timm checkpoint, sgformer_n
         data: data set folder, in the layout of the training
-        split: split to evaluate on [val, or validation]
+        split: split to evaluate on [val, or validation]; all: of data that are not split
         out: folder for tables and pictures [RUN/eval, or WEIGHTS-eval]
         batch_size: images per batch in each process [64; dense tasks 8]
         image_size: pixels; by default as trained
@@ -49,6 +51,8 @@ def evaluate(
         images: detection: folder of the images, if not beside the JSON
         knn: score the features: nearest neighbours among those of data/train
         linear_probe: score the features: a linear classifier fitted to those of data/train
+        val_split: with knn, linear-probe: share of the images to score, of data without validation images
+        split_seed: of --val-split [0]
         model: network name, if the weights are a plain state dict
         tokens: key/value tokens, as a multiple of those trained with: .25 to 4
         workers: processes that read images; 0: none
@@ -77,6 +81,8 @@ def evaluate(
         images=images,
         knn=knn,
         linear_probe=linear_probe,
+        val_split=val_split,
+        split_seed=split_seed,
     )
     path = Path(weights)
     folder = Path(out) if out else path / "eval" if path.is_dir() else path.with_name(f"{path.stem}-eval")

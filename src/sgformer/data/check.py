@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,9 @@ from sgformer.core.progress import track
 from sgformer.data.formats import find_format, naming_formats, open_both, open_data
 from sgformer.data.image import probe_image, read_image
 from sgformer.data.imagefolder import Listing, absent, folders_between, left_out, list_split
+from sgformer.data.layouts import SPLIT
 from sgformer.data.shards import Index
+from sgformer.data.splitting import open_whole, unsplit
 
 #: The network's stride in pixels: smaller images are enlarged.
 SMALL = 32
@@ -79,6 +81,12 @@ class CheckReport:
     notes: list[str] = field(default_factory=list)
     training: str = ""
 
+    def stop(self, reason: str) -> None:
+        """Say that training stops, and why; that is a problem if no other is."""
+        self.training = f"stops: {reason}"
+        if not self.problems:
+            self.problems.append(reason)
+
     def to_json(self) -> str:
         """The full report as JSON."""
         return to_json(asdict(self))
@@ -129,7 +137,8 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
     Every shard is also compared with its checksum in the index.
 
     Args:
-        root: folder with `train/CLASS/*` and `val/CLASS/*`, folder or URL of shards, or another registered format.
+        root: folder with `train/CLASS/*` and maybe `val/CLASS/*`, or with `CLASS/*`, folder or URL of shards, or
+            another registered format.
         decode: fully decode every image, which detects truncated files; otherwise only headers are read.
         workers: reading processes; 0 reads in this process.
 
@@ -140,11 +149,14 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
         raise UserError(f"workers must be 0 or more, got {workers}")
     report = CheckReport(os.fspath(root), decode)
     found = find_format("classes", root)
+    single = unsplit(root, "imagenet")
+    splits = (single,) if single else ("train", "val")
     with naming_formats("classes", root, found is not None):
-        listings = LISTERS.get(found.name if found else "image-folder", _list_any)(report, root)
+        listings = LISTERS.get(found.name if found else "image-folder", _list_any)(report, root, splits)
 
-    if "train" in listings and len(listings["train"].classes) < 2:
-        report.problems.append(f"train: one class only ({quoted(listings['train'].classes)}): nothing to tell apart")
+    first = next(iter(listings.values()))
+    if first.split != "val" and len(first.classes) < 2:
+        report.problems.append(f"{first.split}: one class only ({quoted(first.classes)}): nothing to tell apart")
     digests: dict[str, dict[bytes, int]] = {}
     for split, listing in listings.items():
         report.splits[split], digests[split] = check_images(report, listing, decode, workers)
@@ -152,10 +164,14 @@ def check_imagefolder(root: str | os.PathLike, decode: bool = True, workers: int
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     report.problems += [f"{a} is the same file as {b}, in another class" for a, b in report.conflicts]
     try:
-        train, val = open_both(root)
-        report.training = f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes"
+        if single:
+            whole = open_whole(root)
+            report.training = f"{SPLIT}; {len(whole)} images, {len(whole.classes)} classes"
+        else:
+            train, val = open_both(root)
+            report.training = f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes"
     except UserError as error:
-        report.training = f"stops: {error}"
+        report.stop(str(error))
     return report
 
 
@@ -172,7 +188,7 @@ def compare_splits(
     report.duplicates.sort()
 
 
-def _list_shards(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
+def _list_shards(report: CheckReport, root: str | os.PathLike, splits: Sequence[str]) -> dict[str, Listing]:
     index = Index.read(root)
     listings: dict[str, Listing] = {}
     for split in index.splits:
@@ -186,38 +202,41 @@ def _list_shards(report: CheckReport, root: str | os.PathLike) -> dict[str, List
                 f"{split}: classes without images ({len(empty)}): {some(empty)}"
             )
         listings[split] = listing
-    report.problems += [f"{index.store.name()}: no split {name!r}" for name in ("train", "val") if name not in listings]
+    report.problems += [f"{index.store.name()}: no split {name!r}" for name in splits if name not in listings]
     return listings
 
 
-def _list_folders(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
+def _list_folders(report: CheckReport, root: str | os.PathLike, splits: Sequence[str]) -> dict[str, Listing]:
     listings: dict[str, Listing] = {}
     failures = []
     root = Path(root)
-    for split in ("train", "val"):
+    for split in splits:
         known = listings["train"].classes if "train" in listings and split == "val" else None
         try:
-            listings[split], unknown, empty = list_split(root, split, known)
+            listing, unknown, empty = list_split(root, split, known)
         except UserError as error:
             failures.append(error)
             continue
+        if split == ".":
+            split, listing = "all", replace(listing, split="all", folder=root)
+        listings[split] = listing
         if unknown:
             report.problems.append(f"{split}: classes missing from train ({len(unknown)}): {quoted(unknown)}")
         if empty:
             report.problems.append(f"{split}: class folders without images ({len(empty)}): {some(empty)}")
         if known:
-            report.notes += absent(listings[split])
+            report.notes += absent(listing)
     if not listings:
         raise failures[0]
     report.problems += [str(error) for error in failures]
     return listings
 
 
-def _list_any(report: CheckReport, root: str | os.PathLike) -> dict[str, Listing]:
+def _list_any(report: CheckReport, root: str | os.PathLike, splits: Sequence[str]) -> dict[str, Listing]:
     """Listings of a format without checks of its own: reports what opening it raises."""
     listings: dict[str, Listing] = {}
     failures = []
-    for split in ("train", "val"):
+    for split in splits:
         known = listings["train"].classes if "train" in listings else None
         try:
             listings[split] = open_data("classes", root, split, known)

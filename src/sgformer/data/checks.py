@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import numpy as np
 
 from sgformer.core.errors import UserError
 from sgformer.core.names import is_address, some
+from sgformer.core.progress import track
 from sgformer.data import ade20k, sources
 from sgformer.data.check import CheckReport, check_imagefolder, check_images, compare_splits
 from sgformer.data.coco import CocoListing, is_coco, single_coco
 from sgformer.data.formats import find_format, open_data
 from sgformer.data.image import walk
-from sgformer.data.imagefolder import ImageFolder, scan
+from sgformer.data.imagefolder import ImageFolder
 from sgformer.data.label_values import check_values
 from sgformer.data.layouts import CONVERTS, SPLIT, class_folders, command
-from sgformer.data.sources.base import LOST
+from sgformer.data.sources.base import LOST, Picture
 
 SPLITS = ("train", "val")
 LABEL_SPLITS = {"train": "training", "val": "validation"}
@@ -50,8 +52,6 @@ def check_data(root: str | os.PathLike[str], workers: int = 0) -> CheckReport:
         return check_label_maps(path, workers)
     if found is not None:
         return check_source(path, found, workers)
-    if known["classes"] is None and class_folders(path):
-        return check_single_folder(path, workers)
     return check_imagefolder(root, workers=workers)
 
 
@@ -69,16 +69,6 @@ def _files(folder: Path, split: str, classes: tuple[str, ...], names: list[str],
     return _Files(
         folder, split, classes, tuple(names), (0,) * len(names), Counter(), folder, in_each_class=tuple(counts)
     )
-
-
-def check_single_folder(root: Path, workers: int = 0) -> CheckReport:
-    """Of `ROOT/CLASS/*`, which --val-split divides."""
-    report = CheckReport(os.fspath(root), True)
-    listing = scan(root, ".")
-    report.splits["all"], _ = check_images(report, listing, True, workers)
-    report.problems += [f"{a} is the same file as {b}, in another class" for a, b in report.conflicts]
-    report.training = f"{SPLIT}; {len(listing)} images, {len(listing.classes)} classes"
-    return report
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------
@@ -125,7 +115,7 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
     compare_splits(report, files, digests)
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     if failures:
-        report.training = f"stops: {failures[0]}"
+        report.stop(str(failures[0]))
     else:
         classes_of = listings["train"]
         about = "; ".join(listing.describe() for listing in listings.values())
@@ -203,7 +193,7 @@ def check_label_maps(root: Path, workers: int = 0) -> CheckReport:
     compare_splits(report, files, digests)
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     if failures:
-        report.training = f"stops: {failures[0]}"
+        report.stop(str(failures[0]))
     else:
         counts = [len(listing) for listing in listings.values()]
         about = f"{counts[0]} training and {counts[1]} validation images" if len(counts) > 1 else f"{counts[0]} images"
@@ -237,14 +227,35 @@ def check_source(root: Path, form: str, workers: int = 0) -> CheckReport:
         objects = Counter(thing.label for picture in pictures for thing in picture.things)
         labels = Counter(picture.label for picture in pictures)
         counts = [objects[name] if objects else labels[name] for name in found.classes]
+        if painted := any(picture.labels_of for picture in pictures):
+            counts = _pixels(pictures, len(counts), report)
         names = [os.path.relpath(picture.path, root if root.is_dir() else root.parent) for picture in pictures]
         base = root if root.is_dir() else root.parent
         name = split or "all"
         report.splits[name], _ = check_images(report, _files(base, name, found.classes, names, counts), True, workers)
-        report.splits[name].counted = "objects" if objects else "images"
+        report.splits[name].counted = "pixels" if painted else "objects" if objects else "images"
     report.problems += [
         f"{count} {note.removesuffix(', left out')}" for note, count in found.notes.items() if note in LOST
     ]
     report.notes += [f"{count} {note}" for note, count in found.notes.items() if note not in LOST]
-    report.training = f"does not read {sources.FORMATS[form]}; this converts it: {command(root, layout)}"
+    needed = f"training does not read {sources.FORMATS[form]}; this converts it: {command(root, layout)}"
+    report.problems.append(needed)
+    report.training = f"stops: {needed}"
     return report
+
+
+def _pixels(pictures: Sequence[Picture], classes: int, report: CheckReport) -> list[int]:
+    """The pixels of each class in masks; reports what is wrong with them."""
+    counts = np.zeros(256, np.int64)
+    for picture in track(pictures, len(pictures), "masks"):
+        try:
+            values = picture.labels_of() if picture.labels_of else None
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        if values is not None:
+            counts += np.bincount(values.ravel(), minlength=256)
+            if picture.size and values.shape != picture.size[::-1]:
+                own = f"its mask {values.shape[1]} x {values.shape[0]}"
+                report.problems.append(f"{picture.path}: {picture.size[0]} x {picture.size[1]} pixels, {own}")
+    return counts[:classes].tolist()

@@ -71,6 +71,9 @@ def convert(
     splits = {split: pictures for split, pictures in splits.items() if pictures}
     with appearing(out) as part:
         writer(found, splits, part, source)
+        splits = {split: pictures for split, pictures in splits.items() if pictures}
+        if not splits:
+            raise UserError(f"{source}: no image of it can be read")
     return {split: len(pictures) for split, pictures in splits.items()}, found
 
 
@@ -135,6 +138,9 @@ def write_ade20k(found: Found, splits: dict[str, list[Picture]], out: Path, sour
         folder = FOLDERS["ade20k"][split]
         for picture, name in track(_named(pictures, split, by_stem=True), len(pictures), f"writing {folder}"):
             values = picture.labels_of() if picture.labels_of else _drawn(picture, index_of)
+            if values is None:
+                pictures.remove(picture)
+                continue
             if picture.size and values.shape != (picture.size[1], picture.size[0]):
                 height, width = values.shape
                 raise UserError(

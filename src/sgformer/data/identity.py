@@ -79,6 +79,19 @@ def class_differences(before: Sequence[str], now: Sequence[str]) -> list[str]:
     return lines
 
 
+def names_in(metadata: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The names that each class of some weights goes by: its name and, if the weights have it, its WordNet ID, as
+    ImageNet's folders are called. Empty if they name no classes."""
+    names, ids = metadata.get("classes") or (), metadata.get("wordnet") or ()
+    return [(name, *ids[i : i + 1]) for i, name in enumerate(names)]
+
+
+def indices_in(metadata: Mapping[str, Any], classes: Sequence[str]) -> list[int | None]:
+    """The index in some weights of each of these classes, by any of its names; None for a class they do not have."""
+    known = {canonical(name): i for i, names in enumerate(names_in(metadata)) for name in reversed(names)}
+    return [known.get(canonical(name)) for name in classes]
+
+
 def write_contents(path: str | os.PathLike[str], splits: Mapping[str, Contents]) -> None:
     """Write the contents of splits as compressed JSON, atomically.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sgformer.data import sources
 from sgformer.data.coco import is_coco
 from sgformer.data.image import IMAGE_EXTENSIONS, walk
+from sgformer.data.sources.base import SPLIT_WORDS
 
 #: Format of other tools -> layouts that it usually has enough for, the likeliest first.
 CONVERTS = {
@@ -25,7 +26,7 @@ OWN = {
     "ade20k": "the ADE20K layout, which `sgformer train segment` reads",
     "imagenet": "folders of classes, which `sgformer train classify` reads",
 }
-SPLIT = "it is not split: --val-split .2 keeps a fifth of the images for validation"
+SPLIT = "there are no validation images: --val-split .2 keeps a fifth of the images for that"
 
 
 def hint(root: str | os.PathLike[str], layout: str) -> str:
@@ -41,7 +42,7 @@ def hint(root: str | os.PathLike[str], layout: str) -> str:
     try:
         own = own_layout(path)
         if own == layout:
-            return SPLIT if is_single(path, layout) else ""
+            return SPLIT if layout != "coco" and unsplit(path, layout) else ""
         found = sources.recognize(path)
     except OSError:  # a folder that may not be listed
         return ""
@@ -84,7 +85,22 @@ def class_folders(root: Path) -> list[str]:
     return sorted(names) if len(names) > 1 else []
 
 
-def is_single(root: Path, layout: str) -> bool:
-    """Whether an image folder or label maps have no validation split; `find_coco` says so itself."""
-    folder = {"imagenet": root / "val", "ade20k": root / "images" / "validation"}.get(layout)
-    return folder is not None and not folder.is_dir()
+def unsplit(root: Path, layout: str) -> str | None:
+    """The folder that holds all images of an image folder or of label maps without validation images: "train" or
+    "training", or "." for images that are not in a split's folder; None if there are validation images."""
+    folder, name = (root, "train") if layout == "imagenet" else (root / "images", "training")
+    if not folder.is_dir() or validation_folder(root, layout) is not None:
+        return None
+    if (folder / name).is_dir():
+        return name
+    return "." if layout == "ade20k" or class_folders(root) else None
+
+
+def validation_folder(root: Path, layout: str) -> Path | None:
+    """The folder of an image folder's or label maps' validation images or, beside one of training images, the one that
+    is probably meant to be it; None if there is none."""
+    folder, train, val = (root, "train", "val") if layout == "imagenet" else (root / "images", "training", "validation")
+    if (folder / val).is_dir() or not (folder / train).is_dir():
+        return folder / val if (folder / val).is_dir() else None
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    return next((folder / name for word in SPLIT_WORDS["val"] for name in names if name.lower() == word), None)

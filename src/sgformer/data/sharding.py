@@ -25,6 +25,7 @@ from sgformer.core.progress import track
 from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, left_out, scan_splits
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
+from sgformer.data.splitting import open_whole, unsplit
 from sgformer.data.store import Store, appearing, unreadable
 
 log = logging.getLogger("sgformer")
@@ -64,7 +65,7 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
     complete.
 
     Args:
-        source: folder with `train/CLASS/*` and `val/CLASS/*`.
+        source: folder with `train/CLASS/*` and `val/CLASS/*`, or `CLASS/*`, which becomes the split "train".
         out: folder to create.
         shard_size: maximum size of a shard in MB (10^6 bytes); a larger file gets a shard of its own.
 
@@ -82,12 +83,12 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
     out = Path(out).absolute()  # `.` has no name for the temporary folder beside it
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
-    train, val = scan_splits(source)
-    for line in (*left_out(train), *left_out(val)):
+    listings: list[Any] = [open_whole(source)] if unsplit(source, "imagenet") else scan_splits(source)
+    for line in (line for listing in listings for line in left_out(listing)):
         log.warning(f"note: {line}")
     with appearing(out) as part:
-        splits = {listing.split: _write_split(listing, part / listing.split, shard_size) for listing in (train, val)}
-        write_index(Store(part), train.classes, splits)
+        splits = {listing.split: _write_split(listing, part / listing.split, shard_size) for listing in listings}
+        write_index(Store(part), listings[0].classes, splits)
     return out
 
 

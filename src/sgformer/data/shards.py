@@ -35,6 +35,7 @@ from sgformer.core.names import canonical, is_address, printable, some
 from sgformer.core.parse import parse_json
 from sgformer.data.image import read_image
 from sgformer.data.imagefolder import Listing, place_of, scan, scan_splits
+from sgformer.data.layouts import SPLIT
 from sgformer.data.store import Store, unreadable
 
 INDEX = "shards.json"
@@ -66,7 +67,7 @@ def open_split(root: str | os.PathLike, split: str = "train", classes: Sequence[
     """
     if is_shards(root):
         return _listing(Index.read(root), split, classes)
-    _require_index(root)
+    require_index(root)
     return scan(root, split, classes)
 
 
@@ -77,16 +78,29 @@ def open_splits(root: str | os.PathLike) -> tuple[Listing, Listing]:
         UserError: as `open_split`.
     """
     if not is_shards(root):
-        _require_index(root)
+        require_index(root)
         return scan_splits(root)
     index = Index.read(root)
-    train = _listing(index, "train", None)
+    return _train(index, None), _listing(index, "val", None)
+
+
+def open_train(root: str | os.PathLike, classes: Sequence[str] | None = None) -> ShardFolder:
+    """The training images of shards, of which no class lacks images.
+
+    Raises:
+        UserError: as `open_split`.
+    """
+    return _train(Index.read(root), classes)
+
+
+def _train(index: Index, classes: Sequence[str] | None) -> ShardFolder:
+    train = _listing(index, "train", classes)
     if empty := [name for name, count in zip(train.classes, train.counts(), strict=True) if not count]:
         raise UserError(f"{index.store.name('train')}: classes without images ({len(empty)}): {some(empty)}")
-    return train, _listing(index, "val", None)
+    return train
 
 
-def _require_index(root: str | os.PathLike) -> None:
+def require_index(root: str | os.PathLike) -> None:
     """Raise UserError for shards without an index."""
     if has_tars_only(root):
         raise UserError(f"{root}: tar shards without {INDEX}; create it with: sgformer data index {root}")
@@ -267,7 +281,8 @@ class Index:
             UserError: the split is missing or empty.
         """
         if not self.splits.get(split):
-            raise UserError(f"{self.store.name(INDEX)}: no split {split!r} (splits: {some(sorted(self.splits))})")
+            cure = f"; {SPLIT}" if split == "val" and self.splits.get("train") else ""
+            raise UserError(f"{self.store.name(INDEX)}: no split {split!r} (splits: {some(sorted(self.splits))}){cure}")
         order = tuple(self.classes if classes is None else classes)
         place = {canonical(name): i for i, name in enumerate(order)}
         known = [place.get(canonical(name), -1) for name in self.classes]

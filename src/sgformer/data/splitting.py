@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,18 +21,23 @@ from sgformer.core.errors import UserError, first_line
 from sgformer.core.names import is_address, some
 from sgformer.core.parse import read_json
 from sgformer.core.progress import track
-from sgformer.data import ade20k, imagefolder
+from sgformer.data import ade20k, imagefolder, layouts
 from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import EMPTY, SPLIT_NAMES, CocoListing, find_coco, image_folders, read_coco, single_coco
-from sgformer.data.imagefolder import ImageFolder
-from sgformer.data.layouts import class_folders, hint, is_single
+from sgformer.data.formats import find_format
+from sgformer.data.imagefolder import ImageFolder, Listing
+from sgformer.data.layouts import hint
+from sgformer.data.shards import Index, ShardFolder, is_shards, open_train, require_index
+from sgformer.data.store import Store
 
 FILE = "split.json"
 #: The two sides, by the names of the layouts.
 SIDES = {"train": 0, "training": 0, "val": 1, "validation": 1}
+#: Layout -> the kind of formats that it is one of; and those whose images are divided here.
+FORMAT_OF = {"imagenet": "classes", "coco": "objects"}
+DIVIDED = ("image-folder", "shards", "coco")
 
-
-Side = TypeVar("Side", ImageFolder, CocoListing, LabelledFolder)
+Side = TypeVar("Side", Listing, CocoListing, LabelledFolder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +56,18 @@ class ValSplit:
     names: tuple[str, ...] | None = None
     source: str = ""
 
-    def divide(self, names: Sequence[str], files: Sequence[Path], classes: Sequence[Collection[int]]) -> list[bool]:
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise UserError(f"--val-split must be in (0, 1), e.g. .2, got {self.fraction:g}")
+
+    def divide(
+        self, names: Sequence[str], contents: Callable[[], Sequence[Any]], classes: Sequence[Collection[int]]
+    ) -> list[bool]:
         """Which images are for validation.
 
         Args:
             names: of the images, below the data set's folder; unique.
-            files: the images.
+            contents: gives a key for each image, the same for files with the same bytes.
             classes: the classes in each image.
 
         Raises:
@@ -72,20 +83,20 @@ class ValSplit:
                     f"{some(missing, 4)}"
                 )
             return [name in wanted for name in names]
-        chosen = divide(names, files, classes, self.fraction, self.seed)
+        chosen = divide(names, contents(), classes, self.fraction, self.seed)
         if len(set(chosen)) < 2:
             raise UserError(f"--val-split {self.fraction:g}: {len(names)} images are too few to divide")
         return chosen
 
 
 def divide(
-    names: Sequence[str], files: Sequence[Path], classes: Sequence[Collection[int]], fraction: float, seed: int
+    names: Sequence[str], contents: Sequence[Any], classes: Sequence[Collection[int]], fraction: float, seed: int
 ) -> list[bool]:
     """Which images are for validation: iterative stratification (Sechidis et al., 2011) over groups of equal files.
 
     The rarest class that is left is dealt out first, each group to the side that lacks most images of it.
     """
-    groups = equal_files(names, files)
+    groups = _equal(names, contents)
     order = sorted(range(len(groups)), key=lambda g: _draw(seed, names[groups[g][0]]))
     contents = [Counter(c for i in group for c in set(classes[i])) for group in groups]
     totals: Counter[int] = sum(contents, Counter())
@@ -122,14 +133,20 @@ def _draw(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
-def equal_files(names: Sequence[str], files: Sequence[Path]) -> list[list[int]]:
-    """Indices of the images in groups of files with the same bytes. Only files of the same length are read."""
+def _equal(names: Sequence[str], contents: Sequence[Any]) -> list[list[int]]:
+    """Indices of the images in groups of equal contents, by name."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i in sorted(range(len(names)), key=lambda i: names[i]):
+        groups[contents[i]].append(i)
+    return list(groups.values())
+
+
+def contents_of(files: Sequence[Path]) -> list[Any]:
+    """A key for each file, the same for files with the same bytes. Only files of the same length are read."""
     lengths = [_length(path, i) for i, path in enumerate(files)]
     counts = Counter(lengths)
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for i in track(range(len(files)), len(files), "comparing files"):
-        groups[lengths[i] if counts[lengths[i]] == 1 else _digest(files[i], i)].append(i)
-    return sorted((sorted(group, key=lambda i: names[i]) for group in groups.values()), key=lambda g: names[g[0]])
+    places = track(range(len(files)), len(files), "comparing files")
+    return [lengths[i] if counts[lengths[i]] == 1 else _digest(files[i], i) for i in places]
 
 
 # Files that cannot be read are equal to none; training will name them.
@@ -155,33 +172,73 @@ def _said(val: bool) -> dict[str, Any]:
 # -- the three layouts ------------------------------------------------------------------------------------------------
 
 
+def unsplit(data: str | os.PathLike[str], layout: str) -> str | None:
+    """What holds all images of a data set without validation images: a folder or split of it, "." for itself, or of
+    COCO the file; None if there are validation images, or the data is in another layout.
+
+    Args:
+        data: the data set.
+        layout: "imagenet", also as shards, "coco" or "ade20k".
+    """
+    if layout in FORMAT_OF and (found := find_format(FORMAT_OF[layout], data)) and found.name not in DIVIDED:
+        return None
+    if layout == "coco":
+        file = None if is_address(data) else single_coco(data)
+        return None if file is None else str(file)
+    if layout == "imagenet" and is_shards(data):
+        splits = Index.read(data).splits
+        return "train" if splits.get("train") and not splits.get("val") else None
+    return None if is_address(data) else layouts.unsplit(Path(data), layout)
+
+
 def open_classes(
     root: str | os.PathLike[str], split: ValSplit, classes: Sequence[str] | None = None
-) -> tuple[ImageFolder, ImageFolder]:
-    """Training and validation images of `ROOT/CLASS/*`, or of `ROOT/train/CLASS/*` without `ROOT/val`.
+) -> tuple[Listing, Listing]:
+    """Training and validation images of `ROOT/CLASS/*`, or of `ROOT/train/CLASS/*` without `ROOT/val`, or of shards
+    with training images only.
 
     Raises:
         UserError: there is a validation split, or no folder of classes.
     """
+    whole = open_whole(root, classes)
+
+    def contents() -> Sequence[Any]:
+        if isinstance(whole, ShardFolder):
+            return [tuple(place) for place in whole.places[:, 2:].tolist()]  # length and CRC-32: nothing is read
+        return contents_of([whole.path(i) for i in range(len(whole))])
+
+    chosen = split.divide(whole.paths, contents, [(target,) for target in whole.targets])
+
+    def part(name: str, val: bool) -> Listing:
+        kept = [i for i in range(len(whole)) if chosen[i] == val]
+        paths, targets = tuple(whole.paths[i] for i in kept), tuple(whole.targets[i] for i in kept)
+        if isinstance(whole, ShardFolder):
+            return dataclasses.replace(whole, split=name, paths=paths, targets=targets, places=whole.places[kept])
+        return dataclasses.replace(whole, split=name, paths=paths, targets=targets, **_said(val))
+
+    return part("train", False), part("val", True)
+
+
+def open_whole(root: str | os.PathLike[str], classes: Sequence[str] | None = None) -> ImageFolder | ShardFolder:
+    """All images of a data set for classification without validation images, as the split "train".
+
+    Raises:
+        UserError: as of `open_classes`.
+    """
+    if is_shards(root):
+        if Index.read(root).splits.get("val"):
+            raise _has_its_own(Store(root).name("val"))
+        return open_train(root, classes)
     folder = Path(root)
-    if (folder / "val").is_dir():
-        raise _has_its_own(folder / "val")
-    if not (folder / "train").is_dir() and not class_folders(folder):
+    _refuse_split(folder, "imagenet")
+    if (inner := unsplit(folder, "imagenet")) is None:
         says = hint(folder, "imagenet")
         raise UserError(
             f"{folder}: --val-split divides {folder}/CLASS/*.jpg or {folder}/train/CLASS/*.jpg{says and f'; {says}'}"
         )
-    whole = imagefolder.scan(folder, "train" if (folder / "train").is_dir() else ".", classes)
-    whole = dataclasses.replace(whole, folder=folder / whole.split)
-    files = [whole.path(i) for i in range(len(whole))]
-    chosen = split.divide(whole.paths, files, [(target,) for target in whole.targets])
-
-    def part(name: str, val: bool) -> ImageFolder:
-        kept = [i for i in range(len(whole)) if chosen[i] == val]
-        paths, targets = tuple(whole.paths[i] for i in kept), tuple(whole.targets[i] for i in kept)
-        return dataclasses.replace(whole, split=name, paths=paths, targets=targets, **_said(val))
-
-    return part("train", False), part("val", True)
+    require_index(folder)
+    whole = imagefolder.scan(folder, inner, classes)
+    return dataclasses.replace(whole, split="train", folder=folder / inner)
 
 
 def open_objects(
@@ -204,7 +261,7 @@ def open_objects(
     whole = read_coco(file, image_folders(Path(data), file, names, images), **options)
     content = [{label for label, _, _ in whole.objects_of(i)} for i in range(len(whole))]
     files = [whole.path(i) for i in range(len(whole))]
-    chosen = split.divide([image.file_name for image in whole.images], files, content)
+    chosen = split.divide([image.file_name for image in whole.images], lambda: contents_of(files), content)
     train = [i for i in range(len(whole)) if not chosen[i]]
     kept = [i for i in train if content[i] or not drop_empty]
     notes = +Counter({**whole.notes, EMPTY: len(train) - len(kept)})
@@ -225,16 +282,15 @@ def open_label_maps(
         UserError: there is a validation split, or there are no label maps.
     """
     folder = Path(root)
-    if (folder / "images" / "validation").is_dir():
-        raise _has_its_own(folder / "images" / "validation")
-    inner = "training" if (folder / "images" / "training").is_dir() else "."
+    _refuse_split(folder, "ade20k")
+    inner = unsplit(folder, "ade20k") or "."
     whole = ade20k.scan(folder, inner, classes, reduce_zero_label)
     names = [path.relative_to(folder / "images" / inner).as_posix() for path in whole.images]
     content: list[Collection[int]] = [()] * len(whole)
     if split.names is None:
         maps = (np.unique(read_label_map(path)).tolist() for path in whole.labels)
         content = list(track(maps, len(whole), "finding the classes of each image"))
-    chosen = split.divide(names, whole.images, content)
+    chosen = split.divide(names, lambda: contents_of(whole.images), content)
 
     def part(name: str, val: bool) -> LabelledFolder:
         kept = [i for i in range(len(whole)) if chosen[i] == val]
@@ -244,7 +300,17 @@ def open_label_maps(
     return part("training", False), part("validation", True)
 
 
-def _has_its_own(place: Path) -> UserError:
+def _refuse_split(root: Path, layout: str) -> None:
+    """Raise UserError if there are validation images."""
+    found = layouts.validation_folder(root, layout)
+    if found is not None and found.name not in SIDES:
+        name = "val" if layout == "imagenet" else "validation"
+        raise UserError(f"{found}: are these validation images? Rename it to {name!r} and leave --val-split out")
+    if found is not None:
+        raise _has_its_own(found)
+
+
+def _has_its_own(place: Path | str) -> UserError:
     return UserError(f"--val-split is for data without validation images; these are in {place}: leave the option out")
 
 
@@ -288,14 +354,7 @@ def kept_by(
     Raises:
         UserError: the file is missing or damaged.
     """
-    if "val_split" not in metadata or split not in SIDES or is_address(data):
-        return None
-    root = Path(data)
-    if layout == "imagenet":
-        single = is_single(root, layout) and bool((root / "train").is_dir() or class_folders(root))
-    else:
-        single = bool(single_coco(root)) if layout == "coco" else is_single(root, layout)
-    if not single:
+    if "val_split" not in metadata or split not in SIDES or unsplit(data, layout) is None:
         return None
     file = Path(weights).parent / FILE
     if not file.exists():
@@ -309,6 +368,21 @@ def kept_by(
         return ValSplit(float(content["val_split"]), int(content["seed"]), names, str(file))
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({first_line(error)}); copy it from the run again") from None
+
+
+def named_split(data: str | os.PathLike[str], split: str, layout: str) -> str:
+    """The split that `eval` opens: as named or, of data that are not split, "all" for all images.
+
+    Raises:
+        UserError: validation images are asked for, and there are none.
+    """
+    inner = unsplit(data, layout)
+    if inner is None or (layout == "coco" and Path(data).is_file()):  # a file is its own split
+        return split
+    if SIDES.get(split) == 1:
+        how = f"--data {inner}" if layout == "coco" else f"--split {'all' if inner == '.' else inner}"
+        raise UserError(f"{data}: no validation images; {how} evaluates on all of its images")
+    return inner if split == "all" and layout != "coco" else split
 
 
 def side(parts: tuple[Side, Side], split: str) -> Side:

@@ -89,7 +89,8 @@ def explanations(model: SGFormer, inspection: Inspection, images: np.ndarray) ->
 def _rates(model: SGFormer, block: str) -> list[int]:
     """Tokens per key/value token of each region, at the network's token budget."""
     stage, number = map(int, block.split("."))
-    return list(model.stages[stage - 1].blocks[number].attn.aggregate.rates)
+    guided: Any = model.get_submodule(f"stages.{stage - 1}.blocks.{number}")
+    return list(guided.attn.aggregate.rates)
 
 
 class Explainer(ABC):

@@ -37,6 +37,7 @@ from sgformer.models.layers import (
 )
 from sgformer.models.significance import AGGREGATIONS, gate, make_source, set_token_budget, token_budget
 from sgformer.ops import MergedTokens, TokenGroups
+from sgformer.ops.sizes import ceil_to, known
 
 
 @dataclass
@@ -137,7 +138,8 @@ def reduce_grid(x: Tensor, r: int, conv: nn.Module, norm: nn.Module) -> Tensor:
 def pad_grid(x: Tensor, r: int) -> Tensor:
     """(B, H, W, C), with zeros to the right and below up to multiples of r."""
     _, H, W, _ = x.shape
-    return F.pad(x, (0, 0, 0, (r - W % r) % r, 0, (r - H % r) % r)) if H % r or W % r else x
+    height, width = ceil_to(H, r), ceil_to(W, r)
+    return x if known(height == H) and known(width == W) else F.pad(x, (0, 0, 0, width - W, 0, height - H))
 
 
 @fx.wrap

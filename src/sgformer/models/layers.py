@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sgformer import ops
+from sgformer.ops.sizes import known
 
 
 class ConvNorm(nn.Sequential):
@@ -57,7 +58,7 @@ class PositionTable(nn.Module):
 @fx.wrap
 def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a (H, W, C) position table to ``grid`` bicubically; returns the table itself if the grid is the same."""
-    if tuple(table.shape[:2]) == tuple(grid):
+    if known(table.shape[0] == grid[0]) and known(table.shape[1] == grid[1]):
         return table
     resized = F.interpolate(table.permute(2, 0, 1)[None], size=grid, mode="bicubic", align_corners=False)
     return resized[0].permute(1, 2, 0)

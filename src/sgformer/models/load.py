@@ -303,9 +303,8 @@ def _build_timm(weights: Weights, pruned: bool, num_classes: int | None, options
     def build(classes: int | None) -> Any:
         """With as many classes as the tensors have."""
         built: Any = build_model(str(weights.model), classes, **options)
-        head = next((name for name, module in built.named_modules() if module is built.get_classifier()), "")
-        weight = weights.tensors.get(f"{head}.weight")
-        stored = 0 if weight is None or not weight.ndim else weight.shape[0]
+        known = (weights.tensors[name] for name in classifier_tensors(built) if name in weights.tensors)
+        stored = next((tensor.shape[0] for tensor in known if tensor.ndim), 0)
         if stored != built.num_classes:
             built.reset_classifier(stored)
         return built
@@ -460,19 +459,72 @@ def _check_dense(model: nn.Module, weights: Weights) -> None:
     checkpoint.check_fit(str(weights.path), weights.tensors, {n: t.shape for n, t in model.state_dict().items()})
 
 
-def take_fitting(model: Any, weights: Weights) -> Any:
-    """Load those tensors whose name and shape match the model's, and log which do not; returns the model."""
+def take_rows(model: Any, weights: Weights, rows: Sequence[int | None]) -> None:
+    """Initialise a network's classifier anew, and give each class the row of the weights' classifier that `rows` says.
+
+    Args:
+        model: built from the weights.
+        weights: of a backbone with a classifier, or without one, of which nothing is taken.
+        rows: for each class a row, or None.
+    """
+    model.reset_classifier(len(rows))
+    parameters = dict(model.named_parameters())
+    for name in classifier_tensors(model):
+        own, stored = parameters[name], weights.tensors.get(name)
+        if stored is not None and stored.shape[1:] == own.shape[1:]:
+            with torch.no_grad():
+                for new, old in enumerate(rows):
+                    if old is not None:
+                        own[new] = stored[old]
+
+
+def classifier_tensors(model: Any) -> list[str]:
+    """The names of the parameters that have a row for each class; of distilled networks, those of both classifiers."""
+    layers = model.get_classifier()
+    layers = layers if isinstance(layers, tuple) else (layers,)
+    found = []
+    for name, layer in model.named_modules():
+        for inner, module in layer.named_modules() if any(layer is one for one in layers) else ():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.ndim > 1 and weight.shape[0] == model.num_classes:
+                place = ".".join(part for part in (name, inner) if part)
+                found += [f"{place}.{kind}" for kind, _ in module.named_parameters(recurse=False)]
+    return found
+
+
+def take_fitting(model: Any, weights: Weights, others: Sequence[str] = ()) -> Any:
+    """Load those tensors whose name and shape match the model's, and log which do not; returns the model.
+
+    Args:
+        model: a backbone with heads, with an `architecture`.
+        weights: of such a network.
+        others: how the classes differ from those of the weights, if they do: then what there is for each class starts
+            afresh.
+    """
     own = model.state_dict()
-    fitting = {name: t for name, t in weights.tensors.items() if name in own and own[name].shape == t.shape}
+    of_classes = _of_classes(model) if others else set()
+    kept = {name: tensor for name, tensor in weights.tensors.items() if name not in of_classes}
+    fitting = {name: t for name, t in kept.items() if name in own and own[name].shape == t.shape}
     model.load_state_dict({**own, **fitting})
+    if of_classes:
+        log.info(f"note: what there is for each class starts afresh: {weights.path} is of others: {'; '.join(others)}")
+    own = {name: tensor for name, tensor in own.items() if name not in of_classes}
     for what, names in (
         ("start afresh, as their shape differs or they are new", [name for name in own if name not in fitting]),
-        ("are left out, as the network has none of the name", [name for name in weights.tensors if name not in own]),
+        ("are left out, as the network has none of the name", [name for name in kept if name not in own]),
     ):
         if names:
-            total = len(own if names[0] in own else weights.tensors)
+            total = len(own if names[0] in own else kept)
             log.info(f"note: of {weights.path}: {len(names)} of {total} tensors {what}: {some(names, 4)}")
     return model
+
+
+def _of_classes(model: Any) -> set[str]:
+    """The names of a network's tensors whose shape depends on the number of classes."""
+    with torch.random.fork_rng(devices=[]):
+        wider = type(model).build({**model.architecture, "num_classes": model.architecture["num_classes"] + 1})
+    shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
+    return {name for name, tensor in model.state_dict().items() if shapes.get(name) != tensor.shape}
 
 
 def save_weights(model: nn.Module, path: Source, metadata: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgformer.ops.sizes import known
+
 #: Attention matrices up to this many entries are held in memory at once; larger ones are computed in slices of queries.
 SLICE_ENTRIES = 1 << 24
 
@@ -52,7 +54,7 @@ def attention_and_received(
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     B, h, N, M = *q.shape[:3], k.shape[2]
-    if M > KEPT_KEYS and (needs_grad or B * h * N * M > SLICE_ENTRIES):
+    if not known(M <= KEPT_KEYS) and (needs_grad or known(B * h * N * M > SLICE_ENTRIES)):
         return attend(q, k, v, valid), _received(q, k, valid, valid_queries)
     weights = _softmax(q, k, valid)
     return weights.to(v.dtype) @ v, _column_mean(weights.detach(), valid_queries)
@@ -61,9 +63,9 @@ def attention_and_received(
 @torch.no_grad()
 def _received(q: Tensor, k: Tensor, valid: Tensor | None, valid_queries: Tensor | None) -> Tensor:
     B, h, N, _ = q.shape
-    rows = max(1, SLICE_ENTRIES // (B * h * k.shape[2]))
-    if rows >= N:
+    if not known(B * h * N * k.shape[2] > SLICE_ENTRIES):
         return _column_mean(_softmax(q, k, valid), valid_queries)
+    rows = max(1, SLICE_ENTRIES // (B * h * k.shape[2]))
     total = q.new_zeros(B, k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
     for start in range(0, N, rows):
         part = slice(start, start + rows)

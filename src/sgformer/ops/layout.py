@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sgformer.ops.attention import attention_and_received
+from sgformer.ops.sizes import known
 from sgformer.ops.windows import merge, merge_heads, partition_heads, valid_tokens
 
 
@@ -28,8 +29,8 @@ def attend_windows(
     """
     B, grid, kv_grid = q.shape[0], (q.shape[1], q.shape[2]), (kv.shape[1], kv.shape[2])
     # A window larger than the grid shrinks to it: the same sums without the padding.
-    q_window = min(q_window[0], grid[0]), min(q_window[1], grid[1])
-    kv_window = min(kv_window[0], kv_grid[0]), min(kv_window[1], kv_grid[1])
+    q_window = _within(q_window[0], grid[0]), _within(q_window[1], grid[1])
+    kv_window = _within(kv_window[0], kv_grid[0]), _within(kv_window[1], kv_grid[1])
     real_q = valid_tokens(grid, q_window, q.device)
     real_k = valid_tokens(kv_grid, kv_window, q.device)
     q = partition_heads(q, q_window, heads)
@@ -38,3 +39,7 @@ def attend_windows(
     out, received = attention_and_received(q, k, v, real_k, real_q)
     out = merge_heads(out, q_window, grid)
     return out, merge(received[..., None], kv_window, kv_grid)[..., 0]
+
+
+def _within(side: int, grid: int) -> int:
+    return grid if known(grid < side) else side

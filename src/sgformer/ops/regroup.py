@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+from sgformer.ops.sizes import known
 
 
 def sort_tokens(significance: Tensor) -> Tensor:
@@ -34,11 +37,20 @@ def region_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
     The cumulative shares are rounded, half up; no region is left empty unless there are fewer tokens than regions.
     """
     ends = [0]
+    if isinstance(tokens, torch.SymInt):
+        return _symbolic_lengths(tokens, shares)
     for i, share in enumerate(accumulate(shares), start=1):
         end = int(share * tokens + 0.5)
         ends.append(max(ends[-1], min(max(end, i), tokens - (len(shares) - i))))
     ends[-1] = tokens
     return [end - start for start, end in pairwise(ends)]
+
+
+def _symbolic_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
+    """`region_lengths` in whole numbers, for a number of tokens that is a symbol."""
+    parts = [Fraction(end).limit_denominator(1 << 20) for end in accumulate(shares)]
+    ends = [(2 * part.numerator * tokens + part.denominator) // (2 * part.denominator) for part in parts[:-1]]
+    return [end - start for start, end in pairwise([0, *ends, tokens])]
 
 
 def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
@@ -50,7 +62,7 @@ def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
     groups = (length + rate - 1) // rate
     samples = groups * rate
     positions = torch.arange(samples, device=device)
-    if samples != length:
+    if not known(samples == length):
         positions = torch.div((2 * positions + 1) * length, 2 * samples, rounding_mode="floor")
     return positions.view(groups, rate)
 
@@ -107,8 +119,8 @@ def group_tokens(order: Tensor, shares: Sequence[float], rates: Sequence[int]) -
     lengths = region_lengths(order.shape[1], shares)
     regions = order.split(lengths, dim=1)
     return [
-        region.unflatten(1, (-1, rate))
-        if length % rate == 0
+        region.unflatten(1, (length // rate, rate))
+        if known(length % rate == 0)
         else region[:, group_positions(length, rate, order.device)]
         for region, length, rate in zip(regions, lengths, rates, strict=True)
     ]
@@ -135,9 +147,9 @@ def gather_groups(x: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
     B, N, C = x.shape
     rows = x.reshape(B * N, C)  # row gathers are far faster than an element-wise gather of (B, N, C)
     index = torch.cat([group.flatten(1) for group in groups], dim=1)  # (B, S): one gather for all regions
-    if B > 1 or torch.jit.is_tracing():  # a traced network takes other batches
-        index = index + torch.arange(0, B * N, N, device=x.device)[:, None]
-    members = rows.index_select(0, index.flatten()).view(B, -1, C)
+    if not known(B == 1) or torch.jit.is_tracing():  # a traced network takes other batches
+        index = index + N * torch.arange(B, device=x.device)[:, None]
+    members = rows.index_select(0, index.flatten()).view(B, index.shape[1], C)
     parts = members.split([group.shape[1] * group.shape[2] for group in groups], dim=1)
     return [part.unflatten(1, group.shape[1:]) for part, group in zip(parts, groups, strict=True)]
 

@@ -117,6 +117,10 @@ def _read(weights: Source, model: str | None, tokens: float | None = None) -> tu
     return stored, task_of(stored.task, weights)
 
 
+#: Options of `evaluate` by features, which divide data without validation images.
+SPLITTING = ("val_split", "split_seed")
+
+
 def evaluate(
     weights: Source,
     data: Source,
@@ -138,7 +142,8 @@ def evaluate(
         knn, linear_probe: score simple classifiers of the features instead, for weights of any task on a data set of
             classification; see `tasks.features.score_features`.
         options: `split`, `batch_size`, `image_size`, `workers`, `device`, `devices`, `precision`, `bad_images`, `out`
-            (a folder for pictures), and the task's own: `crop_pct`; `multi_scale`, `flip`, `sliding`; `images`.
+            (a folder for pictures), and the task's own: `crop_pct`; `multi_scale`, `flip`, `sliding`; `images`. With
+            `knn` and `linear_probe` also `val_split` and `split_seed`, as in training.
 
     Returns:
         The task's evaluation, e.g. with `.top1`, `.miou` or `.box["AP"]`, or `FeatureScores` with `.knn` and
@@ -152,6 +157,9 @@ def evaluate(
     stored, task = _read(weights, model, tokens)
     if knn or linear_probe:
         return _score_features(stored, data, knn, linear_probe, **options)
+    for name in SPLITTING:
+        if name in options:
+            raise UserError(f"--{dashed(name)} is for --knn and --linear-probe; --split all evaluates on all images")
     task.require()
     task.check(stored)
     refuse_foreign(options, task, "eval_options", weights)
@@ -176,7 +184,7 @@ def _score_features(
     if devices not in ("auto", 1) or precision != "fp32":
         raise UserError(f"{asked} runs on one device in fp32; leave out --devices and --precision")
     for name in options:
-        if name not in ("split", "batch_size", "image_size", "crop_pct", "bad_images", "workers", "device"):
+        if name not in ("split", "batch_size", "image_size", "crop_pct", "bad_images", "workers", "device", *SPLITTING):
             raise UserError(f"--{dashed(name)} does not go together with {asked}")
     return score_features(weights, data, knn=knn, linear_probe=linear_probe, **options)
 

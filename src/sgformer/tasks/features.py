@@ -190,6 +190,8 @@ def score_features(
     knn: bool,
     linear_probe: bool,
     split: str = "val",
+    val_split: float | None = None,
+    split_seed: int | None = None,
     batch_size: int = 64,
     image_size: int | tuple[int, int] | None = None,
     crop_pct: float | None = None,
@@ -199,11 +201,15 @@ def score_features(
 ) -> FeatureScores:
     """Embed `data/train` and `data/split`, learn from the first, score on the second.
 
+    Data without validation images are divided as --val-split divides them: as it did in the run of the weights, or else
+    as `val_split` says.
+
     Args:
         weights: of any task.
         data: a data set of classification, in whatever format; its classes need not be those of the weights.
         knn, linear_probe: what to score.
         split: the images scored.
+        val_split, split_seed: share of the images to score, and the seed that chooses them, of data that are not split.
         batch_size, workers: images per batch, processes that read them.
         image_size, crop_pct: by default see `preparation`.
         bad_images: "stop" at an unreadable image, or "skip" and list them.
@@ -212,14 +218,11 @@ def score_features(
     Raises:
         UserError: weights or data are invalid, or the data is too small.
     """
-    from sgformer.data.formats import open_data
-
     if linear_probe:
         require("sklearn.linear_model", extra="demo")
     if split == "train":
         raise UserError("--split train: the training images are what the classifiers learn from; score another split")
-    train = open_data("classes", data, "train")
-    scored = open_data("classes", data, split, train.classes)
+    train, scored = _listings(weights, data, split, val_split, split_seed or 0)
     if len(train.classes) < 2:
         raise UserError(f"{data}: one class only; there is nothing to tell apart")
     where, transform = find_device(device), preparation(weights, image_size, crop_pct)
@@ -241,6 +244,23 @@ def score_features(
         x.shape[1],
         (*bad, *bad_scored),
     )
+
+
+def _listings(weights: Weights, data: Any, split: str, val_split: float | None, split_seed: int) -> tuple[Any, Any]:
+    """The images to learn from and those to score."""
+    from sgformer.data import splitting
+    from sgformer.data.formats import open_data
+
+    if (kept := splitting.kept_by(weights.path, weights.metadata, data, split, "imagenet")) is not None:
+        train, scored = splitting.open_classes(data, kept)
+        if len(train):  # the run's own data; otherwise it has seen none of these images
+            if val_split is not None and (val_split, split_seed) != (kept.fraction, kept.seed):
+                raise UserError(f"{kept.source} says which of these images the weights know: leave --val-split out")
+            return train, scored
+    if val_split is not None:
+        return splitting.open_classes(data, splitting.ValSplit(val_split, split_seed))
+    train = open_data("classes", data, "train")
+    return train, open_data("classes", data, split, train.classes)
 
 
 def embed_listing(

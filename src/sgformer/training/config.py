@@ -37,6 +37,13 @@ LR_BASE_BATCH = 1024
 # The value of an option that a run derives from its data; see `RunConfig.resolved`.
 AUTO = "auto"
 
+#: Optimisers -> their peak rate, as a multiple of AdamW's. Updates of the first are as large as AdamW's; Lion's have
+#: the size of a sign, and SGD's that of the gradient.
+OPTIMISERS = {
+    "adam adamw adamc adamp adopt adoptw adabelief laprop nadam nadamw nadamc radam radamw radabelief": 1.0,
+    "lion": 0.2,
+    "sgd momentum nesterov sgdw nesterovw sgdp": 25.0,
+}
 # Element-wise optimisers, whose update of a shard equals that of the full tensor. Others (muon, lamb, adafactor ...)
 # need norms or products of full tensors.
 ELEMENTWISE = ("sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "rmsprop", "lion")
@@ -385,14 +392,20 @@ class RunConfig:
 
         Args:
             muon, adam: peak rates at a batch of 32 images; they grow with the square root of the batch.
-            most_adam: the peak rate of AdamW does not exceed this; that of Muon three times this.
+            most_adam: the peak rate of AdamW does not exceed this; that of Muon three times this. Those of others
+                follow from AdamW's by `OPTIMISERS`.
+
+        Raises:
+            UserError: nothing is known of the rates of an optimiser that was given without one.
         """
         config = self.fill(opt="muon" if self.is_auto("lr") and self.strategy != "fsdp" else "adamw")
-        name = config.opt.lower()
-        peak = {"muon": muon, "adam": adam, "adamw": adam, "nadam": adam, "nadamw": adam}.get(name)
-        if peak is None:  # other optimisers have rates of their own
+        if not config.is_auto("lr"):
             return config
-        most = 3 * most_adam if name == "muon" else most_adam
+        name = config.opt.lower()
+        factor = next((factor for names, factor in OPTIMISERS.items() if name in names.split()), None)
+        if factor is None and name != "muon":
+            raise UserError(f"--opt {config.opt} has no automatic learning rate: give one with --lr")
+        peak, most = (muon, 3 * most_adam) if factor is None else (adam * factor, most_adam * factor)
         wanted = min(peak * (config.batch_size / 32) ** 0.5, most)
         return config.fill(lr=_short(wanted * config.base_batch / config.batch_size))
 

@@ -86,5 +86,8 @@ def read(
     found = reader(name).read(reading)
     if not found.pictures:
         raise UserError(f"{root}: no images that belong to {FORMATS[name]}; name their folder with --images")
-    found.notes = +(found.notes + reading.notes)
+    reading.notes.update(found.notes)
+    for note in [note for note, count in reading.notes.items() if not count]:
+        del reading.notes[note]
+    found.notes = reading.notes  # the same counter: masks are read later
     return found

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from sgformer.core.errors import StalledError, UserError
 from sgformer.core.names import some
 from sgformer.core.parse import MAX_TEXT, parse_csv, parse_json, read_bytes
 from sgformer.data.image import IMAGE_EXTENSIONS, probe_image, walk
+
+T = TypeVar("T")
 
 #: Folder names, and the beginnings of file names, of each split.
 SPLIT_WORDS = {
@@ -58,6 +60,7 @@ class Picture:
         things: its objects, if the source has any.
         label: its class, of a source with a class per image.
         labels_of: gives the class of every pixel, (H, W) int, 255 for none; of a source with masks of all classes.
+            None, if the mask cannot be read and images may be left out; `notes` of the reading counts it.
         data: the file's bytes, where they come from an annotation file.
     """
 
@@ -66,7 +69,7 @@ class Picture:
     size: tuple[int, int] | None = None
     things: list[Thing] = field(default_factory=list)
     label: str | None = None
-    labels_of: Callable[[], np.ndarray] | None = None
+    labels_of: Callable[[], np.ndarray | None] | None = None
     data: bytes | None = None
 
 
@@ -156,20 +159,32 @@ class Reading:
 
         return max(found, key=closeness)
 
-    def size(self, path: Path) -> tuple[int, int] | None:
+    def size(self, image: Path | bytes, name: str | None = None) -> tuple[int, int] | None:
         """(width, height) in pixels as displayed; None if the header cannot be read and images may be left out.
+
+        Args:
+            image: a file, or its bytes.
+            name: of bytes, for messages.
 
         Raises:
             UserError: it cannot be read.
         """
+        header = self.readable(lambda: probe_image(image, name))
+        return None if header is None else (header.width, header.height)
+
+    def readable(self, read: Callable[[], T]) -> T | None:
+        """What `read` gives; None, counted, if it raises UserError for an image and images may be left out.
+
+        Raises:
+            UserError: they may not; says how to leave them out.
+        """
         try:
-            header = probe_image(path)
+            return read()
         except UserError as error:
             if self.skip and not isinstance(error, StalledError):
                 self.notes[UNREADABLE] += 1
                 return None
             raise UserError(f"{error}; repair or remove it, or pass --bad-images skip") from None
-        return header.width, header.height
 
     def split(self, path: Path) -> str:
         """The split that a file below the source belongs to by the names of its folders; "" if they name none."""

@@ -31,7 +31,7 @@ def read(reading: Reading) -> Found:
         reading.notes.update(listing.notes)
         for i, image in enumerate(listing.images):
             path = listing.path(i)
-            if reading.skip and reading.size(path) is None:
+            if reading.size(path) is None:
                 continue
             things = [
                 Thing(listing.classes[label], (x1, y1, x2, y2), mask)

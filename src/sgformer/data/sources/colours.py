@@ -82,7 +82,7 @@ def read(reading: Reading) -> Found:
     for key in sorted(images.keys() & masks.keys()):
         if (size := reading.size(images[key])) is None:
             continue
-        labels_of = functools.partial(class_indices, masks[key], indices, source)
+        labels_of = functools.partial(_labels, reading, masks[key], indices, source)
         pictures.append(Picture(images[key], key[0], size, labels_of=labels_of))
     return Found(pictures, tuple(classes))
 
@@ -159,22 +159,30 @@ def _of_csv(path: Path) -> list[tuple[str, list[str]]]:
     return [_of_line(" ".join(row)) for row in rows]
 
 
-def class_indices(path: Path, indices: Mapping[Colour, int], table: Path) -> np.ndarray:
+def _labels(reading: Reading, path: Path, indices: Mapping[Colour, int], table: Path) -> np.ndarray | None:
+    """As of `Picture.labels_of`."""
+    pixels = reading.readable(lambda: _pixels(path, len(next(iter(indices)))))
+    return None if pixels is None else class_indices(pixels, path, indices, table)
+
+
+def _pixels(path: Path, channels: int) -> np.ndarray:
+    """A mask as integers: its values, or its colours as r * 65536 + g * 256 + b."""
+    if channels == 1:
+        return read_label_map(path).astype(np.int64)
+    with opened(path, str(path)) as image:
+        # Not `read_image`, which puts transparent pixels on white: they keep their colour here.
+        pixels = np.asarray(image.convert("RGB")).astype(np.int64)
+    return pixels[..., 0] * 65536 + pixels[..., 1] * 256 + pixels[..., 2]
+
+
+def class_indices(flat: np.ndarray, path: Path, indices: Mapping[Colour, int], table: Path) -> np.ndarray:
     """The class of every pixel of a mask: (H, W) uint8, 255 for none.
 
     Raises:
-        UserError: the mask cannot be read, or has a colour that the table lacks; names a pixel of it.
+        UserError: the mask has a colour that the table lacks; names a pixel of it.
     """
-    if len(next(iter(indices))) == 1:
-        values = read_label_map(path)
-        flat, words = values.astype(np.int64), "value"
-        keys = {colour[0]: index for colour, index in indices.items()}
-    else:
-        with opened(path, str(path)) as image:
-            # Not `read_image`, which puts transparent pixels on white: they keep their colour here.
-            pixels = np.asarray(image.convert("RGB")).astype(np.int64)
-        flat, words = pixels[..., 0] * 65536 + pixels[..., 1] * 256 + pixels[..., 2], "colour"
-        keys = {r * 65536 + g * 256 + b: index for (r, g, b), index in indices.items()}  # type: ignore[misc]
+    words = "value" if len(next(iter(indices))) == 1 else "colour"
+    keys = {functools.reduce(lambda key, value: key * 256 + value, colour): i for colour, i in indices.items()}
     present, inverse = np.unique(flat, return_inverse=True)
     unknown = [int(value) for value in present if int(value) not in keys]
     if unknown:

@@ -13,12 +13,16 @@ import numpy as np
 from PIL import Image
 
 from sgformer.core.errors import UserError, require
-from sgformer.data.image import probe_image, read_image
+from sgformer.data.image import read_image
 from sgformer.data.sources.base import Found, Picture, Reading, Thing, first_files, head, number, read_json
 
 LINES = "points and lines, which have no area, left out"
 SIDES = 64  # of the polygon that stands for a circle
 EMBEDDED = "images taken from the JSON files themselves"
+
+
+class _LeftOut(Exception):
+    """An image is left out; that is counted."""
 
 
 def detects(root: Path) -> bool:
@@ -49,8 +53,12 @@ def read(reading: Reading) -> Found:
             picture.label = _flag(about.get("flags"), path)
             labels.add(picture.label)
         else:
-            picture.things = _things(about["shapes"], path, picture.size, reading)
+            try:
+                picture.things = _things(about["shapes"], path, picture.size, reading)
+            except _LeftOut:
+                continue
             labels |= {thing.label for thing in picture.things}
+        reading.notes[EMBEDDED] += picture.data is not None
         pictures.append(picture)
     reading.missing(missing, reading.root)
     return Found(pictures, tuple(sorted(labels)))
@@ -65,16 +73,21 @@ def _picture(about: dict[str, Any], path: Path, reading: Reading, missing: list[
         size = reading.size(image)
         return None if size is None else Picture(image, split or reading.split(image), size)
     if isinstance(embedded := about.get("imageData"), str):
-        try:
-            data = base64.b64decode(embedded, validate=True)
-        except (binascii.Error, ValueError):
-            raise UserError(f"{path}: imageData is not base64") from None
-        header = probe_image(data, f"{path}: imageData")
+        where = f"{path}: imageData"
+        if (data := reading.readable(lambda: _decoded(embedded, where))) is None:
+            return None
         suffix = Path(name).suffix if isinstance(name, str) else ""
-        reading.notes[EMBEDDED] += 1
-        return Picture(path.with_suffix(suffix or ".png"), split, (header.width, header.height), data=data)
+        size = reading.size(data, where)
+        return None if size is None else Picture(path.with_suffix(suffix or ".png"), split, size, data=data)
     missing.append(str(name or path.stem))
     return None
+
+
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(f"{where} is not base64") from None
 
 
 def _flag(flags: Any, path: Path) -> str:
@@ -85,14 +98,18 @@ def _flag(flags: Any, path: Path) -> str:
 
 
 def _things(shapes: list[Any], path: Path, size: tuple[int, int], reading: Reading) -> list[Thing]:
-    """Shapes of one label and group_id are one object."""
+    """Shapes of one label and group_id are one object.
+
+    Raises:
+        _LeftOut: a mask among them cannot be read, and images may be left out.
+    """
     result: list[Thing] = []
     groups: dict[tuple[str, Any], int] = {}
     for place, shape in enumerate(shapes):
         where = f"{path}: shape {place}"
         if not isinstance(shape, dict) or not isinstance(label := shape.get("label"), (str, int)):
             raise UserError(f"{where} needs a label")
-        polygon = _outline(shape, where, size)
+        polygon = _outline(shape, where, size, reading)
         if polygon is None:
             reading.notes[LINES] += 1
             continue
@@ -109,7 +126,7 @@ def _things(shapes: list[Any], path: Path, size: tuple[int, int], reading: Readi
     return result
 
 
-def _outline(shape: dict[str, Any], where: str, size: tuple[int, int]) -> Any:
+def _outline(shape: dict[str, Any], where: str, size: tuple[int, int], reading: Reading) -> Any:
     """Polygons or RLE of a shape; None if it has no area."""
     kind = shape.get("shape_type") or "polygon"
     points = shape.get("points")
@@ -125,7 +142,10 @@ def _outline(shape: dict[str, Any], where: str, size: tuple[int, int]) -> Any:
         turns = [2 * math.pi * i / SIDES for i in range(SIDES)]
         return [[v for a in turns for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]
     if kind == "mask" and len(xy) == 2 and isinstance(shape.get("mask"), str):
-        return _mask(shape["mask"], xy, where, size)
+        pixels = reading.readable(lambda: _mask_pixels(shape["mask"], f"{where}: its mask"))
+        if pixels is None:
+            raise _LeftOut
+        return _mask(pixels, xy, size)
     if kind in ("polygon", "rotated_rectangle", "oriented_rectangle") and len(xy) >= 3:
         return [[v for point in xy for v in point]]
     if kind in ("point", "points", "line", "linestrip") or len(xy) < 3:
@@ -133,13 +153,12 @@ def _outline(shape: dict[str, Any], where: str, size: tuple[int, int]) -> Any:
     raise UserError(f"{where}: shape_type {str(kind)[:40]!r} is not known")
 
 
-def _mask(text: str, corners: list[tuple[float, float]], where: str, size: tuple[int, int]) -> dict[str, Any]:
+def _mask_pixels(text: str, where: str) -> np.ndarray:
+    return np.asarray(read_image(io.BytesIO(_decoded(text, where)), where))[..., 0] > 0
+
+
+def _mask(small: np.ndarray, corners: list[tuple[float, float]], size: tuple[int, int]) -> dict[str, Any]:
     """A small picture of a mask at its place, as RLE."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise UserError(f"{where}: its mask is not base64") from None
-    small = np.asarray(read_image(io.BytesIO(data), f"{where}: mask"))[..., 0] > 0
     width, height = size
     left, top = (round(v) for v in corners[0])
     whole = Image.new("L", size)

@@ -16,10 +16,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_line
-from sgformer.data.identity import class_differences
+from sgformer.core.names import quoted
+from sgformer.data.identity import indices_in, names_in
 from sgformer.data.preparing import Normalization
 from sgformer.models.config import VARIANTS
-from sgformer.models.load import Weights, build_model, build_network, size_option
+from sgformer.models.load import Weights, build_model, build_network, size_option, take_rows
 from sgformer.models.pretrained import FOLDER
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.classify.metrics import Evaluation, balanced_accuracy
@@ -235,7 +236,7 @@ def balanced_weights(counts: Sequence[int]) -> Tensor:
 def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> ClassificationModule:
     """See `Task.module`."""
     classes = splits.metadata["classes"]
-    model = new_classifier(config, len(classes), weights)
+    model = new_classifier(config, len(classes), weights, classifier_rows(weights, classes) if weights else None)
     teacher, notes = None, []
     if config.teacher:  # after the network, whose initial weights then do not depend on it
         teacher, about = open_teacher(
@@ -249,16 +250,30 @@ def build(config: ClassifyConfig, splits: Splits, weights: Weights | None) -> Cl
     return module
 
 
+def classifier_rows(weights: Weights, classes: Sequence[str]) -> list[int | None] | None:
+    """Which row of the classifier in some weights each of these classes takes: that of the class of its name, or None
+    for a fresh one. None as a whole: the rows are in order, or their classes unknown."""
+    names = names_in(weights.metadata) if weights.architecture is None else []
+    rows = indices_in(weights.metadata, classes)
+    return None if not names or (len(names) == len(rows) and rows == list(range(len(rows)))) else rows
+
+
 def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:
     """What the user has to know of the classifier in some weights, on data with these classes."""
-    names = weights.metadata.get("classes") if weights.architecture is None else None
-    stored = len(names) if names else weights.config.num_classes if weights.config and not weights.architecture else 0
-    if stored and stored != len(classes):
+    rows = classifier_rows(weights, classes)
+    if rows is not None:
+        fresh = [name for name, row in zip(classes, rows, strict=True) if row is None]
+        if not fresh:
+            return [f"the classifier of {weights.path} is kept, its classes matched by name"]
+        if len(fresh) < len(classes):
+            known = len(classes) - len(fresh)
+            return [f"of the classifier of {weights.path}, {known} classes are kept; {quoted(fresh)} start afresh"]
         if weights.path.parent == FOLDER:  # the package's is never the user's
             return []
+        return [f"the classifier starts afresh: no class of the data is among those of {weights.path}"]
+    stored = weights.config.num_classes if weights.config and not weights.architecture else 0
+    if stored and stored != len(classes):
         return [f"the classifier starts afresh: {weights.path} has {stored} classes, the data {len(classes)}"]
-    if names and (lines := class_differences(names, classes)):
-        return [f"the classifier of {weights.path} is kept, though its classes are others: {'; '.join(lines)}"]
     return []
 
 
@@ -273,8 +288,14 @@ def refused_size(name: str, size: tuple[int, int]) -> Iterator[None]:
         raise UserError(f"{name} does not take images of {size[0]} x {size[1]} pixels ({first_line(error)})") from error
 
 
-def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | None = None) -> nn.Module:
-    """The network to train: fresh, or from some weights, with their classifier kept if the number of classes fits."""
+def new_classifier(
+    config: ClassifyConfig,
+    num_classes: int,
+    weights: Weights | None = None,
+    rows: Sequence[int | None] | None = None,
+) -> nn.Module:
+    """The network to train: fresh, or from some weights, with their classifier kept if the number of classes fits, or
+    those rows of it that `rows` names (see `classifier_rows`)."""
     options: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if config.model in VARIANTS:
         options |= {"coarse": config.coarse, "img_size": config.image_hw, **config.guidance}
@@ -287,6 +308,8 @@ def new_classifier(config: ClassifyConfig, num_classes: int, weights: Weights | 
             model = build_model(config.model, num_classes, **options)
         else:
             model = build_network(weights, num_classes=num_classes, partial=True, **options)
+            if rows is not None:
+                take_rows(model, weights, rows)
         if of_one_size:  # what a size lacks shows when it is used
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, *config.image_hw))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from sgformer.core.device import find_device
 from sgformer.core.errors import UserError
+from sgformer.data.identity import names_in
 from sgformer.data.image import Images, height_and_width
 from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.backbone import SGFormer
@@ -106,7 +107,8 @@ def evaluate(
     if (kept := splitting.kept_by(weights.path, weights.metadata, data, split, "imagenet")) is not None:
         listing: Any = splitting.side(splitting.open_classes(data, kept, names), split)
     else:
-        listing = open_named(data, split, names, weights.metadata.get("wordnet"))
+        split = splitting.named_split(data, split, "imagenet")
+        listing = open_named(data, split, weights.metadata)
     if len(listing.classes) != model.num_classes:
         raise UserError(f"{weights.path} has {model.num_classes} classes, {data}/{split} has {len(listing.classes)}")
     refuse_size(weights, model, image_size)
@@ -119,14 +121,16 @@ def evaluate(
     return validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)[0]
 
 
-def open_named(data: Any, split: str, names: Sequence[str] | None, ids: Sequence[str] | None) -> Any:
+def open_named(data: Any, split: str, metadata: Mapping[str, Any]) -> Any:
     """A split whose folders have the names of the classes or, as ImageNet's, their WordNet IDs if those are known."""
     from sgformer.data.formats import open_data
 
+    known: list[Any] = list(zip(*names_in(metadata), strict=True))
+    names, *others = known or [None]
     try:
         return open_data("classes", data, split, names)
     except UserError:
-        if ids:
+        for ids in others:
             with suppress(UserError):
                 return open_data("classes", data, split, ids)
         raise

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sgformer.core.errors import UserError
 from sgformer.core.names import some
 from sgformer.core.parse import MAX_SMALL, read_bytes
+from sgformer.data.identity import names_in
 from sgformer.data.preparing import Normalization, preprocessing
 from sgformer.models.checkpoint import checksum
 from sgformer.models.load import build_network, build_pretrained, network_name, read_weights
@@ -151,9 +152,9 @@ def class_names(network: nn.Module, metadata: Mapping[str, Any]) -> list[tuple[s
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    stored = metadata.get("classes")
+    stored = names_in(metadata)
     if stored and len(stored) == network.num_classes:
-        return [(name,) for name in stored]
+        return stored
     subset = infer_imagenet_subset(network)
     if subset is None:
         return None

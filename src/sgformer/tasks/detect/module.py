@@ -125,7 +125,7 @@ def build(config: DetectConfig, splits: Splits, weights: Weights | None) -> Dete
     """See `Task.module`."""
     train, val = splits.train.listing, splits.val.listing
     return DetectionModule(
-        new_detector(config, len(train.classes), train.has_masks, weights),
+        new_detector(config, len(train.classes), train.has_masks, weights, train.classes),
         config,
         steps_per_epoch=int(splits.steps_per_pass),
         total_steps=splits.total_steps,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from sgformer.core.errors import UserError
+from sgformer.data.identity import class_differences
 from sgformer.data.preparing import MEAN, STD, Normalization
 from sgformer.heads.mask_rcnn import paste_masks
 from sgformer.heads.registry import DETECTORS
@@ -159,14 +160,18 @@ def named_head(config: DetectConfig, weights: Weights | None) -> str | None:
     return None if stored in (standard_head(True), standard_head(False)) else stored
 
 
-def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: Weights | None = None) -> Detector:
+def new_detector(
+    config: DetectConfig, num_classes: int, masks: bool, weights: Weights | None = None, classes: Sequence[str] = ()
+) -> Detector:
     """The network to train: fresh, on the backbone of some weights, or from a whole detector's weights.
 
-    With the latter, layers that depend on the number of classes are initialised anew if it differs.
+    With the latter, layers that depend on the classes are initialised anew if those are others.
 
     Raises:
         UserError: weights of another network, or with heads of another width.
     """
+    known = weights.metadata.get("classes") if weights else None
+    others = class_differences(known, classes) if known and classes else []
     whole = weights is not None and weights.task == "detect"
     if whole:
         check_dense(Detector.build, weights)  # type: ignore[arg-type]
@@ -187,7 +192,7 @@ def new_detector(config: DetectConfig, num_classes: int, masks: bool, weights: W
     model = Detector(backbone, num_classes, masks, config.head_width, head, rois=config.rois)
     if weights is not None:
         model.normalize_as(Normalization.of(weights.metadata))
-    return (take_fitting(model, weights) if whole else model).train()  # type: ignore[arg-type]
+    return (take_fitting(model, weights, others) if whole else model).train()  # type: ignore[arg-type]
 
 
 def coco_results(

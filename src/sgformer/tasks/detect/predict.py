@@ -107,6 +107,7 @@ def evaluate(
     if (kept := splitting.kept_by(weights.path, metadata, data, split, "coco")) is not None:
         listing = splitting.side(splitting.open_objects(data, kept, categories=categories, **options), split)
     else:
+        split = splitting.named_split(data, split, "coco")
         listing = open_data("objects", data, split, categories, **options)
     require_truth(listing)
     dataset = CocoDataset(listing, eval_transform(reading(metadata, image_size)), bad_images=bad_images, objects=False)

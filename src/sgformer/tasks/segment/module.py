@@ -159,7 +159,7 @@ class SegmentationModule(ScheduledModule):
 def build(config: SegmentConfig, splits: Splits, weights: Weights | None) -> SegmentationModule:
     """See `Task.module`."""
     listing = splits.train.listing
-    model = new_segmenter(config, len(listing.classes), weights)
+    model = new_segmenter(config, len(listing.classes), weights, listing.classes)
     return SegmentationModule(
         model,
         config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError
+from sgformer.data.identity import class_differences
 from sgformer.data.image import fit_size
 from sgformer.heads.common import resize
 from sgformer.heads.registry import HEADS
@@ -87,14 +88,18 @@ class Segmenter(nn.Module):
         return load_dense(cls.build, weights)
 
 
-def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | None = None) -> Segmenter:
+def new_segmenter(
+    config: SegmentConfig, num_classes: int, weights: Weights | None = None, classes: Sequence[str] = ()
+) -> Segmenter:
     """The network to train: fresh, on the backbone of some weights, or from a whole segmentation network's weights.
 
-    With the latter, layers that depend on the number of classes are initialised anew if it differs.
+    With the latter, layers that depend on the classes are initialised anew if those are others.
 
     Raises:
         UserError: weights of another network or head.
     """
+    known = weights.metadata.get("classes") if weights else None
+    others = class_differences(known, classes) if known and classes else []
     source: Any = config.model
     whole = weights is not None and weights.task == "segment"
     if whole:
@@ -116,7 +121,7 @@ def new_segmenter(config: SegmentConfig, num_classes: int, weights: Weights | No
         grad_checkpointing=config.grad_checkpointing,
     )
     model = Segmenter(backbone, config.head, num_classes, config.head_width)
-    return take_fitting(model, weights) if whole else model  # type: ignore[arg-type]
+    return take_fitting(model, weights, others) if whole else model  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def evaluate(
     if (kept := splitting.kept_by(weights.path, metadata, data, split, "ade20k")) is not None:
         listing = splitting.side(splitting.open_label_maps(data, kept, *settings), split)
     else:
+        split = splitting.named_split(data, split, "ade20k")
         listing = scan(data, split, *settings)
     listing, notes = check_values(listing, bool(metadata.get("binary")))
     notes = [*left_out(listing), *notes]

@@ -1,0 +1,28 @@
+"""Questions about sizes that a compiler or an exporter may not know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds, as far as that is known.
+
+    With symbols for sizes (torch.export and torch.compile with dynamic shapes) an `if` would decide by the example and
+    bind the graph to sizes like it. Ask for the special case with this, and let the other branch be right for all.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def ceil_to(size: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below a size, also a symbol.
+
+    Sizes are never negated: in a traced network they are tensors, and ONNX divides negative ones towards zero.
+    """
+    return (size + step - 1) // step * step
