@@ -83,7 +83,7 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
     out = Path(out).absolute()  # `.` has no name for the temporary folder beside it
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty folder; pass another one")
-    listings: list[Any] = [open_whole(source)] if unsplit(source, "imagenet") else scan_splits(source)
+    listings: Sequence[Any] = [open_whole(source)] if unsplit(source, "imagenet") else scan_splits(source)
     for line in (line for listing in listings for line in left_out(listing)):
         log.warning(f"note: {line}")
     with appearing(out) as part:
