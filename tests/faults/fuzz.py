@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile
@@ -75,7 +76,18 @@ def configs(data: bytes) -> None:
     hostile.try_yaml(data, WORK)
 
 
-TARGETS = {f.__name__: f for f in (checkpoint_adapter, pickles, safetensors_files, coco_files, label_maps, configs)}
+def settings(data: bytes) -> None:
+    hostile.try_settings(data, WORK)
+
+
+def texts(data: bytes) -> None:
+    hostile.try_text(data.decode("utf-8", "surrogateescape"))
+
+
+TARGETS = {
+    f.__name__: f
+    for f in (checkpoint_adapter, pickles, safetensors_files, coco_files, label_maps, configs, settings, texts)
+}
 
 
 def seeds(target: str) -> list[bytes]:
@@ -94,6 +106,10 @@ def seeds(target: str) -> list[bytes]:
         return [json.dumps(hostile.annotations()).encode()]
     if target == "label_maps":
         return [hostile.seeds()["L.png"], hostile.seeds()["P.png"], hostile.seeds()["1.png"]]
+    if target == "settings":
+        return [yaml.safe_dump({"data": place, "teacher": place}).encode() for place in hostile.ELSEWHERE]
+    if target == "texts":
+        return [b"ftp://user:secret@host/x \x1b[31m", b"a|b <b>*c*</b> `d` $e$ www.f ~g~", b"raw\xff\xe2\x80\xae"]
     return [next(hostile.mutated_recipes())[1], b"lr: 1e-3\nimage_size: [32, 64]\n"]
 
 

@@ -40,17 +40,20 @@ import sgformer
 from sgformer.app.session import _examples as examples_of
 from sgformer.cli import main
 from sgformer.core.errors import UserError
+from sgformer.core.names import markdown, printable, without_login
+from sgformer.core.terminal import say
 from sgformer.data.ade20k import read_label_map
 from sgformer.data.coco import CocoDataset, find_coco, ground_truth, read_coco
 from sgformer.data.converting import convert
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.sharding import index_shards, make_shards
 from sgformer.data.shards import INDEX, Index
+from sgformer.data.store import Store
 from sgformer.models.released import load_released, to_released
 from sgformer.tasks.classify.config import ClassifyConfig
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.segment.config import SegmentConfig
-from sgformer.training.config import make_config, read_yaml
+from sgformer.training.config import make_config, read_yaml, refuse_remote
 
 Inputs = Iterator[tuple[str, bytes]]
 
@@ -773,6 +776,34 @@ def try_recipe(name: str, data: bytes, folder: Path) -> str:
         return try_command(["train", "classify", "--config", str(path), "--data", "nowhere"])
     finally:
         path.unlink()
+
+
+def try_settings(data: bytes, folder: Path) -> None:
+    """A run's `config.yaml`: what is let through opens no connection."""
+    path = folder / "config.yaml"
+    path.write_bytes(data)
+    for config in CONFIGS.values():
+        values: dict[str, Any] = {}
+
+        def read(config: Any = config, values: dict[str, Any] = values) -> None:
+            found = read_yaml(path, config)
+            refuse_remote(path, config, found, {})
+            values.update(found)
+
+        refused("config.yaml", read)
+        texts = [value for value in values.values() if isinstance(value, str)]
+        assert all(Store(text).local and not text.startswith(("//", "\\\\", "file:")) for text in texts), texts
+
+
+def try_text(text: str) -> None:
+    """Whatever it is: one line that a terminal and Markdown show as text, without a password."""
+    for shown in (printable(text), markdown(text), str(UserError(text)), printable(without_login(text))):
+        assert shown.isprintable()
+    assert without_login(without_login(text)) == without_login(text)
+    assert not re.search(r"[<>]|(?<!\\)(?:\\\\)*[`*_|$\[\]~]|://|www\.", markdown(text))
+    out = io.StringIO()
+    say(text, file=out)
+    assert out.getvalue().endswith("\n") and out.getvalue()[:-1].isprintable()
 
 
 def try_yaml(data: bytes, folder: Path) -> None:
