@@ -27,15 +27,15 @@ LR_BASE_BATCH = 1024
 # The value of an option that a run derives from its data; see `RunConfig.resolved`.
 AUTO = "auto"
 
-# Element-wise optimisers, whose update of a shard equals that of the full tensor. Others (muon, lamb, adafactor ...)
-# need norms or products of full tensors.
-#: Optimisers -> their peak rate, as a multiple of AdamW's. Updates of the first are as large as AdamW's; Lion's have the
-#: size of a sign, and SGD's that of the gradient.
+#: Optimisers -> their peak rate, as a multiple of AdamW's: updates of AdamW's kin are as large as its own, those of Lion
+#: have the size of a sign, those of SGD that of the gradient.
 OPTIMISERS = {
     "adam adamw adamc adamp adopt adoptw adabelief laprop nadam nadamw nadamc radam radamw radabelief": 1.0,
     "lion": 0.2,
     "sgd momentum nesterov sgdw nesterovw sgdp": 25.0,
 }
+# Element-wise optimisers, whose update of a shard equals that of the full tensor. Others (muon, lamb, adafactor ...)
+# need norms or products of full tensors.
 ELEMENTWISE = ("sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "rmsprop", "lion")
 
 # Options for fields of SGFormerConfig or its stages; None: as published, or as in --weights.
