@@ -1,5 +1,7 @@
 """The classification task on its own, and in somebody else's trainer."""
 
+import signal
+
 import numpy as np
 import pytest
 import timm
@@ -301,3 +303,20 @@ def test_one_class_is_refused_before_training(tmp_path, split):
     config = ClassifyConfig(data=str(tmp_path), val_split=0.5 if split else None)
     with pytest.raises(UserError, match=r"one class only, ant: a classifier tells two or more apart; add a folder"):
         read_listings(config, None)
+
+
+def test_sigterm_ends_an_evaluation(tmp_path, monkeypatch):
+    for name in ("ant", "bee"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "orange").save(tmp_path / "val" / name / "0.png")
+    about = {"task": "classify", "classes": ["ant", "bee"], "image_size": 32}
+    weights = sgformer.save_model(sgformer.create_model("sgformer_n", num_classes=2), tmp_path / "w.safetensors", about)
+    step, seen, before = ClassificationModule.validation_step, [], signal.getsignal(signal.SIGTERM)
+
+    def watched(*args):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return step(*args)
+
+    monkeypatch.setattr(ClassificationModule, "validation_step", watched)
+    sgformer.evaluate(weights, tmp_path, workers=0, device="cpu")
+    assert seen == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before

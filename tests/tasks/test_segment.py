@@ -16,7 +16,7 @@ from sgformer.core.errors import UserError
 from sgformer.data.preparing import Normalization
 from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.tasks.segment import module, network
+from sgformer.tasks.segment import module, network, predict
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.tasks.segment.metrics import SegmentationEvaluation
 from sgformer.tasks.segment.module import SegmentationModule
@@ -379,3 +379,24 @@ def test_integers_are_normalised_as_floats_were():
         task.validation_step((one, labels, torch.arange(1), ()), 0)
         losses.append(task.val_loss.compute())
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
+
+
+def test_examples_of_large_photographs_are_drawn_small(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(images, truths, predictions, names, out, captions):
+        drawn.update(images=images, truths=truths, predictions=predictions, captions=captions)
+
+    monkeypatch.setattr("sgformer.viz.segmentation.draw_comparison", keep)
+    monkeypatch.setattr(predict, "SHOWN", 50)
+    pixels = torch.arange(64 * 100).reshape(64, 100) // 100
+    image = (4 * pixels).clamp(max=255).to(torch.uint8).expand(3, -1, -1)
+    samples = [(image, (pixels > 31).to(torch.uint8)), (None, None), (image[:, :20, :30], pixels[:20, :30])]
+    by_image = {0: 0.25, 1: 0.5, 2: 0.75}
+    listing = type("Listing", (), {"classes": ("a", "b", "c")})
+    dataset = type("Data", (list,), {"listing": listing})(samples)
+    predict.draw_examples(small().eval(), dataset, by_image, InferenceSettings(32), tmp_path / "e.png")
+    assert [im.shape for im in drawn["images"]] == [(32, 50, 3), (20, 30, 3)]
+    for kind in ("truths", "predictions"):
+        assert [values.shape for values in drawn[kind]] == [(32, 50), (20, 30)]
+    assert np.array_equal(drawn["truths"][0][:, 0], np.arange(32) > 15) and drawn["captions"][1] == "75 % right"

@@ -14,8 +14,8 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # of weight
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sgformer_n": {
         "num_classes": 200,
-        "input_size": (3, 64, 64),
-        "pool_size": (2, 2),
+        "input_size": (3, 128, 128),
+        "pool_size": (4, 4),
         "crop_pct": 1.0,
         "license": "other",  # of the photographs: ImageNet's terms, research (docs/models.md)
     }

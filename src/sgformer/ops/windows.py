@@ -43,7 +43,11 @@ def _padded(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, int, int]:
 def _cropped(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, rows * h, cols * w, C) -> (B, H, W, C), without the padding."""
     (H, W), (height, width) = grid, x.shape[1:3]
-    return x if known(height == H) and known(width == W) else x[:, :H, :W]
+    if known(height == H) and known(width == W):
+        return x
+    x = x[:, :H, :W]
+    # With symbols for sizes a copy, as what follows depends on whether the part is contiguous, and that on sizes.
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
 
 
 def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from lightning.pytorch.callbacks import Callback
 
 from sgformer.core.errors import UserError
 from sgformer.data.imagefolder import EpochSampler
@@ -15,6 +19,14 @@ from sgformer.training.trainer import build_trainer, quiet
 from sgformer.training.worker_errors import refuse_reentry, worker_errors
 
 log = logging.getLogger("sgformer")
+
+
+class Stoppable(Callback):
+    """Lets SIGTERM end an evaluation: Lightning keeps it for the end of a training update."""
+
+    def on_validation_start(self, trainer: Any, task: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def validate(
@@ -52,7 +64,7 @@ def validate(
     require_readable(dataset, "this split")
     skipped = SkippedImages()
     with quiet(), shown_log():
-        trainer = build_trainer(device=device, devices=devices, precision=precision, callbacks=[skipped])
+        trainer = build_trainer(device=device, devices=devices, precision=precision, callbacks=[skipped, Stoppable()])
         sampler = EpochSampler(
             len(dataset), batch_size, train=False, rank=trainer.global_rank, world=trainer.world_size
         )

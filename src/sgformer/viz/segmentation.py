@@ -156,7 +156,7 @@ def draw_comparison(
 
 def _solid(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
     known = (labels >= 0) & (labels < len(names))
-    return np.concatenate([palette(names), [BLACK]])[np.where(known, labels, len(names))] / 255
+    return np.concatenate([palette(names), [BLACK]]).astype(np.uint8)[np.where(known, labels, len(names))]
 
 
 def _sheet(

@@ -147,7 +147,7 @@ def class_probabilities(model: nn.Module, images: Tensor, how: InferenceSettings
 
 
 #: Bytes of class probabilities that are computed at once.
-PART = 2**26
+PART = 2**24
 
 
 def predicted_labels(model: nn.Module, images: Tensor, how: InferenceSettings) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from sgformer.core.device import find_device
@@ -21,6 +22,9 @@ from sgformer.tasks.segment.network import MULTI_SCALE, InferenceSettings, Segme
 from sgformer.training.task import Splits
 
 network = Segmenter.from_weights
+
+#: The longest side of an image in `examples.png`, in pixels.
+SHOWN = 768
 
 
 def predict(
@@ -173,20 +177,21 @@ def draw_examples(
 
     order = sorted(by_image, key=lambda i: by_image[i])
     chosen = order if len(order) <= 2 * each else order[:each] + order[-each:]
-    samples = [dataset[i] for i in chosen]
-    images = [s.image for s in samples if s.image is not None]
     where = next(model.parameters()).device
-    draw_comparison(
-        [image.permute(1, 2, 0).numpy() for image in images],
-        [s.target.numpy() for s in samples if s.target is not None],
-        [
-            predicted_labels(model, normalized(image[None].to(where), normalization), how)[0].short().cpu().numpy()
-            for image in images
-        ],
-        dataset.listing.classes,
-        Path(out),
-        [f"{100 * by_image[i]:.0f} % right" for i in chosen],
-    )
+    drawn: list[tuple[Any, ...]] = []
+    for i in chosen:  # one at a time, and kept small: eight photographs would fill the memory
+        image, truth = dataset[i][:2]
+        if image is None:
+            continue
+        predicted = predicted_labels(model, normalized(image[None].to(where), normalization), how)[0].cpu()
+        sides = image.shape[-2:]
+        size = [max(1, round(side * min(1.0, SHOWN / max(sides)))) for side in sides]
+        small = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        rows, columns = (torch.arange(n) * side // n for n, side in zip(size, sides, strict=True))
+        maps = [labels[rows[:, None], columns].numpy() for labels in (truth, predicted)]
+        drawn.append((small.permute(1, 2, 0).numpy(), *maps, f"{100 * by_image[i]:.0f} % right"))
+    images, truths, predictions, captions = zip(*drawn, strict=True)
+    draw_comparison(images, truths, predictions, dataset.listing.classes, Path(out), captions)
 
 
 def finish(folder: Path, splits: Splits, module: Any) -> None:

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Make the weights of sgformer_n that come with the package, as they were made: five parts, some four hours of one core.
+#
+#   sh benchmarks/weights_of_n.sh TINY NAMES.tsv RUNS
+#
+# TINY has Tiny ImageNet's train/CLASS; NAMES.tsv a line of WordNet id, tab, synonyms for each class; RUNS is a new
+# folder. 25 photographs of each class are kept aside, to look at the progress.
+set -eu
+tiny=$1 names=$2 runs=$3 here=$(dirname "$0")
+python - "$tiny/train" "$runs/data" <<'PYTHON'
+import os, random, sys
+from pathlib import Path
+
+source, out = map(Path, sys.argv[1:])
+for folder in sorted(source.iterdir()):
+    files = sorted(folder.iterdir())
+    aside = set(random.Random(folder.name).sample(files, 25))
+    for file in files:
+        target = out / ("val" if file in aside else "train") / folder.name / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(file, target)
+PYTHON
+part() { # NAME, settings
+  name=$1
+  shift
+  sgformer train classify --data "$runs/data" --run "$runs/$name" "$@"
+}
+large=$here/../recipes/tiny_imagenet_n.yaml small=$here/../recipes/tiny_imagenet_n_48.yaml
+part 1-48 --config "$small"
+part 2-64 --config "$large" --weights "$runs/1-48"
+part 3-48 --config "$small" --weights "$runs/2-64" --epochs 12 --min-lr 1.44e-2 --color-jitter 0
+part 4-64 --config "$large" --weights "$runs/3-48" --epochs 5 --lr 1.44e-2 --color-jitter 0
+part 5-128 --config "$large" --weights "$runs/4-64" --image-size 128 --batch-size 64 --epochs .6 --lr 2.4e-3 --color-jitter 0
+python "$here/package_weights.py" "$runs/5-128" "$names"
