@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_sentence
-from sgformer.core.files import distrust_links, to_json
+from sgformer.core.files import distrust_run, to_json
 from sgformer.core.names import nearest, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
@@ -75,9 +75,7 @@ def find_weights(source: Source) -> Path:
         UserError: the file does not exist or is of another kind, or the run has no weights yet.
     """
     path = Path(source)
-    run = path if path.is_dir() else path.parent
-    if path.is_dir() or (run / "config.yaml").is_file():
-        distrust_links(run)  # whoever made it may have set some, and results are written there
+    distrust_run(path)
     if path.is_dir():
         for name in ("best.safetensors", "last.safetensors"):
             if (path / name).is_file():
