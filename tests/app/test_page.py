@@ -49,6 +49,7 @@ def server(tmp_path_factory):
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
     assert process.returncode == 0 and "Traceback" not in errors and not out, errors
+    assert "pwned" not in errors and all(line.isprintable() for line in errors.splitlines()), ascii(errors)
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before  # nothing was written beside the weights
 
 
@@ -232,7 +233,7 @@ def test_what_breaks_off_or_comes_from_elsewhere_leaves_no_trace(server):
                 assert answer.status == status
         except urllib.error.HTTPError as error:
             assert error.code == status
-    for path in ("/examples/x.jpg", "/results/x/tokens/y", "/results/x/image.png"):
+    for path in ("/examples/x.jpg", "/results/x/tokens/y", "/results/x/image.png", "/%1b]0;pwned%07", "/results/%1b"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{server}{path}", timeout=60)
 

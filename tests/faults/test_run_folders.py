@@ -5,9 +5,12 @@ import json
 import shutil
 import sys
 from itertools import islice
+from pathlib import Path
+from unittest import mock
 
 import hostile
 import pytest
+import torch
 import yaml
 
 import sgformer
@@ -95,13 +98,13 @@ def test_run_folders(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "nothing"])
 def test_all_files_are_links_and_a_run_resumes(kind, tmp_path):
-    """Each is replaced by a file; only its settings, its state and what is appended to must be its own."""
+    """Each is replaced by a file; only what is read and what is appended to must be its own."""
     own = ("config.yaml", "checkpoints/last.ckpt", "metrics.csv", "log.txt", "data.json.gz")
     run = hostile.a_run()[0]
     links = {name: kind for name in hostile.run_places() if (run / name.removesuffix(".tmp")).is_file()}
     links = {name: kind for name in links if name not in own and not name.startswith("best")}
-    if kind == "file":  # not read as weights
-        links = {name: kind for name in links if not name.endswith(".safetensors")}
+    read = (".npz", ".safetensors") if kind == "file" else (".npz",)
+    links = {name: kind for name in links if not name.endswith(read)}
     assert len(links) > 30
     assert hostile.try_run("", plan("resume", links), tmp_path) == "accepted"
 
@@ -122,6 +125,51 @@ def test_the_default_folder_of_eval_is_no_link(tmp_path, capsys):
     (tmp_path / "w-eval").symlink_to(tmp_path / "outside")
     assert main(["eval", str(tmp_path / "w.safetensors"), "--data", str(tmp_path)]) == 2
     assert "w-eval: a link; remove it, or name a folder with --out" in capsys.readouterr().err
+
+
+def test_commands_try_no_place_through_a_link_of_a_run(tmp_path, capsys):
+    """Before they know anything else of it."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.mkdir()
+    for name, content in (("config.yaml", b"data: x\n"), ("best.safetensors", b"x"), ("m.onnx", b"x")):
+        (run / name).write_bytes(content)
+    (run / "out").symlink_to(outside)
+    made = []
+    touch, mkdir = Path.touch, Path.mkdir
+    with (
+        mock.patch.object(Path, "touch", lambda path, *rest, **more: (made.append(path), touch(path, *rest, **more))),
+        mock.patch.object(Path, "mkdir", lambda path, *rest, **more: (made.append(path), mkdir(path, *rest, **more))),
+    ):
+        for command in (
+            ["localization", str(run), "--data", "x", "--out", str(run / "out/new")],
+            ["predict", str(run), "x.png", "--features", str(run / "out/new/f.npz")],
+            ["predict", str(run / "m.onnx"), str(tmp_path), "--out", str(run / "out/new")],
+            ["export", str(run), "--out", str(run / "out/new/m.onnx")],
+            ["eval", str(run), "--data", "x", "--out", str(run / "out/new")],
+        ):
+            assert main(command) == 2, command
+    assert made == [] and list(outside.iterdir()) == []
+
+
+def test_what_weights_say_opens_no_connection(tmp_path, capsys):
+    """Whatever else their metadata name."""
+    photo = str(next((hostile.a_run()[1] / "val").rglob("*.png")))
+    keys = ("data", "val_data", "weights", "teacher", "images", "path", "url", "pretrained", "label_names")
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=3, img_size=32)
+    for address in hostile.ELSEWHERE:
+        about = {
+            **dict.fromkeys(keys, address),
+            "model": address,
+            "classes": [address, "b", "c"],
+            "image_size": [32, 32],
+        }
+        sgformer.save_model(model, tmp_path / "w.safetensors", about)
+        with hostile.offline() as asked:
+            assert main(["predict", str(tmp_path / "w.safetensors"), photo, "--device", "cpu"]) in (0, 2)
+        assert not asked
+    assert "secret" not in "".join(capsys.readouterr())
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import ipaddress
+import logging
 import re
 import signal
 import socket
@@ -26,6 +27,7 @@ from sgformer.app.session import Busy, Result, Session, png
 from sgformer.app.worker import Stopped
 from sgformer.core.errors import UserError
 from sgformer.core.names import printable
+from sgformer.core.terminal import escape_log
 
 Message = MutableMapping[str, Any]
 
@@ -353,10 +355,14 @@ def serve(
     config = uvicorn.Config(
         guard(app, hosts),
         http=bounded(AutoHTTPProtocol),
-        log_level="warning",
+        log_level="error",
         timeout_graceful_shutdown=2,
         ws_max_size=2**20,
     )
+    # What visitors send must neither fill the log, with a line for each page that is not there, nor steer a terminal.
+    logging.getLogger("nicegui").setLevel(logging.ERROR)
+    for name in ("nicegui", "uvicorn.error", "engineio.server", "socketio.server"):
+        escape_log(name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # uvicorn re-raises it after shutting down
     # NiceGUI scans all live objects for its server, and some of torch's warn when inspected.
     warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")

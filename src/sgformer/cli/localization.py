@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sgformer.core.errors import UserError, require
-from sgformer.core.files import try_folder
+from sgformer.core.files import distrust_run, try_folder
 from sgformer.core.terminal import say
 
 
@@ -40,6 +40,7 @@ def localization(
 
     if out is not None:
         require("matplotlib", extra="train")
+        distrust_run(weights)
         try_folder(out)
     explainer, objects = load_explainer(weights, device, model), find_objects(data, split)
     if image_size is not None:

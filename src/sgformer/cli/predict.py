@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sgformer.cli.images import exit_status, open_images
 from sgformer.cli.parser import given
 from sgformer.core.errors import UserError
-from sgformer.core.files import fitting, make_folder, to_json, try_file, try_folder, write_json
+from sgformer.core.files import distrust_run, fitting, make_folder, to_json, try_file, try_folder, write_json
 from sgformer.core.names import dashed, printable
 from sgformer.core.terminal import say
 
@@ -63,6 +63,7 @@ def predict(
         return write_features(weights, images, Path(features), bad_images, device=device, **how)
     from sgformer.tasks.api import predict_images
 
+    distrust_run(weights)
     options = given(
         top=top,
         score=score,
@@ -101,6 +102,7 @@ def write_features(weights: str, images: list[str], path: Path, bad_images: str,
     """`sgformer predict --features`."""
     if path.suffix != ".npz":
         raise UserError(f"--features {path}: the file's name must end in .npz")
+    distrust_run(weights)
     try_file(path, "--features")
     from sgformer.tasks.api import embed_images
 

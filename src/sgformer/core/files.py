@@ -32,6 +32,14 @@ def distrust_links(folder: str | os.PathLike[str]) -> None:
         _distrusted.add(_identity(folder))
 
 
+def distrust_run(weights: str | os.PathLike[str]) -> None:
+    """`distrust_links` for the run folder that weights are, or lie in: whoever made it may have set some, and results
+    are often written there."""
+    path = Path(weights)
+    if path.is_dir() or (path.parent / "config.yaml").is_file():
+        distrust_links(path if path.is_dir() else path.parent)
+
+
 def refuse_links(path: str | os.PathLike[str]) -> None:
     """Raise UserError if `path`, or a folder on the way to it, is a link below a folder of `distrust_links`."""
     link = None

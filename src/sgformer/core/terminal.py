@@ -15,9 +15,14 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     print("\n".join(shown), file=sys.stdout if file is None else file, flush=True)
 
 
+def escape_log(name: str) -> None:
+    """Escape the records of a logger as `say` escapes lines."""
+    logging.getLogger(name).addFilter(_harmless)
+
+
 def _harmless(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(without_login(record.getMessage())), ()
     return True
 
 
-logging.getLogger("sgformer").addFilter(_harmless)
+escape_log("sgformer")

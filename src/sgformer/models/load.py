@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_line, first_sentence
-from sgformer.core.files import distrust_links, to_json
+from sgformer.core.files import distrust_run, to_json
 from sgformer.core.names import nearest, printable, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
@@ -87,9 +87,7 @@ def find_weights(source: Source) -> Path:
         UserError: the file does not exist or is of another kind, or the run has no weights yet.
     """
     path = Path(source)
-    run = path if path.is_dir() else path.parent
-    if path.is_dir() or (run / "config.yaml").is_file():
-        distrust_links(run)  # whoever made it may have set some, and results are written there
+    distrust_run(path)
     if path.is_dir():
         for name in ("best.safetensors", "last.safetensors"):
             if (path / name).is_file():
