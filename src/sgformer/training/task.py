@@ -198,7 +198,7 @@ class Task:
         """
         try:
             return self.part("metrics").read(folder)
-        except (ValueError, LookupError, TypeError, AttributeError, StopIteration, csv.Error) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, csv.Error) as error:
             raise UserError(f"{folder}: damaged ({first_line(error)}); sgformer eval measures again") from None
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
