@@ -1,11 +1,14 @@
 """What README.md promises: its Python runs, its commands and links exist."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from sgformer.backends.optimize import optimize
 from sgformer.cli import COMMANDS
+from sgformer.tasks.classify.config import ClassifyConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,3 +45,12 @@ def test_python_runs(tmp_path, monkeypatch):
     for block in blocks:
         if "photos" not in block:  # those need data; tests/training does the same with a small folder
             exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_options_that_security_names_exist():
+    """An option that is not there would be a promise that nobody can keep."""
+    text = (ROOT / "SECURITY.md").read_text()
+    options = set(re.findall(r"^sgformer .* (--[a-z-]+)", (ROOT / "tests" / "api.txt").read_text(), re.M))
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert found and found <= options | {"--plugin"}, found - options
+    assert ClassifyConfig(native="off").native == "off" and "native" in inspect.signature(optimize).parameters

@@ -206,8 +206,8 @@ class Task:
             return self.part("metrics").read(folder)
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-            raise UserError(f"{folder}: a file of this evaluation is damaged ({first_line(error)})") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, OverflowError) as error:
+            raise UserError(f"{folder}: damaged ({first_line(error)}); sgformer eval measures again") from None
 
     def report(self, model: str, result: Any, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
         """Markdown of a finished run: the task's own, or the numbers, the facts and the pictures."""
