@@ -235,7 +235,12 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
     """
     folder = RunFolder.open(run)
     # Nothing is derived from the data again: what an older run did not know has its standard value.
-    stored = make_config(config_class, read_yaml(folder.path / "config.yaml", config_class)).resolved()
+    file = folder.path / CONFIG
+    values = read_yaml(file, config_class)
+    try:
+        stored = make_config(config_class, values).resolved()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     given = {name: value for name, value in options.items() if value != AUTO or name not in stored.automatic()}
     config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **given}), run=str(folder.path))
     for name in (field.name for field in dataclasses.fields(config)):
