@@ -1,9 +1,9 @@
 """Make the package's weights of a size from a run on Tiny ImageNet: half precision, names for classes, terms.
 
-    python benchmarks/package_weights.py RUN NAMES.tsv
+    python benchmarks/package_weights.py RUN NAMES.tsv [IMAGE_SIZE]
 
 NAMES.tsv has a line of WordNet id, tab, synonyms for each class, as words.txt of ImageNet. The first synonym becomes
-the class's name.
+the class's name. IMAGE_SIZE is what others' images are resized to; by default as trained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sgformer.models.pretrained import pretrained_file
 TERMS = "trained on photographs of Tiny ImageNet, whose terms are ImageNet's: non-commercial research (image-net.org)"
 
 
-def main(run: str, names: str) -> Path:
+def main(run: str, names: str, image_size: str | None = None) -> Path:
     """Returns the file written, at its place in this checkout."""
     weights = read_weights(run)
     assert weights.config is not None
@@ -33,6 +33,8 @@ def main(run: str, names: str) -> Path:
     path = pretrained_file(str(weights.model))
     assert path is not None, f"the package has no weights of {weights.model}"
     about = {**weights.metadata, "classes": classes, "wordnet": weights.metadata["classes"], "terms": TERMS}
+    if image_size is not None:
+        about["image_size"] = int(image_size)
     tensors = {name: tensor.half() for name, tensor in weights.tensors.items()}
     path.parent.mkdir(exist_ok=True)
     return checkpoint.write_safetensors(

@@ -58,6 +58,25 @@ from sgformer.training.config import make_config, read_yaml, refuse_remote
 Inputs = Iterator[tuple[str, bytes]]
 
 
+@contextlib.contextmanager
+def within(mebibytes: int) -> Iterator[None]:
+    """Inside, this process gets no more than so much memory more: what asks for it fails at once. On Linux."""
+    try:
+        import resource
+
+        status = Path("/proc/self/status").read_text()
+    except (ImportError, OSError):
+        yield
+        return
+    used = 1024 * int(re.search(r"VmData:\s+(\d+)", status)[1])  # type: ignore[index]
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (mebibytes << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def refused(path: str, call: Callable[[], Any]) -> str:
     """Run `call`; "refused" if it raises a UserError of one line that names the file, "accepted" if it returns."""
     try:
@@ -322,8 +341,9 @@ def mutated_annotations(seed: int = 0) -> Inputs:
         number += 1
 
 
-def spoil(value: Any, rng: random.Random) -> None:
+def spoil(value: Any, rng: random.Random, junk: tuple[Any, ...] | None = None) -> None:
     """Replace, remove, double or add something somewhere in nested lists and dicts."""
+    junk = JUNK if junk is None else junk
     while isinstance(value, (dict, list)) and value:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = rng.choice(keys)
@@ -336,9 +356,9 @@ def spoil(value: Any, rng: random.Random) -> None:
         elif what == "double" and isinstance(value, list):
             value.append(value[key])
         elif what == "add" and isinstance(value, dict):
-            value[rng.choice(("iscrowd", "ignore", "extra", "segmentation"))] = copy.deepcopy(rng.choice(JUNK))
+            value[rng.choice(("iscrowd", "ignore", "extra", "segmentation"))] = copy.deepcopy(rng.choice(junk))
         else:
-            value[key] = copy.deepcopy(rng.choice(JUNK))
+            value[key] = copy.deepcopy(rng.choice(junk))
         return
 
 

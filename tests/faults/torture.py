@@ -27,9 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile
 import killing
+import strangers
 
 HANG = 60  # seconds after which an input counts as a hang
 MEMORY = 1024  # MiB that an ordinary input may add to the process
+FEW = 512  # MiB, for files that are small and well formed; the first of a process imports its libraries
 CHUNK = 500
 
 
@@ -134,6 +136,22 @@ def an_image(given: Any, folder: Path) -> str:
 
 def weights(given: Any, folder: Path) -> str:
     return hostile.try_weights(*given, folder)
+
+
+def meanings(given: Any, folder: Path) -> str:
+    return strangers.try_meaning(*given, folder)
+
+
+def archives(given: Any, folder: Path) -> str:
+    return strangers.try_archive(*given, folder)
+
+
+def exports(given: Any, folder: Path) -> str:
+    return strangers.try_export(*given, folder)
+
+
+def texts(given: Any, folder: Path) -> str:
+    return strangers.try_text(*given, folder)
 
 
 def annotations(given: Any, folder: Path) -> str:
@@ -257,6 +275,10 @@ PARTS = {
     "images": ("images", hostile.mutated_images, an_image, MEMORY),
     "largest": ("images just below the bound", largest_images, an_image, 4096),
     "weights": ("weights files, ours and released ones", hostile.mutated_weights, weights, MEMORY),
+    "meanings": ("weights with a right checksum that say something else", strangers.mutated_meanings, meanings, FEW),
+    "archives": ("small checkpoints of large tensors", strangers.mutated_archives, archives, FEW),
+    "exports": ("exported files that say something else", strangers.mutated_exports, exports, FEW),
+    "texts": ("recipes, tables and indexes of large values", strangers.mutated_texts, texts, FEW),
     "annotations": ("COCO files", hostile.mutated_annotations, annotations, MEMORY),
     "sources": ("files of other tools", hostile.mutated_tool_files, a_tool_file, MEMORY),
     "labels": ("label maps", hostile.mutated_label_maps, a_label_map, MEMORY),
@@ -265,8 +287,9 @@ PARTS = {
     "commands": ("command lines", hostile.mutated_commands, a_command, MEMORY),
     "recipes": ("recipes", hostile.mutated_recipes, a_recipe, MEMORY),
 }
-SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "annotations": 10_000, "sources": 2000, "labels": 10_000,
-         "shards": 4000, "runs": 300, "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
+SIZES = {"images": 10_000, "largest": 4, "weights": 2000, "meanings": 3000, "archives": 1000, "exports": 5000,
+         "texts": 5000, "annotations": 10_000, "sources": 2000, "labels": 10_000, "shards": 4000, "runs": 300,
+         "commands": 1000, "recipes": 500, "trainings": 40, "kills": 100}  # fmt: skip
 
 
 def _counts(asked: argparse.Namespace, out: Path) -> Iterator[tuple[str, Count]]:

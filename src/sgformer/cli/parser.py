@@ -177,7 +177,7 @@ class Parser:
         for o in self.options:
             flag = o.name.upper() if o.positional else f"--{dashed(o.name)}"
             if message.startswith(f'Parser key "{o.name}"') and (got := re.search(r"(Got|Given) value: (.*)", message)):
-                return f"{flag} takes {_kind_name(o.kind)}, got {got[2]}"
+                return f"{flag} takes {_kind_name(o.kind)}, got {textwrap.shorten(got[2], 200, placeholder=' ...')}"
         if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
             return f"{missing[1].upper()} is missing (sgformer {self.command} --help)"
         if single := re.fullmatch(r"argument (--\S+): expected one argument", message):

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import stat
 from typing import Any
 
 from sgformer.core.errors import UserError, first_line
@@ -34,8 +35,9 @@ def read_bytes(path: str | os.PathLike[str], limit: int | None = MAX_TEXT) -> by
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size  # of pipes and devices 0
-            data = file.read() if limit is None else file.read((min(size, limit) or limit) + 1)
+            about = os.fstat(file.fileno())
+            most = limit if limit is None or not stat.S_ISREG(about.st_mode) else min(about.st_size, limit)
+            data = file.read() if most is None else file.read(most + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

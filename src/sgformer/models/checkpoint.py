@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,15 +176,17 @@ def build_from_tensors(
     unfit = [n for n, shape in expected.items() if n not in fresh and (n not in tensors or tensors[n].shape != shape)]
     extra = [name for name in tensors if name not in expected]
     if partial and (unfit or extra) and 2 * len(unfit) < len(expected):
-        counted = f"{len(unfit)} of {len(expected)} tensors do not fit this network and start fresh: {some(unfit, 4)}"
-        left = f"{len(extra)} are left out, as it has none of the name: {some(extra, 4)}"
+        counted = f"{len(unfit)} of {len(expected)} tensors do not fit this network and start fresh: {shown(unfit)}"
+        left = f"{len(extra)} are left out, as it has none of the name: {shown(extra)}"
         said = [line for line, names in ((counted, unfit), (left, extra)) if names]
         log.warning(f"{source}: {'; '.join(said)}")
-        whole = SGFormer(config)
-        own = whole.state_dict()
-        whole.load_state_dict(own | {n: t.to(own[n]) for n, t in tensors.items() if n in own and n not in unfit})
-        return whole.eval()
+        fresh_model = SGFormer(config)
+        own = fresh_model.state_dict()
+        fresh_model.load_state_dict(own | {n: t.to(own[n]) for n, t in tensors.items() if n in own and n not in unfit})
+        return fresh_model.eval()
     check_fit(source, tensors, {name: shape for name, shape in expected.items() if name not in fresh})
+    if whole := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(f"{source}: the weights do not fit the model ({len(whole)} hold no floats: {shown(whole)})")
     if fresh:
         dtype = next(iter(tensors.values())).dtype
         tensors.update({k: torch.empty(expected[k], dtype=dtype) for k in fresh})
@@ -218,12 +220,13 @@ def check_fit(source: str, tensors: Mapping[str, Tensor], expected: Mapping[str,
         for name, t in tensors.items()
         if name in expected and t.shape != expected[name]
     ]
-    parts = [f"{len(n)} {what}: {_some(n)}" for what, n in (("missing", missing), ("unknown", extra)) if n]
-    parts += [f"{len(wrong)} of another shape: {_some(wrong)}"] if wrong else []
+    parts = [f"{len(n)} {what}: {shown(n)}" for what, n in (("missing", missing), ("unknown", extra)) if n]
+    parts += [f"{len(wrong)} of another shape: {shown(wrong)}"] if wrong else []
     if parts:
         raise UserError(f"{source}: the weights do not fit the model ({'; '.join(parts)})")
 
 
-def _some(names: list[str]) -> str:
-    """A few names of tensors, which a stranger may have chosen."""
+def shown(names: Iterable[str]) -> str:
+    """The first few names of tensors, which a stranger may have chosen, and the number of the others."""
+    names = list(names)
     return some([printable(name)[:80] for name in names[:4]] + names[4:], 4)

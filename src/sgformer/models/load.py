@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_line, first_sentence
 from sgformer.core.files import distrust_run, to_json
-from sgformer.core.names import nearest, printable, some
+from sgformer.core.names import nearest, printable
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
@@ -146,20 +146,15 @@ def _of_file(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) 
     if kind not in (checkpoint.FORMAT, TIMM, DENSE):
         return None
     metadata = parse_metadata(header.get("metadata", "{}"), path)
-    classes = metadata.get("classes")
     try:
         if kind == TIMM:
             return Weights(path, tensors, metadata, registered(metadata["timm_model"]))
         if kind == checkpoint.FORMAT:
             config = parse_config(header["config"])
             checkpoint.check_config(config, {name: tuple(t.shape) for name, t in tensors.items()})
-            if classes and config.num_classes not in (0, len(classes)):
-                raise ValueError(f"it says {config.num_classes} classes, the metadata name {len(classes)}")
             return Weights(path, tensors, metadata, _name(metadata.get("model"), config), config)
         architecture = metadata["architecture"]
         backbone, name = check_architecture(architecture), architecture["backbone"]["model"]
-        if classes and architecture.get("num_classes") not in (None, len(classes)):
-            raise ValueError(f"it says {architecture['num_classes']} classes, the metadata name {len(classes)}")
         if backbone is not None:
             inner = {n.removeprefix(BACKBONE): tuple(t.shape) for n, t in tensors.items() if n.startswith(BACKBONE)}
             checkpoint.check_config(backbone, inner)
@@ -177,9 +172,8 @@ def _of_state_dict(path: Path, tensors: dict[str, Tensor], model: str | None, ar
         return Weights(path, adapted, {}, size_name(config), config)
     name = arch or model or _sgformer_name(tensors)
     if name is None:
-        names = some([printable(name)[:80] for name in list(tensors)[:3]], 3)
         raise UserError(
-            f"{path}: holds {len(tensors)} tensors ({names} ...) but not the network's name; "
+            f"{path}: holds {len(tensors)} tensors ({checkpoint.shown(tensors)}) but not the network's name; "
             "pass --model (a name from timm.list_models(), or sgformer_{n,t,s,m,b})"
         )
     if name in VARIANTS:
@@ -322,13 +316,18 @@ def _build_timm(weights: Weights, pruned: bool, num_classes: int | None, options
         model = build(stored)
     check(model)
     stored = model.num_classes
-    if (names := weights.metadata.get("classes")) and stored not in (0, len(names)):
-        raise UserError(f"{weights.path}: holds {stored} classes, and its metadata name {len(names)}")
     model.load_state_dict(dict(weights.tensors), strict=False)
     if num_classes not in (None, stored):
         model.reset_classifier(num_classes)
     model.metadata = dict(weights.metadata)
     return model.eval()
+
+
+def check_classes(weights: Weights, count: int) -> None:
+    """Raise UserError if the metadata name another number of classes than a network has; 0: it has no classifier."""
+    names = weights.metadata.get("classes")
+    if names and count not in (0, len(names)):
+        raise UserError(f"{weights.path}: holds {count} classes, and its metadata name {len(names)}")
 
 
 def on_meta(build: Callable[[], Any], check: Callable[[Any], None], weights: Weights) -> Any:
@@ -343,29 +342,29 @@ def on_meta(build: Callable[[], Any], check: Callable[[Any], None], weights: Wei
     try:
         with torch.device("meta"):
             skeleton = build()
-    except UserError:
-        raise
     except Exception as error:
-        if isinstance(error, NotImplementedError) or "meta" in str(error):
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             return None
-        raise UserError(f"{weights.path}: {_unbuilt(weights, error)}") from None
+        raise _refusal(weights, error) from None
     check(skeleton)
     return skeleton
 
 
 @contextmanager
 def _refused(weights: Weights) -> Iterator[None]:
-    """Turn what networks of others raise where they are built into a UserError."""
+    """Turn what networks of others raise where they are built into a UserError that names the file."""
     try:
         yield
-    except (UserError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
-        raise UserError(f"{weights.path}: {_unbuilt(weights, error)}") from None
+        raise _refusal(weights, error) from None
 
 
-def _unbuilt(weights: Weights, error: Exception) -> str:
-    return f"{weights.model} cannot be built as it says ({type(error).__name__}: {printable(first_line(error))})"
+def _refusal(weights: Weights, error: Exception) -> UserError:
+    why = f"{weights.model} cannot be built as it says ({type(error).__name__}: {printable(first_line(error))})"
+    text = str(error) if isinstance(error, UserError) else why
+    return UserError(text if str(weights.path) in text else f"{weights.path}: {text}")
 
 
 def build_model(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -513,7 +512,7 @@ def take_fitting(model: Any, weights: Weights, others: Sequence[str] = ()) -> An
     ):
         if names:
             total = len(own if names[0] in own else kept)
-            log.info(f"note: of {weights.path}: {len(names)} of {total} tensors {what}: {some(names, 4)}")
+            log.info(f"note: of {weights.path}: {len(names)} of {total} tensors {what}: {checkpoint.shown(names)}")
     return model
 
 

@@ -12,7 +12,7 @@ from sgformer.core.errors import UserError
 from sgformer.core.parse import MAX_SMALL, parse_json
 from sgformer.models.config import MAX_CLASSES, SGFormerConfig
 
-MAX_SIDE = 4096  # pixels of an image size; a larger one is given with --image-size
+MIN_SIDE, MAX_SIDE = 32, 4096  # pixels of an image size; a larger one is given with --image-size
 MIN_CROP = 0.1  # of `crop_pct`
 MAX_WIDTH = 2**13  # channels of heads
 MAX_NAME = 4096  # characters
@@ -33,7 +33,7 @@ def _is_name(value: Any) -> bool:
 
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, list | tuple) else [value, value]
-    return len(sides) == 2 and all(_is_whole(side, 1, MAX_SIDE) for side in sides)
+    return len(sides) == 2 and all(_is_whole(side, MIN_SIDE, MAX_SIDE) for side in sides)
 
 
 def _are(one: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
@@ -44,7 +44,7 @@ def _are(one: Callable[[Any], bool], length: int | None = None) -> Callable[[Any
     )
 
 
-_SIZE = f"a side or a height and a width, each of 1 to {MAX_SIDE} pixels"
+_SIZE = f"a side or a height and a width, each of {MIN_SIDE} to {MAX_SIDE} pixels"
 _YES = "true or false"
 
 # Of each known entry: what it must be, in words and as a function. Others are the writer's own and nowhere read.
@@ -58,7 +58,7 @@ KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_classes": (f"a number from 0 to {MAX_CLASSES}", lambda v: _is_whole(v, 0, MAX_CLASSES)),
     "image_size": (_SIZE, _is_size),
     "input_size": (f"null, or {_SIZE}", lambda v: v is None or (isinstance(v, list) and _is_size(v))),
-    "short_side": (f"a number of pixels from 1 to {MAX_SIDE}", lambda v: _is_whole(v, 1, MAX_SIDE)),
+    "short_side": (f"{MIN_SIDE} to {MAX_SIDE} pixels", lambda v: _is_whole(v, MIN_SIDE, MAX_SIDE)),
     "multiple": ("a number of pixels from 1 to 256", lambda v: _is_whole(v, 1, 256)),
     "crop_pct": (f"a number from {MIN_CROP} to 1", lambda v: _is_number(v, MIN_CROP, 1)),
     "interpolation": (f"one of {', '.join(INTERPOLATIONS)}", lambda v: v in INTERPOLATIONS),

@@ -14,8 +14,8 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # of weight
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sgformer_n": {
         "num_classes": 200,
-        "input_size": (3, 128, 128),
-        "pool_size": (4, 4),
+        "input_size": (3, 96, 96),
+        "pool_size": (3, 3),
         "crop_pct": 1.0,
         "license": "other",  # of the photographs: ImageNet's terms, research (docs/models.md)
     }

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sgformer.core.errors import UserError, first_sentence
-from sgformer.core.names import printable, some
+from sgformer.core.names import printable
 from sgformer.models.backbone import SGFormer
-from sgformer.models.checkpoint import POSITION, build_from_tensors, check_kinds, save_model
+from sgformer.models.checkpoint import POSITION, build_from_tensors, check_kinds, save_model, shown
 from sgformer.models.config import VARIANTS, SGFormerConfig
 
 # The released parameters that form one of ours, within a block's attention. Rows are stacked in this order; "name[0]"
@@ -99,7 +99,7 @@ def from_released(state_dict: Mapping[str, Tensor], config: SGFormerConfig, sour
                 known = [p for p in parts if p is not None]
                 if len(known) == len(parts):
                     result[f"{ours}.{leaf}"] = _stack(known, f"{source}: {theirs[0]}.{leaf}")
-    listed = [f"{len(n)} {what}: {some(n, 4)}" for what, n in (("missing", missing), ("unknown", sorted(unused))) if n]
+    listed = [f"{len(n)} {what}: {shown(n)}" for what, n in (("missing", missing), ("unknown", sorted(unused))) if n]
     if listed:
         raise UserError(f"{source}: not a released SG-Former checkpoint of this size ({'; '.join(listed)})")
     return result
@@ -147,8 +147,8 @@ def detect_variant(state_dict: Mapping[str, Tensor], source: str = "checkpoint")
                 in_chans=3 if stem is None or stem.ndim != 4 else stem.shape[1],
                 num_classes=_rows(head, 0),
             )
-    names = some([printable(name)[:80] for name in list(state_dict)[:4]] + list(state_dict)[4:], 4)
-    raise UserError(f"{source}: not a released SG-Former of a known size (dims {dims}, depths {depths}; holds {names})")
+    held = shown(state_dict)
+    raise UserError(f"{source}: not a released SG-Former of a known size (dims {dims}, depths {depths}; holds {held})")
 
 
 def _rows(tensor: Tensor | None, without: int) -> int:
@@ -186,7 +186,7 @@ def adapt(state_dict: Mapping[str, Tensor], source: str) -> tuple[SGFormerConfig
     """
     foreign = [name for name, tensor in state_dict.items() if not tensor.is_floating_point()]
     if foreign:
-        raise UserError(f"{source}: weights must be floating point ({some(foreign, 4)})")
+        raise UserError(f"{source}: weights must be floating point ({shown(foreign)})")
     stored = detect_variant(state_dict, source)
     tensors = from_released(state_dict, stored, source)
     rows, columns, _ = tensors[POSITION].shape
@@ -216,8 +216,8 @@ def pick_weights(loaded: Any, raw: bool, source: str) -> dict[str, Tensor]:
     inner = next((loaded[k] for k in keys if isinstance(loaded.get(k), Mapping)), loaded)
     tensors = {k.removeprefix("module."): v for k, v in inner.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not tensors:
-        found = [printable(k)[:80] if isinstance(k, str) else type(k).__name__ for k in inner]
-        raise UserError(f"{source}: holds no weights (keys: {some(found, 4)})")
+        found = [k if isinstance(k, str) else type(k).__name__ for k in inner]
+        raise UserError(f"{source}: holds no weights (keys: {shown(found)})")
     check_kinds(tensors, source)
     return {name: tensor.clone() for name, tensor in tensors.items()}  # of a file that is mapped, and may be replaced
 

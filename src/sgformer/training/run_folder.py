@@ -255,9 +255,13 @@ def resumed_config(config_class: type[Config], run: str | os.PathLike[str], opti
     folder = RunFolder.open(run)
     folder.check()
     # Nothing is derived from the data again: what an older run did not know has its standard value.
-    values = read_yaml(folder.path / CONFIG, config_class)
-    refuse_remote(folder.path / CONFIG, config_class, values, options)
-    stored = make_config(config_class, values).resolved()
+    file = folder.path / CONFIG
+    values = read_yaml(file, config_class)
+    refuse_remote(file, config_class, values, options)
+    try:
+        stored = make_config(config_class, values).resolved()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     given = {name: value for name, value in options.items() if value != AUTO or name not in stored.automatic()}
     config = dataclasses.replace(make_config(config_class, {**stored.to_dict(), **given}), run=str(folder.path))
     for name in (field.name for field in dataclasses.fields(config)):

@@ -16,14 +16,18 @@ from sgformer.data.identity import names_in
 from sgformer.data.image import Images, height_and_width
 from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.backbone import SGFormer
-from sgformer.models.load import Weights, build_network
+from sgformer.models.load import Weights, build_network, check_classes
 from sgformer.results import Prediction
 
 #: Number of images from which preparing a network for the CPU saves time.
 WORTH_PREPARING = 64
 
 
-network = build_network
+def network(weights: Weights) -> Any:
+    """See `Task.network`."""
+    model: Any = build_network(weights)
+    check_classes(weights, model.num_classes)
+    return model
 
 
 def predict(
@@ -48,7 +52,7 @@ def predict(
     Raises:
         UserError: an image cannot be read, or a value is invalid.
     """
-    model: Any = build_network(weights)
+    model = network(weights)
     where = find_device(device)
     model.to(where)
     refuse_size(weights, model, image_size)
@@ -102,7 +106,7 @@ def evaluate(
     from sgformer.tasks.classify.module import ClassificationModule
     from sgformer.training.validate import validate
 
-    model: Any = build_network(weights)
+    model = network(weights)
     names = weights.metadata.get("classes")
     if (kept := splitting.kept_by(weights.path, weights.metadata, data, split, "imagenet")) is not None:
         listing: Any = splitting.side(splitting.open_classes(data, kept, names), split)

@@ -15,7 +15,7 @@ from sgformer.data.identity import class_differences
 from sgformer.data.preparing import MEAN, STD, Normalization
 from sgformer.heads.mask_rcnn import paste_masks
 from sgformer.heads.registry import DETECTORS
-from sgformer.models.load import Weights, check_dense, load_dense, save_weights, take_fitting
+from sgformer.models.load import Weights, check_classes, check_dense, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.results import coco_result
 from sgformer.tasks.detect.config import DetectConfig
@@ -142,6 +142,7 @@ class Detector(nn.Module):
             UserError: the tensors do not fit.
         """
         model = load_dense(cls.build, weights)
+        check_classes(weights, model.num_classes)
         model.normalize_as(Normalization.of(weights.metadata))
         return model
 

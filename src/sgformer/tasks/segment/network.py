@@ -16,7 +16,7 @@ from sgformer.data.identity import class_differences
 from sgformer.data.image import fit_size
 from sgformer.heads.common import resize
 from sgformer.heads.registry import HEADS
-from sgformer.models.load import Weights, check_dense, load_dense, save_weights, take_fitting
+from sgformer.models.load import Weights, check_classes, check_dense, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.tasks.segment.config import SegmentConfig
 
@@ -85,7 +85,9 @@ class Segmenter(nn.Module):
         Raises:
             UserError: the tensors do not fit.
         """
-        return load_dense(cls.build, weights)
+        model = load_dense(cls.build, weights)
+        check_classes(weights, model.num_classes)
+        return model
 
 
 def new_segmenter(
