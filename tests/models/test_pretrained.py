@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import logging
 import re
+import tarfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -40,6 +42,26 @@ def test_timm_knows_the_weights():
     about = read_weights(NAME).metadata
     assert data["input_size"][1:] == (about["image_size"],) * 2 and data["crop_pct"] == about["crop_pct"]
     assert len(about["classes"]) == 200 and "goldfish" in about["classes"] and "research" in about["terms"]
+
+
+# What they see in photographs (a coat, a pair of trousers and a shirt are none of their classes): the three most
+# probable classes, computed when they were made.
+SEEN = {
+    "014b2a1b": (("magnetic compass", 0.1116), ("ice cream", 0.0820), ("barrel", 0.0571)),
+    "0257eb81": (("trilobite", 0.1184), ("bannister", 0.1030), ("centipede", 0.0767)),
+    "060062e8": (("CD player", 0.2361), ("bannister", 0.1298), ("iPod", 0.0699)),
+}
+
+
+def test_what_they_see_in_three_photographs():
+    shard = Path(__file__).parents[2] / "examples" / "photos" / "clothes" / "val" / "000000.tar"
+    with tarfile.open(shard) as tar:
+        for name in tar.getnames():
+            if name.endswith(".jpg") and name[:8] in SEEN:
+                (seen,) = sgformer.predict(NAME, tar.extractfile(name).read(), top=3)
+                expected = SEEN[name[:8]]
+                assert [label for label, _ in seen.labels] == [label for label, _ in expected]
+                assert [share for _, share in seen.labels] == pytest.approx([p for _, p in expected], abs=2e-3)
 
 
 def test_without_pretrained_a_network_is_fresh_and_has_a_thousand_classes():
