@@ -44,7 +44,7 @@ def test_timm_knows_the_weights():
     assert len(about["classes"]) == 200 and "goldfish" in about["classes"] and "research" in about["terms"]
 
 
-# What they see in photographs (a coat, a pair of trousers and a shirt are none of their classes): the three most
+# What they see in photographs (a hat, trousers and a shirt are none of their classes): the three most
 # probable classes, computed when they were made.
 SEEN = {
     "014b2a1b": (("magnetic compass", 0.1116), ("ice cream", 0.0820), ("barrel", 0.0571)),

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("SGFORMER_DEBUG") or not _out_of_memory(error):
             raise
-        print("sgformer: error: out of memory: smaller images or batches (--image-size, --batch-size)", file=sys.stderr)
+        say("sgformer: error: out of memory: smaller images or batches (--image-size, --batch-size)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("sgformer: interrupted", file=sys.stderr)

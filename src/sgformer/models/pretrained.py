@@ -21,6 +21,8 @@ PRETRAINED: dict[str, dict[str, Any]] = {
     }
 }
 
+TRAINED_AT = {"sgformer_n": (64, 64)}  # pixels of the files' position tables; images of other sizes resize them
+
 
 def pretrained_file(name: str) -> Path | None:
     """The file of the weights of this name, with or without its tag; None if the package has none."""

@@ -20,7 +20,7 @@ from sgformer.models.backbone import (
 )
 from sgformer.models.config import VARIANTS, SGFormerConfig
 from sgformer.models.layers import PositionTable
-from sgformer.models.pretrained import PRETRAINED, TAG, pretrained_file
+from sgformer.models.pretrained import PRETRAINED, TAG, TRAINED_AT, pretrained_file
 
 # Their padding and grouping follow the grid's size, which a symbolic trace cannot know.
 for leaf in (PositionTable, HybridScaleAttention, MultiScaleAttention, SelfGuidedAttention, PlainAttention):
@@ -61,7 +61,7 @@ def _register(variant: str) -> Callable[..., SGFormer]:
         if not pretrained and not kwargs.get("pretrained_cfg"):
             kwargs["pretrained_cfg"] = PretrainedCfg(**_cfg())  # 1,000 classes at 224, whatever the weights have
         elif pretrained:
-            kwargs.setdefault("img_size", PRETRAINED.get(variant, {}).get("input_size", (3, 224, 224))[1:])
+            kwargs.setdefault("img_size", TRAINED_AT.get(variant, (224, 224)))
         return build(variant, VARIANTS[variant], pretrained, **kwargs)
 
     build_variant.__name__ = build_variant.__qualname__ = variant

@@ -404,7 +404,10 @@ class RunConfig:
         name = config.opt.lower()
         factor = next((factor for names, factor in OPTIMISERS.items() if name in names.split()), None)
         if factor is None and name != "muon":
-            raise UserError(f"--opt {config.opt} has no automatic learning rate: give one with --lr")
+            known = ["muon", *(name for names in OPTIMISERS for name in names.split())]
+            raise UserError(
+                f"--opt {config.opt} has no automatic learning rate: give one with --lr{nearest(name, known)}"
+            )
         peak, most = (muon, 3 * most_adam) if factor is None else (adam * factor, most_adam * factor)
         wanted = min(peak * (config.batch_size / 32) ** 0.5, most)
         return config.fill(lr=_short(wanted * config.base_batch / config.batch_size))
