@@ -158,9 +158,7 @@ def attend_scale(
         key_window, query_window = (window, window), (window * scale, window * scale)
     out, received = ops.attend_windows(q, kv, heads, query_window, key_window)
     significance = received / (query_window[0] * query_window[1])
-    if scale > 1:  # nearest-neighbour upsampling
-        significance = significance.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, : grid[0], : grid[1]]
-    return out, significance
+    return out, significance if scale == 1 else ops.enlarge(significance, scale, (grid[0], grid[1]))
 
 
 class SelfGuidedAttention(nn.Module):

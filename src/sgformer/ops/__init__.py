@@ -14,7 +14,7 @@ from sgformer.ops.regroup import (
     sort_tokens,
     weighted_sum,
 )
-from sgformer.ops.windows import merge, partition, valid_tokens
+from sgformer.ops.windows import enlarge, merge, partition, valid_tokens
 
 __all__ = [
     "MergedTokens",
@@ -24,6 +24,7 @@ __all__ = [
     "attend_linearly",
     "attend_windows",
     "attention_and_received",
+    "enlarge",
     "gather_groups",
     "group_tokens",
     "join_heads",

@@ -26,18 +26,21 @@ def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
     h, w = window
     if known(h == H) and known(w == W):
         return x.reshape(B, H * W, C)
-    x, rows, cols = _padded(x, window)
-    x = x.reshape(B, rows, h, cols, w, C)
+    x, rows, cols = _cut(x, window)
     return x.transpose(2, 3).reshape(B * rows * cols, h * w, C)
 
 
-def _padded(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, int, int]:
-    """(B, H, W, C) with zeros to the right and below up to whole windows, and the rows and columns of those."""
-    H, W = x.shape[1:3]
-    height, width = ceil_to(H, window[0]), ceil_to(W, window[1])
+def _cut(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, int, int]:
+    """(B, H, W, C) -> (B, rows, h, cols, w, C), with zeros to the right and below up to whole windows; rows, cols."""
+    (B, H, W, C), (h, w) = x.shape, window
+    height, width = ceil_to(H, h), ceil_to(W, w)
     if not (known(height == H) and known(width == W)):
         x = F.pad(x, (0, 0, 0, width - W, 0, height - H))
-    return x, height // window[0], width // window[1]
+    rows, cols = height // h, width // w
+    if isinstance(rows, torch.SymInt) or isinstance(cols, torch.SymInt):
+        # A reshape would make an exporter ask whether rows divides rows * h, which it cannot tell.
+        return x.unfold(1, h, h).unfold(2, w, w).permute(0, 1, 4, 2, 5, 3), rows, cols
+    return x.reshape(B, rows, h, cols, w, C), rows, cols
 
 
 def _cropped(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -45,16 +48,25 @@ def _cropped(x: Tensor, grid: tuple[int, int]) -> Tensor:
     (H, W), (height, width) = grid, x.shape[1:3]
     if known(height == H) and known(width == W):
         return x
-    x = x[:, :H, :W]
-    # With symbols for sizes a copy, as what follows depends on whether the part is contiguous, and that on sizes.
-    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+    if torch.compiler.is_compiling():  # whether a part is contiguous depends on sizes; a selection always is
+        return x.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
+    return x[:, :H, :W]
+
+
+def enlarge(x: Tensor, scale: int, grid: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour enlargement by a whole factor, cropped: (B, ceil(H / scale), ceil(W / scale)) -> (B, H, W)."""
+    rows, cols = (torch.arange(side, device=x.device) // scale for side in grid)
+    return x.index_select(1, rows).index_select(2, cols)
 
 
 def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The inverse of :func:`partition`: (B * n, h * w, C) -> (B, H, W, C), without the padding."""
     H, W = grid
     h, w = window
-    rows, cols, C = ceil_to(H, h) // h, ceil_to(W, w) // w, x.shape[-1]
+    C = x.shape[-1]
+    if known(h == H) and known(w == W):
+        return x.reshape(x.shape[0], H, W, C)
+    rows, cols = ceil_to(H, h) // h, ceil_to(W, w) // w
     B = x.shape[0] // (rows * cols)
     x = x.reshape(B, rows, cols, h, w, C).transpose(2, 3)  # (B, rows, h, cols, w, C)
     return _cropped(x.reshape(B, rows * h, cols * w, C), grid)
@@ -66,8 +78,8 @@ def partition_heads(x: Tensor, window: tuple[int, int], heads: int) -> Tensor:
     h, w = window
     if known(h == H) and known(w == W):
         return x.reshape(B, H * W, heads, C // heads).transpose(1, 2)
-    x, rows, cols = _padded(x, window)
-    x = x.reshape(B, rows, h, cols, w, heads, C // heads)
+    x, rows, cols = _cut(x, window)
+    x = x.unflatten(-1, (heads, C // heads))  # (B, rows, h, cols, w, heads, d)
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B * rows * cols, heads, h * w, C // heads)
 
 
@@ -75,6 +87,8 @@ def merge_heads(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Te
     """The inverse of :func:`partition_heads`: (B * n, heads, h * w, d) -> (B, H, W, heads * d), in one copy."""
     (H, W), (h, w) = grid, window
     heads, d = x.shape[1], x.shape[3]
+    if known(h == H) and known(w == W):
+        return x.transpose(1, 2).reshape(x.shape[0], H, W, heads * d)
     rows, cols = ceil_to(H, h) // h, ceil_to(W, w) // w
     B = x.shape[0] // (rows * cols)
     x = x.reshape(B, rows, cols, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, h, cols, w, heads, d)
@@ -91,6 +105,11 @@ def valid_tokens(grid: tuple[int, int], window: tuple[int, int], device: torch.d
     h, w = window
     if known(H % h == 0) and known(W % w == 0):
         return None
-    rows = torch.arange(ceil_to(H, h), device=device).view(ceil_to(H, h) // h, 1, h, 1) < H
-    cols = torch.arange(ceil_to(W, w), device=device).view(1, ceil_to(W, w) // w, 1, w) < W
-    return (rows & cols).reshape(rows.shape[0] * cols.shape[1], h * w)
+    rows, cols = (_places(size, step, device) < size for size, step in ((H, h), (W, w)))
+    return (rows[:, None, :, None] & cols[:, None]).reshape(rows.shape[0] * cols.shape[0], h * w)
+
+
+def _places(size: int, step: int, device: torch.device) -> Tensor:
+    """0, 1, 2 ... in rows of `step` that cover a size: (ceil(size / step), step)."""
+    starts = step * torch.arange(ceil_to(size, step) // step, device=device)
+    return starts[:, None] + torch.arange(step, device=device)

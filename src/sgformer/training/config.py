@@ -37,8 +37,8 @@ LR_BASE_BATCH = 1024
 # The value of an option that a run derives from its data; see `RunConfig.resolved`.
 AUTO = "auto"
 
-#: Optimisers -> their peak rate, as a multiple of AdamW's: updates of AdamW's kin are as large as its own, those of
-#: Lion have the size of a sign, those of SGD that of the gradient.
+#: Optimisers -> their peak rate, as a multiple of AdamW's: updates of its kin are as large as its own, those of Lion
+#: have the size of a sign, those of SGD that of the gradient.
 OPTIMISERS = {
     "adam adamw adamc adamp adopt adoptw adabelief laprop nadam nadamw nadamc radam radamw radabelief": 1.0,
     "lion": 0.2,

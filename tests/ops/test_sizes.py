@@ -1,0 +1,86 @@
+"""Sizes that an exporter does not know: one graph for all of them, and no question that only the example answers."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+import sgformer
+from sgformer import ops
+from sgformer.models.backbone import attend_scale, pad_grid
+from sgformer.models.config import VARIANTS
+from sgformer.models.layers import resize_table
+from sgformer.ops import regroup
+from sgformer.ops.sizes import ceil_to, known
+from sgformer.ops.windows import merge_heads, partition_heads
+
+Dim = torch.export.Dim
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
+
+
+def windows(x):  # (B, H, W, C), in windows of 4 x 4, and back
+    heads = partition_heads(x, (4, 4), 2)
+    return merge_heads(heads.softmax(-1), (4, 4), tuple(x.shape[1:3])), ops.partition(x, (4, 4))
+
+
+def scale(is_global):
+    def run(x):
+        q, kv = x, pad_grid(x, 2)[:, ::2, ::2].contiguous()
+        return attend_scale(q, torch.cat([kv, kv.flip(-1)], -1), 2, 2, 3, is_global)
+
+    return run
+
+
+def regions(x):  # (B, H, W, C)
+    tokens = x.flatten(1, 2)
+    groups = ops.group_tokens(ops.sort_tokens(tokens[..., 0]), [0.25, 0.5, 0.25], [4, 2, 1])
+    return torch.cat([members.mean(2) for members in ops.gather_groups(tokens, groups)], 1)
+
+
+def position(x):
+    return x + resize_table(torch.arange(12 * 12 * 8.0).view(12, 12, 8).sin(), tuple(x.shape[1:3]))
+
+
+@pytest.mark.parametrize("function", [windows, scale(True), scale(False), regions, position])
+def test_one_graph_serves_all_sizes(function):
+    torch.manual_seed(0)
+    module = Function(function)
+    # The example is the special case: whole windows, the table's own grid, regions that divide.
+    sizes = dict.fromkeys(range(3), Dim.DYNAMIC)
+    example = (torch.randn(2, 12, 12, 8),)
+    program = torch.export.export(module, example, dynamic_shapes=((sizes,),), strict=False).module()
+    for B, H, W in ((2, 12, 12), (3, 13, 17), (2, 20, 9)):
+        x = torch.randn(B, H, W, 8)
+        torch.testing.assert_close(program(x), function(x), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_known_of_plain_numbers():
+    assert known(3 == 3) and not known(3 == 4)
+    assert [ceil_to(n, 4) for n in (1, 4, 5)] == [4, 4, 8]
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_regions_in_whole_numbers_are_the_same(name):
+    for stage, least in zip(VARIANTS[name].stages, (64, 16, 4), strict=False):
+        shares = [region.share for region in stage.regions]
+        for tokens in range(least, 3200, 7):
+            assert regroup._symbolic_lengths(tokens, shares) == ops.region_lengths(tokens, shares)
+
+
+@pytest.mark.slow
+def test_the_bare_network_exports_with_free_sizes():
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=10).eval()
+    sizes = {0: Dim("batch", min=2, max=64), 2: Dim("height", min=113, max=2048), 3: Dim("width", min=113, max=2048)}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=(sizes,), strict=False)
+        for shape in ((2, 3, 224, 224), (3, 3, 256, 320), (2, 3, 131, 160)):
+            x = torch.randn(*shape)
+            torch.testing.assert_close(program.module()(x), model(x), atol=1e-4, rtol=1e-4)
