@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile
+import strangers
 
 HERE = Path(__file__).parent
 WORK = Path(tempfile.mkdtemp(prefix="sgformer-fuzz-"))
@@ -63,6 +64,21 @@ def safetensors_files(data: bytes) -> None:
     hostile.refused("a.safetensors", lambda: load_model(path))
 
 
+def meanings(data: bytes) -> None:
+    """The config or the metadata of each kind of weights as any text, under a right checksum."""
+    kinds = list(strangers.described())
+    kind, text = kinds[(data[0] if data else 0) % len(kinds)], data[1:].decode("utf-8", "replace")
+    tensors, says = strangers.described()[kind]
+    part = "config" if data and data[0] >= 128 and "config" in says else "metadata"
+    strangers.try_meaning(f"a_{kind}.safetensors", strangers.sealed(tensors, {**says, part: text}), WORK)
+
+
+def texts(data: bytes) -> None:
+    """Any text as a recipe, a run's settings, a table, an index ..."""
+    readers = list(strangers.READERS)
+    strangers.try_text(readers[(data[0] if data else 0) % len(readers)], data[1:], WORK)
+
+
 def coco_files(data: bytes) -> None:
     hostile.try_annotations("a.json", data, WORK)
 
@@ -75,7 +91,10 @@ def configs(data: bytes) -> None:
     hostile.try_yaml(data, WORK)
 
 
-TARGETS = {f.__name__: f for f in (checkpoint_adapter, pickles, safetensors_files, coco_files, label_maps, configs)}
+TARGETS = {
+    f.__name__: f
+    for f in (checkpoint_adapter, pickles, safetensors_files, meanings, texts, coco_files, label_maps, configs)
+}
 
 
 def seeds(target: str) -> list[bytes]:
@@ -90,6 +109,12 @@ def seeds(target: str) -> list[bytes]:
         from safetensors.torch import save
 
         return [save({"a": torch.zeros(2)}, {"format": "sgformer", "config": "{}", "metadata": "{}"})]
+    if target == "meanings":
+        told = [(i, says) for i, (_, says) in enumerate(strangers.described().values())]
+        configs = [bytes([128 + i]) + json.dumps(says["config"]).encode() for i, says in told if "config" in says]
+        return [*(bytes([i]) + json.dumps(says["metadata"]).encode() for i, says in told), *configs]
+    if target == "texts":
+        return [bytes([i]) + b"a: 1" for i in range(len(strangers.READERS))]
     if target == "coco_files":
         return [json.dumps(hostile.annotations()).encode()]
     if target == "label_maps":
@@ -108,8 +133,10 @@ def run() -> None:
     with atheris.instrument_imports(include=["sgformer"]):
         for name in [name for name in sys.modules if name.partition(".")[0] == "sgformer"]:
             del sys.modules[name]
-        del sys.modules["hostile"]
-        globals()["hostile"] = __import__("hostile")
+        for name in ("hostile", "strangers", "small_export", "coco_scene"):
+            del sys.modules[name]
+        for name in ("hostile", "strangers"):
+            globals()[name] = __import__(name)
     corpus, finds = HERE / "corpus" / asked.target, HERE / "finds" / asked.target
     for folder in (corpus, finds):
         folder.mkdir(parents=True, exist_ok=True)
