@@ -20,6 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile
+import strangers
 
 HERE = Path(__file__).parent
 WORK = Path(tempfile.mkdtemp(prefix="sgformer-fuzz-"))
@@ -64,6 +65,21 @@ def safetensors_files(data: bytes) -> None:
     hostile.refused("a.safetensors", lambda: load_model(path))
 
 
+def meanings(data: bytes) -> None:
+    """The config or the metadata of each kind of weights as any text, under a right checksum."""
+    kinds = list(strangers.described())
+    kind, text = kinds[(data[0] if data else 0) % len(kinds)], data[1:].decode("utf-8", "replace")
+    tensors, says = strangers.described()[kind]
+    part = "config" if data and data[0] >= 128 and "config" in says else "metadata"
+    strangers.try_meaning(f"a_{kind}.safetensors", strangers.sealed(tensors, {**says, part: text}), WORK)
+
+
+def texts(data: bytes) -> None:
+    """Any text as a recipe, a run's settings, a table, an index ..."""
+    readers = list(strangers.READERS)
+    strangers.try_text(readers[(data[0] if data else 0) % len(readers)], data[1:], WORK)
+
+
 def coco_files(data: bytes) -> None:
     hostile.try_annotations("a.json", data, WORK)
 
@@ -80,13 +96,16 @@ def settings(data: bytes) -> None:
     hostile.try_settings(data, WORK)
 
 
-def texts(data: bytes) -> None:
+def shown(data: bytes) -> None:
     hostile.try_text(data.decode("utf-8", "surrogateescape"))
 
 
 TARGETS = {
     f.__name__: f
-    for f in (checkpoint_adapter, pickles, safetensors_files, coco_files, label_maps, configs, settings, texts)
+    for f in (
+        *(checkpoint_adapter, pickles, safetensors_files, meanings, texts, coco_files, label_maps, configs, settings),
+        shown,
+    )
 }
 
 
@@ -102,13 +121,19 @@ def seeds(target: str) -> list[bytes]:
         from safetensors.torch import save
 
         return [save({"a": torch.zeros(2)}, {"format": "sgformer", "config": "{}", "metadata": "{}"})]
+    if target == "meanings":
+        told = [(i, says) for i, (_, says) in enumerate(strangers.described().values())]
+        configs = [bytes([128 + i]) + json.dumps(says["config"]).encode() for i, says in told if "config" in says]
+        return [*(bytes([i]) + json.dumps(says["metadata"]).encode() for i, says in told), *configs]
+    if target == "texts":
+        return [bytes([i]) + b"a: 1" for i in range(len(strangers.READERS))]
     if target == "coco_files":
         return [json.dumps(hostile.annotations()).encode()]
     if target == "label_maps":
         return [hostile.seeds()["L.png"], hostile.seeds()["P.png"], hostile.seeds()["1.png"]]
     if target == "settings":
         return [yaml.safe_dump({"data": place, "teacher": place}).encode() for place in hostile.ELSEWHERE]
-    if target == "texts":
+    if target == "shown":
         return [b"ftp://user:secret@host/x \x1b[31m", b"a|b <b>*c*</b> `d` $e$ www.f ~g~", b"raw\xff\xe2\x80\xae"]
     return [next(hostile.mutated_recipes())[1], b"lr: 1e-3\nimage_size: [32, 64]\n"]
 
@@ -124,8 +149,10 @@ def run() -> None:
     with atheris.instrument_imports(include=["sgformer"]):
         for name in [name for name in sys.modules if name.partition(".")[0] == "sgformer"]:
             del sys.modules[name]
-        del sys.modules["hostile"]
-        globals()["hostile"] = __import__("hostile")
+        for name in ("hostile", "strangers", "small_export", "coco_scene"):
+            del sys.modules[name]
+        for name in ("hostile", "strangers"):
+            globals()[name] = __import__(name)
     corpus, finds = HERE / "corpus" / asked.target, HERE / "finds" / asked.target
     for folder in (corpus, finds):
         folder.mkdir(parents=True, exist_ok=True)

@@ -321,9 +321,18 @@ def aliases(levels: int) -> str:
     return "\n".join(lines + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)])
 
 
+def known_aliases() -> str:
+    """The same under keys that a recipe may have."""
+    keys = ("model", "weights", "run", "opt", "regions", "scales", "device", "teacher", "image_size")
+    text = aliases(len(keys))
+    for number, key in enumerate(keys):
+        text = text.replace(f"a{number}: ", f"{key}: ")
+    return text
+
+
 # What is legal, and costs what nobody would think.
 TEXTS = (
-    *(aliases(9), "&a [*a]", "{a: &a [x], b: *a}", "lr: *x"),
+    *(aliases(9), known_aliases(), "&a [*a]", "{a: &a [x], b: *a}", "lr: *x"),
     *("[" * 5000, "[" * 900 + "]" * 900, "{" * 5000, '{"a":' * 900 + "1" + "}" * 900, "- " * 5000 + "a", "? " * 5000),
     *(
         "9" * 5000,

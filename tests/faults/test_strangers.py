@@ -360,3 +360,27 @@ def test_lookups_are_seen(lookups):
     with pytest.raises(OSError):
         socket.getaddrinfo("localhost", 80)
     assert lookups == [("localhost",)]
+
+
+def test_the_training_state_of_others_is_checked_like_their_weights(tmp_path):
+    pytest.importorskip("lightning")
+    from sgformer.training.state_file import StateIO, read_step
+
+    path = tmp_path / "last.ckpt"
+    for state, says in (
+        ({"global_step": 3, "state_dict": {"a": torch.zeros(4)}}, None),
+        (
+            {"global_step": 3, "state_dict": {"a": torch.zeros(1).expand(10**6, 10**6)}},
+            "tensors are larger than the file",
+        ),
+        ({"global_step": "x"}, "invalid literal"),
+        ({"global_step": [3]}, "int"),
+        ({}, "global_step"),
+        ([3], "list indices"),
+    ):
+        StateIO().save_checkpoint(state, path)  # with a right checksum
+        if says is None:
+            assert read_step(path) == 3
+            continue
+        with pytest.raises(UserError, match=rf"last\.ckpt: not a readable checkpoint \(.*{says}"):
+            read_step(path)

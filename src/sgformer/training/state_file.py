@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sgformer.core.errors import UserError, first_line
 from sgformer.core.files import make_folder, refuse_links
+from sgformer.models.released import read_pickle
 
 SEAL = b"sgformer blake2b "  # followed by 64 hexadecimal digits, the checksum of everything before
 LENGTH = len(SEAL) + 64
@@ -88,11 +89,12 @@ def read_step(path: Path) -> int:
     Raises:
         UserError: the file is damaged, or not a training state.
     """
-    check_seal(path)
+    check_seal(path)  # which whoever can write the file can write, too
     try:
-        return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
-    except Exception as error:  # other ZIP archives fail in many ways
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+        return int(read_pickle(path)["global_step"])
+    except (UserError, ValueError, TypeError, KeyError, OverflowError) as error:
+        why = str(error).removeprefix(f"{path}: ") if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
 
 
 def publish(unfinished: Path, path: Path, previous: Path) -> None:
