@@ -77,7 +77,7 @@ bench: install  ## speed and memory of S, every target beside its figure; refres
 docs: install  ## the documentation as a site, in site/; open site/index.html (search needs a server: python3 -m http.server -d site)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-torture: install  ## kill it 100 times, feed it 30,000 bad inputs, and count (20 minutes of a core); counts in torture/
+torture: install  ## kill it 100 times, feed it 50,000 bad inputs, and count (30 minutes of a core); counts in torture/
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py --out torture
 
 fuzz: install  ## fuzzing that looks for new branches, a minute a target (needs atheris, which has wheels for Linux)

@@ -204,7 +204,7 @@ def test_a_terminal_that_shows_only_what_matters(photos, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == ""
     assert sum(line.startswith("epoch ") for line in out.splitlines()) == 1
-    assert len(out.splitlines()) <= 12  # five of them say what follows from the data, one what it starts from
+    assert len(out.splitlines()) <= 13  # five of them say what follows from the data, two what it starts from
     assert not (ROOT / "lightning_logs").exists()
 
 

@@ -180,13 +180,13 @@ def build_from_tensors(
         left = f"{len(extra)} are left out, as it has none of the name: {shown(extra)}"
         said = [line for line, names in ((counted, unfit), (left, extra)) if names]
         log.warning(f"{source}: {'; '.join(said)}")
-        fresh_model = SGFormer(config)
-        own = fresh_model.state_dict()
-        fresh_model.load_state_dict(own | {n: t.to(own[n]) for n, t in tensors.items() if n in own and n not in unfit})
-        return fresh_model.eval()
+        whole = SGFormer(config)
+        own = whole.state_dict()
+        whole.load_state_dict(own | {n: t.to(own[n]) for n, t in tensors.items() if n in own and n not in unfit})
+        return whole.eval()
     check_fit(source, tensors, {name: shape for name, shape in expected.items() if name not in fresh})
-    if whole := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(f"{source}: the weights do not fit the model ({len(whole)} hold no floats: {shown(whole)})")
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(f"{source}: the weights do not fit the model ({len(odd)} hold no floats: {shown(odd)})")
     if fresh:
         dtype = next(iter(tensors.values())).dtype
         tensors.update({k: torch.empty(expected[k], dtype=dtype) for k in fresh})

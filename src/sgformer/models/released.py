@@ -216,8 +216,8 @@ def pick_weights(loaded: Any, raw: bool, source: str) -> dict[str, Tensor]:
     inner = next((loaded[k] for k in keys if isinstance(loaded.get(k), Mapping)), loaded)
     tensors = {k.removeprefix("module."): v for k, v in inner.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not tensors:
-        found = [k if isinstance(k, str) else type(k).__name__ for k in inner]
-        raise UserError(f"{source}: holds no weights (keys: {shown(found)})")
+        held = shown(k if isinstance(k, str) else type(k).__name__ for k in inner)
+        raise UserError(f"{source}: holds no weights (keys: {held})")
     check_kinds(tensors, source)
     return {name: tensor.clone() for name, tensor in tensors.items()}  # of a file that is mapped, and may be replaced
 
