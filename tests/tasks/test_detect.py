@@ -1,4 +1,7 @@
+import json
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from coco_scene import content, thing, write_coco
@@ -14,6 +17,8 @@ from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
+from sgformer.results import coco_result
+from sgformer.tasks.detect import predict
 from sgformer.tasks.detect.config import DetectConfig
 from sgformer.tasks.detect.data import late_drops, open_data, read_splits, vanishing, without_objects
 from sgformer.tasks.detect.metrics import CocoMetric
@@ -307,3 +312,20 @@ def test_elongated_images_are_detected_on(size, tmp_path):
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
     for multi_scale in (False, True):
         assert min(train_transform(32, multi_scale)(Image.new("RGB", size), target)[0].shape[-2:]) >= 1
+
+
+def test_examples_of_large_photographs_are_drawn_small(listing, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("sgformer.viz.detection.draw_examples", lambda best, worst, *_: drawn.extend([*best, *worst]))
+    monkeypatch.setattr(predict, "SIDE", 32)  # images are 64 x 48
+    results = [coco_result(10, 3, [4.0, 4.0, 28.0, 28.0], 0.9, np.ones((48, 64), np.uint8))]
+    for kind in ("box", "mask"):
+        (tmp_path / f"results_{kind}.json").write_text(json.dumps(results))
+    monkeypatch.setattr("sgformer.tasks.detect.metrics.read_image_scores", lambda _: {"10": 0.5, "20": 0.25})
+    predict.draw_examples(tmp_path, listing)
+    first, second = drawn
+    assert first.image.shape == second.image.shape == (24, 32, 3)
+    assert first.truth.boxes.tolist() == [[2, 2, 14, 14], [18, 5, 28, 20]] and first.truth.labels.tolist() == [0, 1]
+    assert first.truth.masks.shape == (2, 24, 32) and first.truth.masks[0].sum() == 12 * 12
+    assert first.detected.boxes.tolist() == [[2, 2, 14, 14]] and first.detected.masks.all()
+    assert second.detected.masks is None and len(second.detected.boxes) == 0

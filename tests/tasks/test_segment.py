@@ -388,7 +388,7 @@ def test_examples_of_large_photographs_are_drawn_small(tmp_path, monkeypatch):
         drawn.update(images=images, truths=truths, predictions=predictions, captions=captions)
 
     monkeypatch.setattr("sgformer.viz.segmentation.draw_comparison", keep)
-    monkeypatch.setattr(predict, "SHOWN", 50)
+    monkeypatch.setattr(predict, "SIDE", 50)
     pixels = torch.arange(64 * 100).reshape(64, 100) // 100
     image = (4 * pixels).clamp(max=255).to(torch.uint8).expand(3, -1, -1)
     samples = [(image, (pixels > 31).to(torch.uint8)), (None, None), (image[:, :20, :30], pixels[:20, :30])]

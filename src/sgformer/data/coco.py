@@ -472,7 +472,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 #: Bytes that the masks of an image may take; beyond, image and masks are reduced before any transform.
-MASKS = 2**29
+MASKS = 2**28
 
 
 def bounded_size(count: int, height: int, width: int) -> tuple[int, int]:

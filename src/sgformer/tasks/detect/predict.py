@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from sgformer.results import SHOWN, Detections, named
 from sgformer.tasks.detect.data import coco_metric, reading, require_truth, without_objects
 from sgformer.tasks.detect.network import Detector, coco_results
 from sgformer.training.task import Splits
+
+#: The longest side of an image in `examples.png`, in pixels.
+SIDE = 768
 
 network = Detector.from_weights
 
@@ -139,29 +142,35 @@ def draw_examples(folder: Path, listing: CocoListing, each: int = 6) -> None:
     boxes = read_json(folder / "results_box.json", None)
     masks = read_json(folder / "results_mask.json", None) if kind == "mask" else [None] * len(boxes)
     index = {key: i for i, key in enumerate(listing.own_ids)}
-    dataset = CocoDataset(listing)
+    dataset = CocoDataset(listing, objects=False)
 
-    def example(key: Any) -> Example:
+    def example(key: Any) -> Example:  # kept small: photographs with hundreds of masks would fill the memory
         i = place[key]
-        sample, about = dataset[i], listing.images[i]
+        about = listing.images[i]
+        ratio = min(1.0, SIDE / max(about.width, about.height))
+        wide, high = max(1, round(about.width * ratio)), max(1, round(about.height * ratio))
+        scale = np.array([wide / about.width, high / about.height] * 2)
+        image = dataset[i].image.resize((wide, high), Image.Resampling.BOX)
+
+        def instances(corners: Any, labels: Any, scores: Any, segmentations: Sequence[Any] | None) -> Instances:
+            drawn = None
+            if segmentations:
+                drawn = decode_masks(segmentations, about.height, about.width, (high, wide)).astype(bool)
+            corners = np.array(corners, dtype=float).reshape(-1, 4) * scale
+            return Instances(corners, np.array(labels, dtype=np.int64), scores, drawn)
+
         mine = [(b, m) for b, m in zip(boxes, masks, strict=True) if str(b["image_id"]) == key and b["score"] >= SHOWN]
         mine.sort(key=lambda pair: -pair[0]["score"])
-        corners = np.array([b["bbox"] for b, _ in mine], dtype=float).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        wide, high = sample.image.size  # smaller than the file's with very many masks
-        corners *= np.array([wide / about.width, high / about.height] * 2)
-        found = Instances(
-            corners,
-            np.array([index[b["category_id"]] for b, _ in mine], dtype=np.int64),
+        found = instances(
+            [[x, y, x + w, y + h] for x, y, w, h in (b["bbox"] for b, _ in mine)],
+            [index[b["category_id"]] for b, _ in mine],
             np.array([b["score"] for b, _ in mine]),
-            decode_masks([m["segmentation"] for _, m in mine], about.height, about.width, (high, wide)).astype(bool)
-            if kind == "mask" and mine
-            else None,
+            [m["segmentation"] for _, m in mine] if kind == "mask" else None,
         )
-        target = sample.target
-        true_masks = target["masks"].numpy().astype(bool) if "masks" in target else None
-        truth = Instances(target["boxes"].numpy(), target["labels"].numpy() - 1, None, true_masks)
-        return Example(np.asarray(sample.image), truth, found, f"detected: F1 {100 * scores[key]:.0f} %")
+        objects = listing.objects_of(i)
+        outlines = [segmentation for _, _, segmentation in objects] if listing.has_masks else None
+        truth = instances([box for _, box, _ in objects], [label for label, _, _ in objects], None, outlines)
+        return Example(np.asarray(image), truth, found, f"detected: F1 {100 * scores[key]:.0f} %")
 
     draw_examples([example(k) for k in best], [example(k) for k in worst], listing.classes, folder / "examples.png")
 

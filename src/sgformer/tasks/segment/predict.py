@@ -24,7 +24,7 @@ from sgformer.training.task import Splits
 network = Segmenter.from_weights
 
 #: The longest side of an image in `examples.png`, in pixels.
-SHOWN = 768
+SIDE = 768
 
 
 def predict(
@@ -185,7 +185,7 @@ def draw_examples(
             continue
         predicted = predicted_labels(model, normalized(image[None].to(where), normalization), how)[0].cpu()
         sides = image.shape[-2:]
-        size = [max(1, round(side * min(1.0, SHOWN / max(sides)))) for side in sides]
+        size = [max(1, round(side * min(1.0, SIDE / max(sides)))) for side in sides]
         small = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         rows, columns = (torch.arange(n) * side // n for n, side in zip(size, sides, strict=True))
         maps = [labels[rows[:, None], columns].numpy() for labels in (truth, predicted)]
