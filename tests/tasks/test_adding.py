@@ -23,12 +23,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--image-size", "32", "--batch-size", "2", "--max-steps", "1", "--workers", "0", "--device", "cpu"]
 
 
-def run(plugin, *arguments, fails=False):
+def run(plugin, *arguments, fails=False, code=0):
     """What a command printed, in a process of its own; with `fails`, its one line of error."""
     environment = {k: v for k, v in os.environ.items() if k != "SGFORMER_PLUGINS"}
     command = [sys.executable, "-m", "sgformer", *(["--plugin", str(plugin)] if plugin else []), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == (2 if fails else 0), done.stdout + done.stderr
+    assert done.returncode == (2 if fails else code), done.stdout + done.stderr
     if fails:
         assert done.stderr.startswith("sgformer: error: ") and done.stderr.count("\n") == 1
     return done.stderr if fails else done.stdout
@@ -91,7 +91,7 @@ def test_a_format_of_images_with_classes_is_a_file(table, tmp_path):
         "bee": 2,
         "cat": 2,
     }
-    out = run(None, "data", "check", table)
+    out = run(None, "data", "check", table, code=1)
     assert "does not read a CSV list of files and labels; this converts it: sgformer data from" in out
 
 

@@ -63,8 +63,8 @@ _MARKDOWN = str.maketrans(
 
 def markdown(value: object) -> str:
     """A value as text in Markdown, also in a cell of a table, that no character of it leaves or formats: neither
-    Markdown nor HTML, formulas or links."""
-    text = printable(str(value)).translate(_MARKDOWN)
+    Markdown nor HTML, formulas or links. Addresses lose their logins, which are not recognised once escaped."""
+    text = printable(without_login(str(value))).translate(_MARKDOWN)
     return text.replace("://", ":\\//").replace("www.", "www\\.")
 
 
