@@ -385,3 +385,16 @@ def test_elongated_images_show_their_centre():
         top, left = round((whole.shape[0] - 64) / 2), round((whole.shape[1] - 64) / 2)
         expected = whole[top : top + 64, left : left + 64]
         np.testing.assert_allclose(centre(image, (64, 64), 1.0).astype(int), expected, atol=1)
+
+
+@pytest.mark.parametrize("size, crop_pct", [((64, 64), 0.1), ((32, 96), 0.25)])
+def test_a_small_part_of_a_very_large_image_is_resized_alone(monkeypatch, size, crop_pct):
+    smooth = np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)
+    image = Image.fromarray(smooth).resize((150, 100), Image.Resampling.BICUBIC)
+    whole = centre(image, size, crop_pct).astype(int)
+    resized = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: resized.append(a[0]) or resize(self, *a, **k))
+    monkeypatch.setattr("sgformer.data.image.MAX_PIXELS", 1000)
+    part = centre(image, size, crop_pct)
+    assert resized == [size[::-1]] and np.abs(part - whole).max() <= 3

@@ -69,6 +69,7 @@ def test_lines_errors_and_records_are_escaped(caplog):
 )
 def test_logins_are_left_out(text, shown):
     assert without_login(text) == shown
+    assert "user:" not in markdown(text)  # where a report names its data
 
 
 def test_addresses_are_told_from_paths():

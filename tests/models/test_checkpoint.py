@@ -175,3 +175,10 @@ def test_metadata_never_hold_a_bare_nan(tmp_path):
     sgformer.save_model(sgformer.create_model("sgformer_n"), tmp_path / "w.safetensors", metadata)
     header = read_header(tmp_path / "w.safetensors")["metadata"]
     assert json.loads(header, parse_constant=pytest.fail) == {"metrics": {"miou": None, "macc": 0.5}}
+
+
+def test_a_state_dict_in_memory_may_be_without_values():
+    """As tools make it that plan where tensors go; files may not."""
+    model = sgformer.create_model("sgformer_n", num_classes=3, img_size=64)
+    state = {name: value.to("meta") for name, value in to_released(model).items()}
+    assert next(load_released(state).parameters()).is_meta

@@ -128,9 +128,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_kinds(tensors: Mapping[str, Tensor], source: Any) -> None:
-    """Raise UserError unless all tensors hold floats, whole numbers or truth values, in memory as they are."""
+    """Raise UserError unless all tensors hold floats, whole numbers or truth values, one after the other."""
     for name, tensor in tensors.items():
-        odd = tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested
+        odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested
         if odd or tensor.dtype not in (*FLOATS, *WHOLE):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{source}: {printable(name)[:80]} holds {kind}, which no network here has as weights")

@@ -335,7 +335,9 @@ def _within(loaded: Any, path: Path) -> Any:
     while left:
         value = left.pop()
         if isinstance(value, Tensor):
-            if value.layout == torch.strided and value.device.type == "cpu":
+            if value.is_meta:
+                raise UserError(f"{path}: rejected: it holds tensors without values")
+            if value.layout == torch.strided:
                 size = value.numel() * value.element_size()
                 total += size
                 if size > value.untyped_storage().nbytes() or total > 4 * path.stat().st_size:
