@@ -1,7 +1,9 @@
 """Run folders of others: nothing is written through their links, and their settings open no connection."""
 
+import contextlib
 import gzip
 import json
+import re
 import shutil
 import sys
 from itertools import islice
@@ -20,6 +22,8 @@ from sgformer.core.errors import UserError
 from sgformer.core.files import appending, distrust_links, make_folder, remove_folder, replacing, try_folder, write_text
 from sgformer.data.sharding import make_shards
 from sgformer.models.pretrained import pretrained_file
+from sgformer.tasks.detect.metrics import NUMBERS
+from sgformer.tasks.registry import get_task
 from sgformer.tasks.sweep import read_ablation
 from sgformer.training.config import to_yaml
 
@@ -259,3 +263,60 @@ def test_an_address_that_does_not_answer_is_named_without_its_password(address, 
     assert main(["train", "classify", "--data", address]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "secret" not in said and address.replace("user:secret@", "") in said
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+COUNTS = "true \\ predicted,a,b\na,3,1\nb,0,2\n"
+CLASSIFIED = {"top1": 0.8, "top5": 1.0, "balanced_accuracy": 0.8, "loss": 0.5, "images": 6, "skipped": []}
+SEGMENTED = {"miou": 0.8, "macc": 0.8, "accuracy": 0.8, "loss": 0.5, "images": 6, "skipped": ["x.png: damaged"]}
+MEASURED = dict.fromkeys(NUMBERS, 0.5)
+DETECTED = {"box": MEASURED, "images": 6, "objects": 9, "skipped": []}
+OBJECTS = "class,objects,box_AP,box_AP50\na,4,0.5,0.5\nb,5,,\n"
+PRECISION = "class \\ recall" + ",0.5" * 101 + "\na" + ",1" * 101 + "\nb" + "," * 101 + "\n"
+EVALUATIONS = {
+    "classify": {"metrics.json": json.dumps(CLASSIFIED), "confusion.csv": COUNTS},
+    "segment": {"metrics.json": json.dumps(SEGMENTED), "confusion.csv": COUNTS},
+    "detect": {"metrics.json": json.dumps(DETECTED), "classes.csv": OBJECTS, "precision_box.csv": PRECISION},
+}
+ODD = (
+    *(
+        "",
+        "[]",
+        "{}",
+        "null",
+        "true",
+        '{"top1": "x"}',
+        "a",
+        "a,b\n",
+        "\n",
+        "a,b,c\na,1\n",
+        "a,b\n1,2,3\n",
+        "a,b\n1,x\n",
+    ),
+    *("true,a,b\na,-3,1\nb,0,2\n", "true,a,b\na,3,1\n", json.dumps(CLASSIFIED | {"top1": "0.5"})),
+    *(json.dumps(CLASSIFIED | {"top1": [1]}), json.dumps(CLASSIFIED | {"skipped": None})),
+    *(json.dumps(DETECTED | {"box": {"AP": 1}}), json.dumps(DETECTED | {"box": dict.fromkeys(NUMBERS, "x")})),
+    *(OBJECTS.replace("box_AP", "AP"), OBJECTS.replace("class", "x"), PRECISION + PRECISION, OBJECTS + "c,1,,\n"),
+)
+
+
+@pytest.mark.parametrize("task", EVALUATIONS)
+def test_tables_of_an_evaluation_that_mean_nothing_are_named(task, tmp_path):
+    """All that a resumed run reads of them, before it says anything."""
+    read = get_task(task).read_evaluation
+    for name, content in EVALUATIONS[task].items():
+        (tmp_path / name).write_text(content)
+    read(tmp_path).write(tmp_path / "again", picture=False)
+    for name, content in EVALUATIONS[task].items():
+        for odd in ODD:
+            (tmp_path / name).write_text(odd)
+            if odd in content:
+                continue
+            with contextlib.suppress(UserError):  # which names it
+                read(tmp_path).write(tmp_path / "again", picture=False)
+        for odd in ODD[:4]:
+            (tmp_path / name).write_text(odd)
+            with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+                read(tmp_path)
+        (tmp_path / name).write_text(content)

@@ -349,7 +349,7 @@ def test_an_archive_has_one_end(warm):
     data = plain.getvalue()
     packed = bare(warm / "packed.pth", b"\x80\x02}.", zipfile.ZIP_DEFLATED).read_bytes()
     locator = data.rindex(b"PK\6\7")
-    with pytest.raises(UserError, match="packed.pth: rejected: its entry .* is compressed"):
+    with pytest.raises(UserError, match=r"packed\.pth: rejected: its entry .* is compressed"):
         load_released(warm / "packed.pth")
     for changed in (
         packed + b"PK\5\6",
@@ -364,7 +364,7 @@ def test_an_archive_has_one_end(warm):
         with pytest.raises(UserError, match=r"w\.pth: truncated or damaged \(no ZIP archive as"):
             load_released(path)
     path.write_bytes(data)
-    with pytest.raises(UserError, match="not the network's name|known size"):
+    with pytest.raises(UserError, match=r"not the network's name|known size"):
         load_released(path)
 
 

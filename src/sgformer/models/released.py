@@ -302,7 +302,7 @@ def _ends_as_written(file: IO[bytes]) -> bool:
         return False
     if (before := at - LOCATOR.size) >= 0 and tail[before : before + 4] == b"PK\6\7":
         found, at = LOCATOR.unpack_from(tail, before)[2], before - END_64.size
-        if found != start + at or not 0 <= at or tail[at : at + 4] != b"PK\6\6":
+        if found != start + at or at < 0 or tail[at : at + 4] != b"PK\6\6":
             return False
         *_, length, place = END_64.unpack_from(tail, at)
     return place + length == start + at
@@ -315,8 +315,9 @@ MAX_OPERATIONS = 2**20  # of a pickle; a thousand tensors, their averages and th
 #: or of a few letters (bytearray, _codecs.encode), tensors by their size, and copies of repeated numbers.
 CALLABLE = re.compile(
     r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) (set|complex)|"
-    r"torch (Size|device|[a-z]\w+)|torch(\.cuda)? \w+Storage|torch\.storage (Typed|Untyped)Storage|torch\.serialization _get_layout|"
-    r"torch\.nn\.parameter Parameter|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|"
+    r"torch (Size|device|[a-z]\w+)|torch(\.cuda)? \w+Storage|torch\.storage (Typed|Untyped)Storage|"
+    r"torch\.serialization _get_layout|torch\.nn\.parameter Parameter|"
+    r"torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|"
     r"parameter_with_state|meta_tensor_no_storage)"
 )
 

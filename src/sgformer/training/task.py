@@ -8,6 +8,7 @@ only, and exported networks run without torch.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,10 @@ class Task:
             UserError: a file in it is missing or damaged.
         """
         try:
-            return self.part("metrics").read(folder)
+            result = self.part("metrics").read(folder)
+            # Numbers of other kinds in a file that is whole show themselves where they are used.
+            json.dumps(result.summary()), result.headline(), result.table(), self.report("", result, {}, [])
+            return result
         except UserError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, OverflowError) as error:
