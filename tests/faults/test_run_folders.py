@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from unittest import mock
 
 import hostile
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,6 +30,7 @@ from sgformer.tasks.sweep import read_ablation
 from sgformer.training.config import to_yaml
 
 pytest.importorskip("lightning")
+from sgformer.training.recorder import finish, write_evolution
 
 
 @pytest.fixture(autouse=True)
@@ -320,3 +323,36 @@ def test_tables_of_an_evaluation_that_mean_nothing_are_named(task, tmp_path):
             with pytest.raises(UserError, match=re.escape(str(tmp_path))):
                 read(tmp_path)
         (tmp_path / name).write_text(content)
+
+
+def test_records_of_others_are_read_within_bounds(tmp_path):
+    """Of `--record-significance`: arrays that are too large, of other kinds, or of other sizes than those before."""
+    map_ = np.random.default_rng(0).random((4, 4), dtype=np.float32)
+    whole = {"epoch": 1, "step": 5, "image": np.zeros((16, 16, 3), np.uint8)}
+    whole |= {"significance/1.1": map_, "salient/1.1": map_ > 0.5}
+
+    def record(number, **changes):
+        arrays = {name: value for name, value in {**whole, "epoch": number, **changes}.items() if value is not None}
+        (tmp_path / f"{number:04d}").mkdir(exist_ok=True)
+        np.savez_compressed(tmp_path / f"{number:04d}" / "00.npz", **arrays)
+
+    record(1)
+    record(2)
+    assert [row["epoch"] for row in write_evolution(tmp_path)] == [1, 2]
+    bomb = np.broadcast_to(np.uint8(0), (8192, 8192, 3))
+    for changes, says in (
+        ({"image": bomb}, "too large"),
+        *(({name: None}, "other kinds") for name in ("epoch", "step", "image", "significance/1.1", "salient/1.1")),
+        *(({name: np.zeros(())}, "other kinds") for name in whole),
+        ({"salient/1.1": np.zeros((4, 5), bool)}, "other kinds"),
+        ({"significance/../x": map_, "salient/../x": map_ > 0.5}, "other kinds"),
+        ({"objects": np.zeros(3)}, "other kinds"),
+        ({"significance/1.1": np.ones((5, 5)), "salient/1.1": np.ones((5, 5), bool)}, "other maps"),
+    ):
+        record(2, **changes)
+        for read in (write_evolution, partial(finish, unit="epoch")):
+            with pytest.raises(UserError, match=rf"0002.*{says}"):
+                read(tmp_path)
+    (tmp_path / "0002/00.npz").unlink()
+    with pytest.raises(UserError, match=r"0002: holds no record"):
+        write_evolution(tmp_path)
