@@ -268,6 +268,29 @@ def test_an_address_that_does_not_answer_is_named_without_its_password(address, 
     assert said.count("\n") == 1 and "secret" not in said and address.replace("user:secret@", "") in said
 
 
+@pytest.mark.parametrize("key", ["plugin", "plugins", "sgformer_plugins", "SGFORMER_PLUGINS"])
+def test_no_file_names_a_plugin(key, tmp_path, capsys):
+    run, plugin = tmp_path / "run", tmp_path / "run" / "mine.py"
+    run.mkdir()
+    plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": str(tmp_path), key: str(plugin)}))
+    (run / "a.yaml").write_text(yaml.safe_dump({"data": str(tmp_path), key: str(plugin), "variants": {"one": {}}}))
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=0, img_size=32)
+    sgformer.save_model(model, run / "best.safetensors", {key: str(plugin), "classes": ["a"], "image_size": 32})
+    for command in (
+        ["train", "classify", "--resume", str(run)],
+        ["train", "classify", "--config", str(run / "config.yaml")],
+        ["ablate", "--config", str(run / "a.yaml")],
+        ["predict", str(run), str(next((hostile.a_run()[1] / "val").rglob("*.png")))],
+    ):
+        assert main(command) == 2
+        assert (
+            key.lower().replace("_", "-") in capsys.readouterr().err.lower().replace("_", "-") or "predict" in command
+        )
+    assert not (tmp_path / "ran").exists()
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 COUNTS = "true \\ predicted,a,b\na,3,1\nb,0,2\n"
