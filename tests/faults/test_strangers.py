@@ -93,7 +93,7 @@ def test_exported_files(warm):
     assert outcomes == {"accepted", "refused"}
 
 
-def test_an_exported_file_reads_no_other_file(warm):
+def test_an_exported_file_reads_none_outside_its_folder(warm):
     """Whatever its weights say about where they are."""
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
