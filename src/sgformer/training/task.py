@@ -8,7 +8,6 @@ only, and exported networks run without torch.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +205,7 @@ class Task:
         try:
             result = self.part("metrics").read(folder)
             # Numbers of other kinds in a file that is whole show themselves where they are used.
-            json.dumps(result.summary()), result.headline(), result.table(), self.report("", result, {}, [])
+            result.headline(), self.report("", result, {}, [])
             return result
         except UserError:
             raise
