@@ -82,7 +82,7 @@ torture: install  ## kill it 100 times, feed it 50,000 bad inputs, and count (30
 
 fuzz: install  ## fuzzing that looks for new branches, a minute a target (needs atheris, which has wheels for Linux)
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
-	for target in checkpoint_adapter pickles safetensors_files meanings texts coco_files label_maps configs settings shown; do \
+	for target in checkpoint_adapter pickles safetensors_files meanings exports texts coco_files label_maps configs settings shown; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py $$target --seconds 60 || exit 1; done
 
 interop:  ## every snippet of docs/interop.md in a fresh environment that has '.[interop]' alone (6 GB while it runs)

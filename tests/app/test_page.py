@@ -25,6 +25,21 @@ pytest.importorskip("nicegui")
 pytestmark = pytest.mark.slow  # a server, and a browser, are started
 
 
+# The command, which says what it looks up or calls beyond this machine's loopback.
+WATCHED = """
+import sys
+def watch(event, words):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.connect"):
+        place = words[1] if event == "socket.connect" else words[0]
+        if not isinstance(place, str | bytes) or event != "socket.connect":  # a socket of the file system is no call
+            if (place if isinstance(place, str) else place[0]) not in ("127.0.0.1", "::1"):
+                print("looked up", event, ascii(place), file=sys.stderr)
+sys.addaudithook(watch)
+from sgformer.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Address and working folder of `sgformer app` with two classifiers."""
@@ -34,12 +49,12 @@ def server(tmp_path_factory):
     (folder / "photos").mkdir()
     for i in range(4):
         (folder / "photos" / f"{i}.png").write_bytes(photo(i))
-    command = "-m sgformer app one.safetensors two.safetensors --examples photos --port 0 --device cpu"
+    command = "app one.safetensors two.safetensors --examples photos --port 0 --device cpu"
     before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, *command.split()], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
+        [sys.executable, "-c", WATCHED, *command.split()], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment,
     )  # fmt: skip
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
@@ -49,6 +64,7 @@ def server(tmp_path_factory):
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
     assert process.returncode == 0 and "Traceback" not in errors and not out, errors
+    assert "looked up" not in errors, errors
     assert "pwned" not in errors and all(line.isprintable() for line in errors.splitlines()), ascii(errors)
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before  # nothing was written beside the weights
 

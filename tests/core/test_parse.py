@@ -1,12 +1,16 @@
 """JSON, YAML and CSV of strangers: what is plain is read, anything else is a line that names the file."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sgformer
 from sgformer.core.errors import UserError
 from sgformer.core.parse import (
     MAX_DEPTH,
@@ -22,6 +26,8 @@ from sgformer.core.parse import (
     read_yaml,
 )
 
+SOURCE = Path(sgformer.__file__).parent
+
 
 def nested(levels, left="[", right="]"):
     return left * levels + right * levels
@@ -31,6 +37,22 @@ def bomb(levels=9):
     """Nine references to nine references to ...: 9 ** levels words."""
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
     return "\n".join(lines + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)])
+
+
+def test_files_are_parsed_in_one_place():
+    """Elsewhere, what this program wrote itself, or in tables only the names of the columns; XML has its own reader."""
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and re.fullmatch(
+                r"(json|pickle|marshal|plistlib|tomllib)\.loads?|yaml\.\w*load\w*|csv\.(reader|DictReader)|"
+                r"ElementTree\.\w+|(ast\.literal_)?eval|exec|(np|numpy)\.(load\w*|genfromtxt)|torch\.load",
+                ast.unparse(node.func),
+            ):
+                found.add(path.relative_to(SOURCE).as_posix())
+    own = {"training/ranks.py", "training/callbacks.py", "exporting/formats/hub.py", "bench/memory.py", "data/coco.py"}
+    checked = {"models/released.py", "training/trainer.py", "training/recorder.py", "data/sources/voc.py"}
+    assert found == {"core/parse.py", *own, *checked}
 
 
 TEXT = st.text("abé漢 :-#'\"[]{},1.?!|>%@\\\n", max_size=8)

@@ -74,6 +74,14 @@ def meanings(data: bytes) -> None:
     strangers.try_meaning(f"a_{kind}.safetensors", strangers.sealed(tensors, {**says, part: text}), WORK)
 
 
+def exports(data: bytes) -> None:
+    """Any text as the metadata of an ONNX file."""
+    model, _ = strangers.exported()
+    model = type(model).FromString(model.SerializeToString())
+    model.metadata_props.add(key="sgformer", value=data.decode("utf-8", "replace"))
+    strangers.try_export("a.onnx", model.SerializeToString(), WORK)
+
+
 def texts(data: bytes) -> None:
     """Any text as a recipe, a run's settings, a table, an index ..."""
     readers = list(strangers.READERS)
@@ -103,8 +111,8 @@ def shown(data: bytes) -> None:
 TARGETS = {
     f.__name__: f
     for f in (
-        *(checkpoint_adapter, pickles, safetensors_files, meanings, texts, coco_files, label_maps, configs, settings),
-        shown,
+        *(checkpoint_adapter, pickles, safetensors_files, meanings, exports, texts, coco_files, label_maps, configs),
+        *(settings, shown),
     )
 }
 
@@ -115,8 +123,11 @@ def seeds(target: str) -> list[bytes]:
         return [b"", b"!", b"!abcdef"]
     if target == "pickles":
         file = WORK / "seed.pth"
-        torch.save({"state_dict": {"head.weight": torch.zeros(2, 2)}}, file, _use_new_zipfile_serialization=False)
-        return [file.read_bytes()]
+        found = []
+        for packed in (False, True):
+            torch.save({"state_dict": {"head.weight": torch.zeros(2, 2)}}, file, _use_new_zipfile_serialization=packed)
+            found.append(file.read_bytes())
+        return found
     if target == "safetensors_files":
         from safetensors.torch import save
 
@@ -125,6 +136,8 @@ def seeds(target: str) -> list[bytes]:
         told = [(i, says) for i, (_, says) in enumerate(strangers.described().values())]
         configs = [bytes([128 + i]) + json.dumps(says["config"]).encode() for i, says in told if "config" in says]
         return [*(bytes([i]) + json.dumps(says["metadata"]).encode() for i, says in told), *configs]
+    if target == "exports":
+        return [json.dumps(strangers.exported()[1]).encode()]
     if target == "texts":
         return [bytes([i]) + b"a: 1" for i in range(len(strangers.READERS))]
     if target == "coco_files":

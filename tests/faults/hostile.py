@@ -459,7 +459,7 @@ def try_tool_file(name: str, data: bytes, folder: Path) -> str:
     def read() -> None:
         single = name == "predictions"  # of one file; the others are folders
         convert(root / file if single else root, out, layout, name.partition(" ")[0])
-        images = [path for path in out.rglob("*.png") if "annotations" not in path.parts]
+        images = [path for path in out.rglob("*.png") if path.is_file() and "annotations" not in path.parts]
         assert images and all(path.read_bytes() == whole[next(iter(whole))] for path in images), "other images"
         for written in out.glob("annotations/*.json"):
             CocoDataset(read_coco(*find_coco(written, "train")))[0]

@@ -5,6 +5,7 @@ config, metadata or tensors say something else, small archives and texts of larg
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import copy
 import functools
@@ -278,7 +279,8 @@ def mutated_archives(seed: int = 0) -> Inputs:
         elif what == "deep" and len(key):
             state = {"a": value, "args": argparse.Namespace(x=[key])}
         elif what == "call":
-            state[name] = _Odd(rng.choice((torch.Tensor, torch.FloatTensor)), *rng.choice(((10**5, 10**5), (3, 3))))
+            call = rng.choice((torch.Tensor, torch.FloatTensor, bytearray, codecs.encode, set, complex))
+            state[name] = _Odd(call, *rng.choice(((10**5, 10**5), (3, 3), (2**30,), (b"a" * 1000, "hex"))))
         elif what == "kind":
             state[name] = value.to(rng.choice((torch.int64, torch.bool, torch.complex64, torch.float16)))
         file = io.BytesIO()
@@ -292,7 +294,7 @@ def mutated_archives(seed: int = 0) -> Inputs:
             with zipfile.ZipFile(file) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
                 for entry in source.infolist():
                     target.writestr(entry.filename, source.read(entry))
-            data = packed.getvalue()
+            data = packed.getvalue() + rng.choice((b"", b"PK\5\6", data[-98:], data))
         yield f"{number}_{what}.pth", data
         number += 1
 

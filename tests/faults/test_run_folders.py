@@ -1,14 +1,18 @@
 """Run folders of others: nothing is written through their links, and their settings open no connection."""
 
+import contextlib
 import gzip
 import json
+import re
 import shutil
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from unittest import mock
 
 import hostile
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,10 +24,13 @@ from sgformer.core.errors import UserError
 from sgformer.core.files import appending, distrust_links, make_folder, remove_folder, replacing, try_folder, write_text
 from sgformer.data.sharding import make_shards
 from sgformer.models.pretrained import pretrained_file
+from sgformer.tasks.detect.metrics import NUMBERS
+from sgformer.tasks.registry import get_task
 from sgformer.tasks.sweep import read_ablation
 from sgformer.training.config import to_yaml
 
 pytest.importorskip("lightning")
+from sgformer.training.recorder import finish, write_evolution
 
 
 @pytest.fixture(autouse=True)
@@ -259,3 +266,116 @@ def test_an_address_that_does_not_answer_is_named_without_its_password(address, 
     assert main(["train", "classify", "--data", address]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "secret" not in said and address.replace("user:secret@", "") in said
+
+
+@pytest.mark.parametrize("key", ["plugin", "plugins", "sgformer_plugins", "SGFORMER_PLUGINS"])
+def test_no_file_names_a_plugin(key, tmp_path, capsys):
+    run, plugin = tmp_path / "run", tmp_path / "run" / "mine.py"
+    run.mkdir()
+    plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": str(tmp_path), key: str(plugin)}))
+    (run / "a.yaml").write_text(yaml.safe_dump({"data": str(tmp_path), key: str(plugin), "variants": {"one": {}}}))
+    torch.manual_seed(0)
+    model = sgformer.create_model("sgformer_n", num_classes=0, img_size=32)
+    sgformer.save_model(model, run / "best.safetensors", {key: str(plugin), "classes": ["a"], "image_size": 32})
+    for command in (
+        ["train", "classify", "--resume", str(run)],
+        ["train", "classify", "--config", str(run / "config.yaml")],
+        ["ablate", "--config", str(run / "a.yaml")],
+        ["predict", str(run), str(next((hostile.a_run()[1] / "val").rglob("*.png")))],
+    ):
+        assert main(command) == 2
+        assert (
+            key.lower().replace("_", "-") in capsys.readouterr().err.lower().replace("_", "-") or "predict" in command
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+COUNTS = "true \\ predicted,a,b\na,3,1\nb,0,2\n"
+CLASSIFIED = {"top1": 0.8, "top5": 1.0, "balanced_accuracy": 0.8, "loss": 0.5, "images": 6, "skipped": []}
+SEGMENTED = {"miou": 0.8, "macc": 0.8, "accuracy": 0.8, "loss": 0.5, "images": 6, "skipped": ["x.png: damaged"]}
+MEASURED = dict.fromkeys(NUMBERS, 0.5)
+DETECTED = {"box": MEASURED, "images": 6, "objects": 9, "skipped": []}
+OBJECTS = "class,objects,box_AP,box_AP50\na,4,0.5,0.5\nb,5,,\n"
+PRECISION = "class \\ recall" + ",0.5" * 101 + "\na" + ",1" * 101 + "\nb" + "," * 101 + "\n"
+EVALUATIONS = {
+    "classify": {"metrics.json": json.dumps(CLASSIFIED), "confusion.csv": COUNTS},
+    "segment": {"metrics.json": json.dumps(SEGMENTED), "confusion.csv": COUNTS},
+    "detect": {"metrics.json": json.dumps(DETECTED), "classes.csv": OBJECTS, "precision_box.csv": PRECISION},
+}
+ODD = (
+    *(
+        "",
+        "[]",
+        "{}",
+        "null",
+        "true",
+        '{"top1": "x"}',
+        "a",
+        "a,b\n",
+        "\n",
+        "a,b,c\na,1\n",
+        "a,b\n1,2,3\n",
+        "a,b\n1,x\n",
+    ),
+    *("true,a,b\na,-3,1\nb,0,2\n", "true,a,b\na,3,1\n", json.dumps(CLASSIFIED | {"top1": "0.5"})),
+    *(json.dumps(CLASSIFIED | {"top1": [1]}), json.dumps(CLASSIFIED | {"skipped": None})),
+    *(json.dumps(DETECTED | {"box": {"AP": 1}}), json.dumps(DETECTED | {"box": dict.fromkeys(NUMBERS, "x")})),
+    *(OBJECTS.replace("box_AP", "AP"), OBJECTS.replace("class", "x"), PRECISION + PRECISION, OBJECTS + "c,1,,\n"),
+)
+
+
+@pytest.mark.parametrize("task", EVALUATIONS)
+def test_tables_of_an_evaluation_that_mean_nothing_are_named(task, tmp_path):
+    """All that a resumed run reads of them, before it says anything."""
+    read = get_task(task).read_evaluation
+    for name, content in EVALUATIONS[task].items():
+        (tmp_path / name).write_text(content)
+    read(tmp_path).write(tmp_path / "again", picture=False)
+    for name, content in EVALUATIONS[task].items():
+        for odd in ODD:
+            (tmp_path / name).write_text(odd)
+            if odd in content:
+                continue
+            with contextlib.suppress(UserError):  # which names it
+                read(tmp_path).write(tmp_path / "again", picture=False)
+        for odd in ODD[:4]:
+            (tmp_path / name).write_text(odd)
+            with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+                read(tmp_path)
+        (tmp_path / name).write_text(content)
+
+
+def test_records_of_others_are_read_within_bounds(tmp_path):
+    """Of `--record-significance`: arrays that are too large, of other kinds, or of other sizes than those before."""
+    map_ = np.random.default_rng(0).random((4, 4), dtype=np.float32)
+    whole = {"epoch": 1, "step": 5, "image": np.zeros((16, 16, 3), np.uint8)}
+    whole |= {"significance/1.1": map_, "salient/1.1": map_ > 0.5}
+
+    def record(number, **changes):
+        arrays = {name: value for name, value in {**whole, "epoch": number, **changes}.items() if value is not None}
+        (tmp_path / f"{number:04d}").mkdir(exist_ok=True)
+        np.savez_compressed(tmp_path / f"{number:04d}" / "00.npz", **arrays)
+
+    record(1)
+    record(2)
+    assert [row["epoch"] for row in write_evolution(tmp_path)] == [1, 2]
+    bomb = np.broadcast_to(np.uint8(0), (8192, 8192, 3))
+    for changes, says in (
+        ({"image": bomb}, "too large"),
+        *(({name: None}, "other kinds") for name in ("epoch", "step", "image", "significance/1.1", "salient/1.1")),
+        *(({name: np.zeros(())}, "other kinds") for name in whole),
+        ({"salient/1.1": np.zeros((4, 5), bool)}, "other kinds"),
+        ({"significance/../x": map_, "salient/../x": map_ > 0.5}, "other kinds"),
+        ({"objects": np.zeros(3)}, "other kinds"),
+        ({"significance/1.1": np.ones((5, 5)), "salient/1.1": np.ones((5, 5), bool)}, "other maps"),
+    ):
+        record(2, **changes)
+        for read in (write_evolution, partial(finish, unit="epoch")):
+            with pytest.raises(UserError, match=rf"0002.*{says}"):
+                read(tmp_path)
+    (tmp_path / "0002/00.npz").unlink()
+    with pytest.raises(UserError, match=r"0002: holds no record"):
+        write_evolution(tmp_path)

@@ -19,7 +19,7 @@ from PIL import Image
 import sgformer
 from sgformer.cli import main
 from sgformer.core.errors import UserError
-from sgformer.core.names import is_address, is_remote, markdown, without_login
+from sgformer.core.names import is_address, is_remote, markdown, some, without_login
 from sgformer.core.terminal import say
 from sgformer.exporting.formats.hub import _card
 from sgformer.models.checkpoint import write_safetensors
@@ -70,6 +70,13 @@ def test_lines_errors_and_records_are_escaped(caplog):
 def test_logins_are_left_out(text, shown):
     assert without_login(text) == shown
     assert "user:" not in markdown(text)  # where a report names its data
+
+
+def test_long_names_leave_room_for_what_is_said_after_them():
+    listed = some(["a" * 5000, "b", *"cdefgh", "i" * 5000, "j"])
+    assert len(listed) < 450 and listed.endswith(", h and 2 more") and "..., b, c" in listed
+    assert some(["a" * 120, "b" * 200]) == f"{'a' * 120}, {'b' * 200}" and some([]) == ""
+    assert some([f"{i}/{'long' * 20}" for i in range(8)], 8).count("...") == 8
 
 
 def test_addresses_are_told_from_paths():

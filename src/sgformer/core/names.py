@@ -83,6 +83,13 @@ def without_login(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
+LIST = 400  # characters of a list of names in a message
+
+
 def some(names: Sequence[str], limit: int = 8) -> str:
-    """The first `limit` names, and the number of the remaining ones."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    """The first `limit` names, and the number of the remaining ones; very long names are cut, so that what a message
+    says after them is seen."""
+    shown, most = names[:limit], LIST // max(1, min(limit, len(names)))
+    if sum(map(len, shown)) > LIST:
+        shown = [name if len(name) <= most else f"{name[: most - 3]}..." for name in shown]
+    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")

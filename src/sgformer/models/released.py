@@ -10,6 +10,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -253,13 +254,17 @@ def check_archive(path: Path) -> bool:
     uninitialised memory.
 
     Raises:
-        UserError: an entry is damaged, compressed or marked as a folder, or a pickle would take too long.
+        UserError: an entry is damaged, compressed or marked as a folder; a pickle would take too long, or calls
+            something else than what tensors are made with; or the archive's end is not where torch looks for it.
     """
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            # A magic number, a version, the machine, the object, the names of its storages.
-            _refuse_nested(any(map(_is_nested, [file] * 5)), path)
-        return False
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # which is how torch tells
+            file.seek(0)
+            for _ in range(5):  # a magic number, a version, the machine, the object, the names of its storages
+                _check_pickle(file, path)
+            return False
+        if not _ends_as_written(file):  # torch's reader might find other entries than Python's
+            raise UserError(f"{path}: truncated or damaged (no ZIP archive as torch.save writes it)")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         for entry in entries:
@@ -275,29 +280,73 @@ def check_archive(path: Path) -> bool:
         for entry in entries:
             if entry.filename.endswith(".pkl"):
                 with archive.open(entry) as file:
-                    _refuse_nested(_is_nested(file), path)
+                    _check_pickle(file, path)
     return True
 
 
-def _refuse_nested(nested: bool, path: Path) -> None:
-    if nested:
-        raise UserError(f"{path}: rejected: its tuples are nested deeper than {MAX_TUPLES} levels")
+END = struct.Struct("<4s4H2LH")  # of a ZIP archive; its last three: the directory's length and place, the comment's
+LOCATOR, END_64 = struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")  # before it, of those that torch writes
+
+
+def _ends_as_written(file: IO[bytes]) -> bool:
+    """Whether nothing lies between a ZIP archive's directory, its end and the end of its comment, and all of these are
+    where they say. Readers differ in where they look for them otherwise."""
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - 2**16 - 128))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or at + END.size > len(tail):
+        return False
+    *_, length, place, comment = END.unpack_from(tail, at)
+    if at + END.size + comment != len(tail):
+        return False
+    if (before := at - LOCATOR.size) >= 0 and tail[before : before + 4] == b"PK\6\7":
+        found, at = LOCATOR.unpack_from(tail, before)[2], before - END_64.size
+        if found != start + at or at < 0 or tail[at : at + 4] != b"PK\6\6":
+            return False
+        *_, length, place = END_64.unpack_from(tail, at)
+    return place + length == start + at
 
 
 MAX_TUPLES = 16  # in each other; a saved tensor takes three
+MAX_OPERATIONS = 2**20  # of a pickle; a thousand tensors, their averages and the state of AdamW take 100,000
+
+#: What pickles of weights may name. torch's restricted unpickler also calls functions that make a gigabyte of a number
+#: or of a few letters (bytearray, _codecs.encode), tensors by their size, and copies of repeated numbers.
+CALLABLE = re.compile(
+    r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) (set|complex)|"
+    r"torch (Size|device|[a-z]\w+)|torch(\.cuda)? \w+Storage|torch\.storage (Typed|Untyped)Storage|"
+    r"torch\.serialization _get_layout|torch\.nn\.parameter Parameter|"
+    r"torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|"
+    r"parameter_with_state|meta_tensor_no_storage)"
+)
 
 
-def _is_nested(file: IO[bytes]) -> bool:
-    """Whether the next pickle in a file nests tuples deeply: where each holds the one below it twice, sixty of them, a
-    few hundred bytes, take longer to hash than the world is old. Goes through its operations with levels for values."""
+def _check_pickle(file: IO[bytes], path: Path) -> None:
+    """Check the next pickle in a file before it is loaded.
+
+    Raises:
+        UserError: it is none, too long, names something else than `CALLABLE`, or nests tuples deeply: where each holds
+            the one below it twice, sixty of them, a few hundred bytes, take longer to hash than the world is old.
+    """
     try:
-        return any(level > MAX_TUPLES for level in _levels(file))
-    except (ValueError, IndexError):  # no pickle, as the unpickler will say
-        return False
+        for number, (operation, argument, level) in enumerate(_levels(file)):
+            if operation.name == "GLOBAL" and not CALLABLE.fullmatch(argument):
+                name = printable(argument.replace(" ", "."))[:80]
+                raise UserError(f"{path}: rejected, because loading it would run code ({name})")
+            if level > MAX_TUPLES:
+                raise UserError(f"{path}: rejected: its tuples are nested deeper than {MAX_TUPLES} levels")
+            if number > MAX_OPERATIONS:
+                raise UserError(f"{path}: rejected: it holds more than {MAX_OPERATIONS} values besides its tensors")
+    except UserError:
+        raise
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path}: truncated or damaged ({first_sentence(error)})") from None
 
 
-def _levels(file: IO[bytes]) -> Iterator[int]:
-    """Of the value on top of the stack, after each operation of a pickle: how many tuples are in each other."""
+def _levels(file: IO[bytes]) -> Iterator[tuple[Any, Any, int]]:
+    """The operations of a pickle and their arguments; and after each, of the value on top of the stack, how many tuples
+    are in each other. Goes through the operations with levels for values."""
     frames: list[list[int]] = [[]]  # of the stack, one for each open mark
     memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(file):
@@ -320,7 +369,7 @@ def _levels(file: IO[bytes]) -> Iterator[int]:
             memo[argument] = top[-1]
         elif name not in ("PROTO", "BINPERSID", "STOP"):  # which leave as many values as they found
             top.append(0)
-        yield frames[-1][-1] if frames[-1] else 0
+        yield operation, argument, frames[-1][-1] if frames[-1] else 0
 
 
 def _within(loaded: Any, path: Path) -> Any:

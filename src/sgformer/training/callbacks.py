@@ -633,12 +633,12 @@ def _rows(table: Path, data: bytes) -> list[dict[str, str]]:
         UserError: it is damaged; names `table`.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+        rows = as_table(data.decode(), "table")
         for row in rows:
             for name, value in row.items():
                 int(value) if name == "step" else float(value or 0)
         return rows
-    except (ValueError, TypeError, csv.Error) as error:
+    except ValueError as error:
         raise UserError(f"{table}: damaged ({first_line(error)}); repair or remove it") from None
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,52 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     images = {}
     for file in sorted(path.glob("*.npz")):
         try:
+            # Maps of few values are small on the disk, but not so small.
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > 2**24 + 64 * file.stat().st_size:
+                    raise ValueError("too large")
             with np.load(file) as arrays:
                 images[file.stem] = dict(arrays)
+            if not _is_record(images[file.stem]):
+                raise ValueError("arrays of other kinds")
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
             raise UserError(f"{file}: damaged ({first_line(error)}); remove {path}") from None
+    if not images:
+        raise UserError(f"{path}: holds no record; remove it")
     return images
+
+
+def _history(path: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """The arrays of every record by image, in chronological order.
+
+    Raises:
+        UserError: a record is damaged, or of other maps than those before; names it.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for record in records(path):
+        images = _read(record)
+        for name, arrays in images.items():
+            own = {key: value.shape for key, value in arrays.items()}
+            if shapes.setdefault(name, own) != own:
+                raise UserError(f"{record}: {name}.npz holds other maps than the records before; remove it")
+        yield images
+
+
+def _is_record(arrays: dict[str, Any]) -> bool:
+    """Whether arrays are of the kinds and shapes that `Recorder` writes."""
+    numbers, image = [arrays.get(name, np.zeros(1)) for name in ("epoch", "step")], arrays.get("image", np.zeros(1))
+    maps = {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith("salient/")}
+    rankings = {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith("significance/")}
+    return (
+        all(one.ndim == 0 and one.dtype.kind in "iu" for one in numbers)
+        and (image.ndim, image.dtype) == (3, np.uint8)
+        and image.shape[2] == 3
+        and arrays.get("objects", image[..., 0]).ndim == 2
+        and bool(maps)
+        and all(re.fullmatch(r"[1-4]\.\d{1,3}", block) and one.dtype == bool for block, one in maps.items())
+        and all(one.ndim == 2 and one.size and one.dtype.kind == "f" for one in rankings.values())
+        and {block: one.shape for block, one in maps.items()} == {block: one.shape for block, one in rankings.items()}
+    )
 
 
 # scipy.stats.spearmanr is equal but no dependency here; torchmetrics' is slow with ties and gives 0 for constant maps.
@@ -136,8 +179,7 @@ def write_evolution(path: Path) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     previous: dict[str, dict[str, Any]] = {}
-    for record in records(path):
-        current = _read(record)
+    for current in _history(path):
         first = next(iter(current.values()))
         metrics: dict[str, dict[str, list[float]]] = {"rank_correlation": {}, "salient_energy": {}, "object_area": {}}
         for name, arrays in current.items():
@@ -172,7 +214,7 @@ def _mean(values: list[float]) -> float | str:
 
 def finish(path: Path, unit: str) -> None:
     """Draw strips, animations and curves of all records in a folder, if there are any."""
-    history = [_read(record) for record in records(path)]
+    history = list(_history(path))
     if not history:
         return
     for name in history[-1]:

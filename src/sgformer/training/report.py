@@ -42,11 +42,18 @@ def write_confusion(result: Any, folder: Path, unit: str | None) -> None:
 
 
 def read_confusion(folder: Path) -> tuple[dict[str, Any], np.ndarray, tuple[str, ...]]:
-    """Read the summary, the counts and the class names written by `write_confusion`."""
+    """Read the summary, the counts and the class names written by `write_confusion`.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: they are not.
+    """
     stored = read_json(folder / "metrics.json")
     numbers = {name: math.nan if value is None else value for name, value in stored.items()}
     header, *lines = read_rows(folder / "confusion.csv")
-    return numbers, np.array([line[1:] for line in lines], dtype=np.int64), tuple(header[1:])
+    counts, names = np.array([line[1:] for line in lines], dtype=np.int64), tuple(header[1:])
+    if not names or counts.shape != (len(names), len(names)) or counts.min() < 0:
+        raise ValueError(f"confusion.csv holds no counts of {len(names)} x {len(names)} classes")
+    return numbers, counts, names
 
 
 def class_tables(header: Sequence[str], ranked: Sequence[Sequence[Any]]) -> list[str]:

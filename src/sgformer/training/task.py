@@ -203,7 +203,10 @@ class Task:
             UserError: a file in it is missing or damaged.
         """
         try:
-            return self.part("metrics").read(folder)
+            result = self.part("metrics").read(folder)
+            # Numbers of other kinds in a file that is whole show themselves where they are used.
+            result.headline(), self.report("", result, {}, [])
+            return result
         except UserError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, OverflowError) as error:

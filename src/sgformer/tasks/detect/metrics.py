@@ -150,6 +150,8 @@ class DetectionEvaluation:
             if (folder / f"precision_{kind}.csv").is_file():
                 lines = read_rows(folder / f"precision_{kind}.csv")[1:]
                 precision[kind] = np.array([[float(v) if v else np.nan for v in line[1:]] for line in lines])
+                if precision[kind].shape != (len(classes), 101):
+                    raise ValueError(f"precision_{kind}.csv is not of {len(classes)} classes")
         box, mask = (
             {name: math.nan if value is None else value for name, value in numbers.get(kind, {}).items()}
             for kind in ("box", "mask")
