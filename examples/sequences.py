@@ -278,9 +278,8 @@ def draw(network: Classifier, data: Data, file: Path, rows: int = 6) -> None:
         share = spent(network, values)
         with torch.no_grad():
             answer = int(network(values[None], torch.tensor([len(values)])).argmax())
-        axis.set_ylabel(
-            f"{data.classes[answer]} ({data.classes[data.test.labels[i]]})", rotation=0, ha="right", va="center"
-        )
+        said = f"{data.classes[answer]} ({data.classes[data.test.labels[i]]})"
+        axis.set_ylabel(said, rotation=0, ha="right", va="center")
         axis.set_yticks([])
         if data.vocabulary:
             axis.axis("off")

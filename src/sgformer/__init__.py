@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from sgformer.models.create import create_model
     from sgformer.models.registry import register_size
     from sgformer.models.released import load_released
-    from sgformer.sequence import SelfGuidedAttention1d, SGFormer1d, Stem1d
     from sgformer.models.significance import register_significance, set_token_budget
+    from sgformer.sequence import SelfGuidedAttention1d, SGFormer1d, Stem1d
     from sgformer.tasks.api import embed, evaluate, explain, export, load_model, predict, train
 
 __all__ = [
