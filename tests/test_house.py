@@ -23,7 +23,7 @@ FLOORS = (
     {"app", "bench"},
     {"tasks"},
     {"training"},
-    {"explaining", "exporting"},
+    {"explaining", "exporting", "sequence"},
     {"backends"},
     {"models"},
     {"heads", "data", "viz"},
@@ -38,6 +38,7 @@ ONLY = {
     "core": set(),
     "models": {"ops", "core"},
     "results": {"core"},
+    "sequence": {"ops", "models"},
     "viz": {"core", "results"},
     "data": {"core"},
 }

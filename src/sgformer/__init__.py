@@ -27,16 +27,18 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from sgformer.models.create import create_model
     from sgformer.models.registry import register_size
     from sgformer.models.released import load_released
-    from sgformer.models.sequence import SelfGuidedAttention1d
     from sgformer.models.significance import register_significance, set_token_budget
+    from sgformer.sequence import SelfGuidedAttention1d, SGFormer1d, Stem1d
     from sgformer.tasks.api import embed, evaluate, explain, export, load_model, predict, train
 
 __all__ = [
     "Inspection",
     "SGFormer",
+    "SGFormer1d",
     "SGFormerConfig",
     "SelfGuidedAttention1d",
     "StageConfig",
+    "Stem1d",
     "UserError",
     "__version__",
     "accelerate",
@@ -65,7 +67,9 @@ __all__ = [
 _HOMES = {
     "Inspection": "sgformer.models.backbone",
     "SGFormer": "sgformer.models.backbone",
-    "SelfGuidedAttention1d": "sgformer.models.sequence",
+    "SGFormer1d": "sgformer.sequence",
+    "SelfGuidedAttention1d": "sgformer.sequence",
+    "Stem1d": "sgformer.sequence",
     "accelerate": "sgformer.backends.native_autograd",
     "create_model": "sgformer.models.create",
     "embed": "sgformer.tasks.api",

@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import sgformer
 from sgformer.models.config import AGGREGATION, with_stages
 from sgformer.models.pyramid import pyramid_backbone
-from sgformer.models.sequence import SelfGuidedAttention1d
+from sgformer.sequence import SelfGuidedAttention1d
 from sgformer.tasks.detect.network import Detector
 from sgformer.tasks.segment.network import Segmenter
 

@@ -276,24 +276,37 @@ class MeanAggregation(Aggregation):
 class WeightedAggregation(Aggregation):
     """The mean of each group, weighted by the softmax of significance standardised over the image's tokens."""
 
+    def pool(self, x: Tensor, groups: list[Tensor], scaled: Tensor) -> Tensor:
+        """(B, N, C), the groups of each region, and standardised significance (B, N) -> (B, M, C)."""
+        return _weighted_mean(x, scaled, groups)
+
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         groups = group(significance, self.shares, self.rates)
-        return _weighted_mean(x, significance, groups), groups
+        return self.pool(x, groups, standardise(significance)), groups
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         # The weights differ by group; drawing needs only the grouping.
         return TokenGroups(grid, grouped, [], [])
 
 
+def standardise(significance: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(B, N) with mean 0 and standard deviation 1, over the tokens that are ``valid``, (B, N) bool."""
+    if valid is None:
+        centred = significance - significance.mean(1, keepdim=True)
+        return centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+    count = valid.sum(1, keepdim=True)
+    mean = significance.where(valid, 0).sum(1, keepdim=True) / count
+    centred = (significance - mean).where(valid, 0)
+    return centred * (centred.square().sum(1, keepdim=True) / count + 1e-12).rsqrt()
+
+
 @fx.wrap
-def _weighted_mean(x: Tensor, significance: Tensor, groups: list[Tensor]) -> Tensor:
-    centred = significance - significance.mean(1, keepdim=True)
-    scaled = centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+def _weighted_mean(x: Tensor, scaled: Tensor, groups: list[Tensor]) -> Tensor:
     pooled = []
     for index in groups:
         flat = index.flatten(1)
         weights = scaled.gather(1, flat).view(index.shape).softmax(-1).to(x.dtype)  # (B, G, r)
-        members = x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, -1)
+        members = x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, x.shape[2])
         pooled.append((weights[..., None, :] @ members).squeeze(2))
     return torch.cat(pooled, 1)
 

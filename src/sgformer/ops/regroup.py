@@ -126,6 +126,43 @@ def group_tokens(order: Tensor, shares: Sequence[float], rates: Sequence[int]) -
     ]
 
 
+def group_sequences(
+    order: Tensor, lengths: Tensor, shares: Sequence[float], rates: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As :func:`group_tokens` for sequences of unequal lengths: each is divided as it would be alone.
+
+    Args:
+        order: (B, N) int64, the tokens of each sequence from the least significant on, its padding last.
+        lengths: (B,) int64, the number of tokens of each sequence, at least 1.
+        shares, rates: of each region.
+
+    Returns:
+        One (B, G_i, r_i) int64 tensor per region, G_i being that of the longest: token indices; and one (B, G_i) bool
+        tensor per region, False where a sequence has no such group, and the indices mean nothing.
+    """
+    groups, valid = [], []
+    ends = _region_ends(lengths, shares)
+    for start, end, rate in zip(ends, ends[1:], rates, strict=False):
+        length = (end - start)[:, None, None]  # (B, 1, 1)
+        counts = (length + rate - 1) // rate
+        most = int(counts.max())
+        positions = torch.arange(most * rate, device=order.device).view(1, most, rate)
+        positions = torch.div((2 * positions + 1) * length, (2 * counts * rate).clamp(min=1), rounding_mode="floor")
+        positions = (start[:, None, None] + positions).clamp(max=order.shape[1] - 1)
+        groups.append(order.gather(1, positions.flatten(1)).view(positions.shape))
+        valid.append(torch.arange(most, device=order.device) < counts[:, 0])
+    return groups, valid
+
+
+def _region_ends(lengths: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """0 and the cumulative :func:`region_lengths` of every sequence, each (B,)."""
+    ends = [torch.zeros_like(lengths)]
+    for i, share in enumerate(accumulate(shares), start=1):
+        end = (share * lengths.double() + 0.5).long().clamp(min=i)
+        ends.append(torch.maximum(ends[-1], torch.minimum(end, lengths - (len(shares) - i))))
+    return [*ends[:-1], lengths]
+
+
 def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
     """Condense groups of tokens: y = sum_k w[k] x[k] + b, the weights over positions shared by all channels.
 
