@@ -177,7 +177,7 @@ def test_the_classifier_takes_the_rows_of_its_classes(tmp_path, name):
     rows, layer, _ = start("n03", "n01")
     assert rows == [2, 0] and torch.equal(layer.weight, same.weight[rows])
     rows, layer, notes = start("ant", "dog", "elk", "cat")
-    assert notes == [f"of the classifier of {path}, 2 classes are kept; dog, elk start afresh"]
+    assert notes == [f"of the classifier of {path}, 2 classes are kept; afresh: dog, elk"]
     assert torch.equal(layer.weight[[0, 3]], same.weight[[0, 2]])
     assert not any(torch.equal(layer.weight[1], row) for row in same.weight)
     rows, layer, notes = start("x", "y", "z")  # as many, but others

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import weakref
 
 import lightning as L
 import numpy as np
@@ -348,6 +349,26 @@ def test_parts_of_a_large_image_are_those_of_the_whole(how, monkeypatch):
     assert [rows.start for rows, _ in parts] == list(range(0, 75, 7)) and parts[-1][0].stop == 75
     torch.testing.assert_close(class_probabilities(model, images, how), whole, atol=1e-6, rtol=1e-5)
     assert torch.equal(network.predicted_labels(model, images, how), class_probabilities(model, images, how).argmax(1))
+
+
+def test_nothing_of_a_part_stays_while_the_next_is_computed(monkeypatch):
+    """Small tensors kept between the large ones of 500 parts cost 1.4 GiB of a process on a photograph of 12 MP."""
+    kept, images = [], torch.randn(1, 3, 6, 4)
+
+    class Part:
+        def argmax(self, dim):
+            labels = torch.zeros(1, 2, 4, dtype=torch.int64)
+            kept.append(weakref.ref(labels))
+            return labels
+
+    def parts(*_):
+        for top in (0, 2, 4):
+            assert not any(labels() is not None for labels in kept)
+            yield slice(top, top + 2), Part()
+
+    monkeypatch.setattr(network, "probabilities_by_rows", parts)
+    assert torch.equal(network.predicted_labels(None, images, None), torch.zeros(1, 6, 4))
+    assert len(kept) == 3
 
 
 def test_validation_in_parts_counts_every_pixel_once(monkeypatch):

@@ -22,16 +22,17 @@ from sgformer.models.load import network_name
 
 WEIGHTS, CONFIG, CARD, CODE = "model.safetensors", "config.json", "README.md", "modeling_sgformer.py"
 
-CLASS = "SGFormerForImageClassification"
+# Named as what it extends: of any other name transformers' pipeline says, wrongly, that it is not supported.
+CLASS = "TimmWrapperForImageClassification"
 
 #: What `trust_remote_code=True` runs instead of `import sgformer` in the reader's own program.
 MODULE = f'''"""The classifier of this folder for transformers; needs sgformer: {how_to_install()}."""
 
 import sgformer  # noqa: F401 - adds its networks to timm
-from transformers import TimmWrapperForImageClassification
+import transformers
 
 
-class {CLASS}(TimmWrapperForImageClassification):
+class {CLASS}(transformers.{CLASS}):
     """SG-Former with a classifier."""
 '''
 

@@ -267,7 +267,8 @@ def classifier_notes(weights: Weights, classes: Sequence[str]) -> list[str]:
             return [f"the classifier of {weights.path} is kept, its classes matched by name"]
         if len(fresh) < len(classes):
             known = len(classes) - len(fresh)
-            return [f"of the classifier of {weights.path}, {known} classes are kept; {quoted(fresh)} start afresh"]
+            kept = "1 class is" if known == 1 else f"{known} classes are"
+            return [f"of the classifier of {weights.path}, {kept} kept; afresh: {quoted(fresh)}"]
         if weights.path.parent == FOLDER:  # the package's is never the user's
             return []
         return [f"the classifier starts afresh: no class of the data is among those of {weights.path}"]

@@ -154,7 +154,11 @@ PART = 2**24
 
 def predicted_labels(model: nn.Module, images: Tensor, how: InferenceSettings) -> Tensor:
     """Normalised images (B, 3, H, W) of any size -> the most probable class of every pixel, (B, H, W) int64."""
-    return torch.cat([part.argmax(1) for _, part in probabilities_by_rows(model, images, how)], 1)
+    # Written into one tensor: small ones kept between large ones make the allocator take fresh memory for each part.
+    labels = torch.empty(images.shape[0], *images.shape[-2:], dtype=torch.int64, device=images.device)
+    for rows, part in probabilities_by_rows(model, images, how):
+        labels[:, rows] = part.argmax(1)
+    return labels
 
 
 @torch.no_grad()
