@@ -76,8 +76,8 @@ def _of_objects(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def join_keypoints(image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`points` (N * K, 4), boxes without area, and `visible` (N, K) as `keypoints` (N, K, 3): x, y, and 1 for those that
-    are labelled and in the image, else zeros."""
+    """`points` (N * K, 4), boxes without area, and `visible` (N, K) as `keypoints` (N, K, 3): x, y, 1 for those
+    that are labelled and in the image, else zeros."""
     height, width = target["points"].canvas_size
     at = target["points"].as_subclass(torch.Tensor)[:, :2].reshape(*target["visible"].shape, 2)
     inside = ((at > 0) & (at < torch.tensor([width, height]))).all(-1)  # cropping leaves what is outside at the edge

@@ -133,7 +133,7 @@ def usable(
     labelled = sum(point[2] > 0 for point in points)
     if _is_number(entry.get("num_keypoints")) and entry["num_keypoints"] != labelled:
         notes[MISCOUNTED] += 1
-    inside = [0 <= x <= width and 0 <= y <= height for x, y, _ in points]
+    inside = [-HALF <= x <= width and -HALF <= y <= height for x, y, _ in points]
     outside = sum(point[2] > 0 and not there for point, there in zip(points, inside, strict=True))
     notes[OUTSIDE] += outside
     if labelled == outside:
@@ -147,7 +147,7 @@ _SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)
 _OTHER = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 
-def mirror_order(names: Sequence[str], pairs: Sequence[str] = ()) -> tuple[list[int], str]:
+def mirror_order(names: Sequence[str], pairs: Sequence[str] = ()) -> tuple[list[int], list[str], bool]:
     """The order of the keypoints in a mirrored image: `left_eye` comes where `right_eye` was.
 
     Args:
@@ -155,7 +155,8 @@ def mirror_order(names: Sequence[str], pairs: Sequence[str] = ()) -> tuple[list[
         pairs: those that change places, "A:B"; by default names that differ in left and right alone.
 
     Returns:
-        For each place the keypoint that comes there, and why images had better not be mirrored; "" if they may.
+        For each place the keypoint that comes there; the keypoints of one side that lack their twin on the other; and
+        whether any keypoint has a side.
 
     Raises:
         UserError: a pair is malformed or names no keypoint.
@@ -173,14 +174,12 @@ def mirror_order(names: Sequence[str], pairs: Sequence[str] = ()) -> tuple[list[
                 raise UserError(f"--flip-pairs {_short(pair)}: {visible(end)} is in two pairs")
         order[place[ends[0]]], order[place[ends[1]]] = place[ends[1]], place[ends[0]]
     if pairs:
-        return order, ""
+        return order, [], True
     twins = {name: _SIDE.sub(lambda found: _OTHER.get(found[0], found[0]), name) for name in names}
     sided = {name: twin for name, twin in twins.items() if twin != name}
-    if alone := [name for name, twin in sided.items() if twin not in place]:
-        return order, f"keypoints of one side have none of the same name on the other: {quoted(alone)}"
     for name, twin in sided.items():
-        order[place[name]] = place[twin]
-    return order, "" if sided else "no name of a keypoint says left or right"
+        order[place[name]] = place.get(twin, place[name])
+    return order, [name for name, twin in sided.items() if twin not in place], bool(sided)
 
 
 # -- how far off still counts -----------------------------------------------------------------------------------------
