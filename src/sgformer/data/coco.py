@@ -129,9 +129,11 @@ class CocoListing:
         return [(label, box, segmentation) for label, box, segmentation, *_ in json.loads(self.objects[index])]
 
     def keypoints_of(self, index: int) -> np.ndarray:
-        """The keypoints of the objects of image `index`, (N, K, 3): x, y and visibility, zeros where not labelled."""
-        count = len(self.skeleton.names) if self.skeleton else 0
-        return np.array([thing[3] for thing in json.loads(self.objects[index])], dtype=float).reshape(-1, count, 3)
+        """The keypoints of the objects of image `index`, if they are read: (N, K, 3) x, y and visibility as in COCO's
+        files, zeros where not labelled or outside."""
+        assert self.skeleton is not None
+        found = np.array([thing[3] for thing in json.loads(self.objects[index])], dtype=float)
+        return found.reshape(-1, len(self.skeleton.names), 3)
 
     def describe(self) -> str:
         """One line: file, number of images and objects, and the notes."""

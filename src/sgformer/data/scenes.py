@@ -75,8 +75,9 @@ FASHION_CLASSES = (
 )
 # fmt: on
 
-#: Keypoints of an object: the corners of the box around its ink, turned and sheared with it.
-CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")
+#: Keypoints of an object: of the upright one's ink, what is farthest towards each corner.
+ENDS = ("left_top", "right_top", "right_bottom", "left_bottom")
+TOWARDS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
 
 OUTLINE = ((1, 2), (2, 3), (3, 4), (4, 1))
 
@@ -103,12 +104,12 @@ class Sprites(NamedTuple):
 
 class Instance(NamedTuple):
     """An object of a scene: class index, visible mask (H, W) bool, whether another object occludes it in part, and its
-    `CORNERS` (4, 2), x and y from the corner of the first pixel."""
+    `ENDS` (4, 2), x and y from the corner of the first pixel."""
 
     label: int
     mask: np.ndarray
     occluded: bool
-    corners: np.ndarray
+    ends: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def make_scenes(
         imagenet: `{train,val}/CLASS/000000.jpg`, one object per image, classes round-robin.
         coco: `{train,val}2017/000000000001.jpg`, `annotations/instances_{train,val}2017.json`, 1 to 6 objects that may
             occlude each other. Boxes, areas and masks are of the visible parts; a mask is a list of polygons, or
-            uncompressed RLE if it is partly occluded or has a hole. Keypoints are the four corners of the box around
-            the upright object, turned with it; those that another object covers are hidden ones.
+            uncompressed RLE if it is partly occluded or has a hole. Keypoints are where the upright object reaches
+            farthest towards each corner, turned with it; those that another object covers are hidden ones.
         ade20k: `images/{training,validation}/00000001.jpg`, `annotations/{training,validation}/00000001.png` (label
             maps, 8-bit: 0 = background, 1 to 10 = classes), `classes.txt`; the same scenes as coco.
 
@@ -305,7 +306,7 @@ def compose(
     labels: list[int] = []
     full: list[np.ndarray] = []
     visible: list[np.ndarray] = []
-    corners: list[np.ndarray] = []
+    placed: list[np.ndarray] = []
     for _ in range(count):
         kind = label if label is not None else int(rng.integers(len(sources.classes)))
         for _attempt in range(8):
@@ -323,7 +324,7 @@ def compose(
         scene += alpha[..., None] * (paint - scene)
         visible = [under & ~(rim > 0.5) for under in visible] + [mask]
         full.append(mask)
-        corners.append(ends)
+        placed.append(ends)
         labels.append(kind)
 
     scene *= _light(rng, size)
@@ -333,7 +334,7 @@ def compose(
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6) * size / 96))
     objects = [
         Instance(kind, part, bool((part != mask).any()), ends)
-        for kind, part, mask, ends in zip(labels, visible, full, corners, strict=True)
+        for kind, part, mask, ends in zip(labels, visible, full, placed, strict=True)
     ]
     return image, objects
 
@@ -415,7 +416,7 @@ def _sprite(
         fraction: its height before rotation, as a fraction of the frame.
 
     Returns:
-        Its soft matte and its brightness, both (size, size) float32 within [0, 1]; and its `CORNERS`.
+        Its soft matte and its brightness, both (size, size) float32 within [0, 1]; and its `ENDS`.
     """
     choices = np.flatnonzero(sprites.labels == label)
     pixels = sprites.images[choices[rng.integers(len(choices))]]
@@ -440,14 +441,15 @@ def _sprite(
         (*inverse[0], offset[0], *inverse[1], offset[1]),
         Image.Resampling.BICUBIC,
     )
-    left, top, across, down = _box(pixels > (INK_SHADED if sprites.shaded else INK))
-    ends = np.array([(left, top), (left + across, top), (left + across, top + down), (left, top + down)]) + 1  # padded
-    corners = (ends * target / (columns + 2, rows + 2) - offset) @ matrix.T
+    ink = np.argwhere(pixels > (INK_SHADED if sprites.shaded else INK))[:, ::-1]  # x, y
+    reached = [ink @ way for way in TOWARDS]
+    farthest = np.array([ink[reach == reach.max()].mean(0) for reach in reached]) + 1.5  # padded; the pixels' middles
+    ends = (farthest * target / (columns + 2, rows + 2) - offset) @ matrix.T
     values = np.asarray(laid, dtype=np.float32) / 255
     if sprites.shaded:
-        return _smoothstep(values, 0.03, 0.25), values, corners
+        return _smoothstep(values, 0.03, 0.25), values, ends
     weight = rng.uniform(0.36, 0.54)  # ink threshold: thin or heavy strokes
-    return _smoothstep(values, weight - 0.12, weight + 0.12), np.ones_like(values), corners
+    return _smoothstep(values, weight - 0.12, weight + 0.12), np.ones_like(values), ends
 
 
 def _smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -559,9 +561,9 @@ def _write_coco(root: Path, split: str, index: int, image: Image.Image, objects:
 
 
 def _keypoints(instance: Instance, above: list[Instance]) -> dict[str, Any]:
-    """The entries of an annotation for an object's corners; COCO counts pixels from the middle of the first one."""
+    """The entries of an annotation for an object's ends; COCO counts pixels from the middle of the first one."""
     size, values = len(instance.mask), []
-    for x, y in instance.corners.tolist():
+    for x, y in instance.ends.tolist():
         inside = 0 <= x < size and 0 <= y < size
         hidden = inside and any(other.mask[int(y), int(x)] for other in above)
         values += [round(x - 0.5, 2), round(y - 0.5, 2), 1 if hidden else 2] if inside else [0, 0, 0]
@@ -586,7 +588,7 @@ def _coco_json(classes: tuple[str, ...], count: int, size: int, annotations: lis
         "info": {"description": "sgformer scenes"},
         "licenses": [],
         "categories": [
-            {"id": i, "name": name, "supercategory": "object", "keypoints": CORNERS, "skeleton": OUTLINE}
+            {"id": i, "name": name, "supercategory": "object", "keypoints": ENDS, "skeleton": OUTLINE}
             for i, name in enumerate(classes, 1)
         ],
         "images": [{"id": i, "file_name": f"{i:012d}.jpg", "width": size, "height": size} for i in range(1, count + 1)],
