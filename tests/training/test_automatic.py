@@ -11,7 +11,7 @@ from sgformer.core.errors import UserError
 from sgformer.data.typical import typical_side
 from sgformer.tasks import registry
 from sgformer.tasks.classify.config import ClassifyConfig
-from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.config import DetectConfig, ObjectsConfig
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.training.config import AUTO, OPTIMISERS, DataFacts, make_config, read_yaml
 from sgformer.training.run_folder import resumed_config
@@ -34,7 +34,7 @@ def test_nothing_stays_open_and_every_schedule_holds(kind, images, pretrained, d
     config.check_schedule(total, per_pass)
     if kind is ClassifyConfig:
         assert config.warmup_epochs <= config.epochs / 10
-    elif kind is DetectConfig:
+    elif issubclass(kind, ObjectsConfig):
         assert config.warmup_steps <= total / 10 and max(config.lr_drops) < config.epochs
     else:
         assert config.warmup_steps <= total / 10 and config.val_every <= total
