@@ -499,6 +499,9 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
     Required fields are filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching treats id 0 as
     no match), and polygons of fewer than three points are removed. Nothing else changes. With keypoints, only the
     classes that have them are in it, and `keypoints` and `num_keypoints` are filled in.
+
+    Raises:
+        UserError: ids are numbers and text.
     """
     entries = _plain(_load(listing.json) if listing.content is None else json.loads(listing.content), listing.json)
     if listing.skeleton:
@@ -525,6 +528,13 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
         if not _is_number(entry.get("area")):
             done["area"] = mask_area(mask, image.height, image.width) if mask and listing.has_masks else box[2] * box[3]
         annotations.append(done)
+    for what, ids in (("images", sizes), ("categories", {entry["id"]: entry for entry in entries.categories})):
+        kinds = {isinstance(key, str): key for key in ids}
+        if len(kinds) > 1:  # pycocotools sorts them
+            raise UserError(
+                f"{listing.json}: ids of {what} are numbers and text ({_short(kinds[False])}, {_short(kinds[True])}); "
+                "make them all the same"
+            )
     images = [{"id": i.id, "file_name": i.file_name, "width": i.width, "height": i.height} for i in sizes.values()]
     return {"info": {}, "images": images, "categories": entries.categories, "annotations": annotations}
 
