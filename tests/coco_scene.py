@@ -43,6 +43,23 @@ def content(
     }
 
 
+#: Keypoints of a category, two of which have sides, and of an object: a point each at its corners.
+POINTS = {"keypoints": ["nose", "left_eye", "right_eye", "tail"], "skeleton": [[1, 2], [1, 3], [1, 4]]}
+
+
+def pointed(image: Any, category: Any, box: list[float], **more: Any) -> dict[str, Any]:
+    """A `thing` with `POINTS`: visible ones at its corners, clockwise from the upper left, the last one hidden."""
+    x, y, w, h = box
+    corners = [(x, y, 2), (x + w - 1, y, 2), (x + w - 1, y + h - 1, 2), (x, y + h - 1, 1)]
+    return thing(image, category, box, **{"keypoints": [v for corner in corners for v in corner], **more})
+
+
+def pointed_content(annotations: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """`content` of classes that have `POINTS`."""
+    whole = content(annotations, **more)
+    return {**whole, "categories": [{**category, **POINTS} for category in whole["categories"]]}
+
+
 def write_coco(root: Path, data: dict[str, Any], split: str = "train") -> Path:
     """Write `annotations/instances_SPLIT.json` and images in `SPLIT/`, bright boxes on noise; returns the JSON."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from sgformer.core.files import replacing
 
 #: Detections with a lower score are not drawn.
 SHOWN = 0.5
+#: Keypoints with a lower score are not drawn: how probable the most probable of 56 x 56 places is.
+POINT_SHOWN = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ class Detections:
 
 
 def coco_result(
-    image_id: Any, category_id: Any, box: Sequence[float], score: float, mask: np.ndarray | None
+    image_id: Any,
+    category_id: Any,
+    box: Sequence[float],
+    score: float,
+    mask: np.ndarray | None = None,
+    keypoints: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """One object in COCO's results format, with its mask as RLE.
 
@@ -109,12 +116,15 @@ def coco_result(
         box: [x1, y1, x2, y2] in pixels.
         score: in [0, 1].
         mask: (H, W) of 0 and 1, covering the full image, or None.
+        keypoints: [x, y, score] of each, from the corner of the first pixel; the result's, as COCO's, from its middle.
     """
     x1, y1, x2, y2 = box
     result = {"image_id": image_id, "category_id": category_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
     if mask is not None:
         rle = require("pycocotools.mask", extra="detect").encode(mask.astype(np.uint8, order="F"))
         result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    if keypoints is not None:
+        result["keypoints"] = [v for x, y, sure in keypoints for v in (x - 0.5, y - 0.5, sure)]
     return result
 
 
@@ -123,10 +133,21 @@ def named(results: Sequence[dict[str, Any]], category_ids: Sequence[Any], names:
     return [{**r, "category_id": category_ids[r["category_id"]], "class": names[r["category_id"]]} for r in results]
 
 
-def as_coco(detections: Sequence[Detections], category_ids: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+def as_coco(
+    detections: Sequence[Detections],
+    category_ids: Sequence[Any],
+    names: Sequence[str],
+    category: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Detections as COCO annotations with scores, which labelling tools and `--data` read.
 
-    Images are numbered from 1; `file_name` is `Detections.image`.
+    Images are numbered from 1; `file_name` is `Detections.image`. Every keypoint is said to be visible, which is what
+    annotations have in the place of a score; the scores are apart, in `keypoint_scores`.
+
+    Args:
+        detections: of each image.
+        category_ids, names: of the classes.
+        category: further entries of every category.
     """
     pairs = [(i, result) for i, detection in enumerate(detections, 1) for result in detection.results]
     copied = ("category_id", "bbox", "score", "segmentation")
@@ -135,18 +156,30 @@ def as_coco(detections: Sequence[Detections], category_ids: Sequence[Any], names
             {"id": i, "file_name": detection.image, "width": detection.size[1], "height": detection.size[0]}
             for i, detection in enumerate(detections, 1)
         ],
-        "categories": [{"id": key, "name": name} for key, name in zip(category_ids, names, strict=True)],
+        "categories": [
+            {"id": key, "name": name, **(category or {})} for key, name in zip(category_ids, names, strict=True)
+        ],
         "annotations": [
             {
                 "id": number,
                 "image_id": i,
                 **{name: result[name] for name in copied if name in result},
+                **_annotated_points(result),
                 "area": result["bbox"][2] * result["bbox"][3],
                 "iscrowd": 0,
             }
             for number, (i, result) in enumerate(pairs, 1)
         ],
     }
+
+
+def _annotated_points(result: Mapping[str, Any]) -> dict[str, Any]:
+    values = result.get("keypoints")
+    if values is None:
+        return {}
+    count = len(values) // 3
+    placed = [v for i in range(count) for v in (values[3 * i], values[3 * i + 1], 2)]
+    return {"keypoints": placed, "num_keypoints": count, "keypoint_scores": values[2::3]}
 
 
 @dataclass(frozen=True)
@@ -164,7 +197,8 @@ class Explanation:
         rates: per self-guided block, the number of tokens of each region that form one key/value token.
         logits: (classes,) float32; classifiers only.
         overlay: (h, w, 3) uint8, a dense network's prediction drawn over the image: boxes, masks, pixel classes.
-        prediction: dense networks only: `labels` (H, W); or `boxes` (N, 4), `labels`, `scores` (N,), `masks` (N, H, W).
+        prediction: dense networks only: `labels` (H, W); or `boxes` (N, 4), `labels`, `scores` (N,), `masks` (N, H, W),
+            `keypoints` (N, K, 3).
     """
 
     image: np.ndarray

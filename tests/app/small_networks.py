@@ -28,6 +28,12 @@ def save_weights(task: str, path: Path, seed: int = 0) -> Path:
 
         more = {"classes": ["background", "bee", "cat"], "short_side": 48, "reduce_zero_label": False}
         Segmenter(pyramid_backbone("sgformer_n"), "semantic-fpn", 3, 16).save(path, about | more)
+    elif task == "keypoints":
+        from sgformer.tasks.keypoints.network import KeypointDetector
+
+        more = {"category_ids": [1, 2, 3], "image_size": [64, 96], "sigmas": [0.1, 0.1]}
+        more |= {"keypoints": ["left", "right"], "skeleton": [[1, 2]]}
+        KeypointDetector(pyramid_backbone("sgformer_n"), 3, 2, width=16).save(path, about | more)
     else:
         from sgformer.tasks.detect.network import Detector
 

@@ -22,6 +22,7 @@ from sgformer.app.worker import Stopped, Worker
 from sgformer.data.image import read_image
 from sgformer.explaining.base import ranked_by
 from sgformer.tasks.detect.explain import DetectExplainer
+from sgformer.tasks.registry import TASKS
 
 pytest.importorskip("fastapi")
 from sgformer.app.server import bind, bounded, build, guard, host_names, is_loopback, read_body
@@ -30,7 +31,7 @@ from sgformer.app.server import bind, bounded, build, guard, host_names, is_loop
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    return {task: save_weights(task, folder / f"{task}.safetensors") for task in ("classify", "segment", "detect")}
+    return {task: save_weights(task, folder / f"{task}.safetensors") for task in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+@pytest.mark.parametrize("task", TASKS)
 def test_a_look_of_every_task(weights, task, monkeypatch):
     monkeypatch.setattr(DetectExplainer, "score", 0.0)
     session = desk_here(weights[task])
@@ -53,7 +54,7 @@ def test_a_look_of_every_task(weights, task, monkeypatch):
     assert result.network.task == task and session.find(result.id) is result
     answer = result.summary()
     assert answer and all(0 <= entry["share"] <= 1 for entry in answer)
-    if task == "detect":
+    if task in ("detect", "keypoints"):
         assert len(answer) == len(result.explanation.prediction["boxes"])
     else:
         assert abs(sum(entry["share"] for entry in answer) - 1) < 1e-4

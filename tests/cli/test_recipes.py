@@ -9,7 +9,7 @@ from photos import make_photos
 from sgformer.cli import main
 
 pytest.importorskip("lightning")
-DENSE = ("detect_", "segment_")
+DENSE = ("detect_", "keypoints_", "segment_")
 RECIPES = sorted(p for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if not p.name.startswith(DENSE))
 SMALL = ["--image-size", "32", "--batch-size", "2", "--max-steps", "1", "--workers", "0", "--precision", "fp32"]
 

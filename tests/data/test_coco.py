@@ -330,6 +330,15 @@ def test_bad_images_stop_or_are_left_out(tmp_path):
     assert len(batch.skipped) == 1 and "20.png" in batch.skipped[0]
 
 
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_ids_of_two_kinds_cannot_be_evaluated(tmp_path, key):
+    data = content([thing(10, 3, [4, 4, 8, 8])])
+    data[key][1 if key == "images" else 0]["id"] = "other"
+    listing = read_coco(write_coco(tmp_path, data), tmp_path / "train")
+    with pytest.raises(UserError, match=rf"ids of {key} are numbers and text \((10|3), other\)"):
+        ground_truth(listing)
+
+
 def test_ground_truth_is_the_file_with_what_pycocotools_needs(tmp_path):
     bare = {"image_id": 10, "category_id": 3, "bbox": [1, 1, 4, 4], "segmentation": rectangle(1, 1, 4, 4)}
     data = content([])

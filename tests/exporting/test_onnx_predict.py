@@ -17,7 +17,7 @@ from small_export import small
 import sgformer
 from sgformer.cli import main
 from sgformer.core.errors import UserError
-from sgformer.data.image import centre
+from sgformer.data.image import Images, centre
 from sgformer.data.preparing import eval_transform
 from sgformer.exporting import export as exporting
 from sgformer.exporting import onnx_predict as exported
@@ -27,6 +27,7 @@ from sgformer.models.load import read_weights
 from sgformer.models.pyramid import pyramid_backbone
 from sgformer.tasks.detect.network import Detector
 from sgformer.tasks.detect.predict_onnx import paste_mask
+from sgformer.tasks.keypoints.network import KeypointDetector
 from sgformer.tasks.registry import get_task
 from sgformer.tasks.segment.network import Segmenter
 from sgformer.viz.detection import instances_of
@@ -80,8 +81,17 @@ def detector(place):
     about = {"classes": ["ant", "bee"], "category_ids": [3, 7], "image_size": [64, 96]}
     model.save(place / "d.safetensors", about)
     Detector(pyramid_backbone(backbone), 2, masks=False, width=16).save(place / "boxes.safetensors", about)
-    for name in ("d", "boxes"):
-        graph = get_task("detect").graph(read_weights(place / f"{name}.safetensors"), True, False, False)
+    points = KeypointDetector(pyramid_backbone(backbone), 2, 3, width=16)
+    held = points.state_dict()
+    shared = {n: v for n, v in model.state_dict().items() if n in held and held[n].shape == v.shape}
+    points.load_state_dict({**held, **shared})
+    with torch.no_grad():
+        points.heads.roi_heads.keypoint_predictor.kps_score_lowres.weight.mul_(50)
+    places = {"keypoints": ["a", "b", "c"], "skeleton": [[1, 3]], "sigmas": [0.1] * 3}
+    points.save(place / "points.safetensors", {**about, **places})
+    for name in ("d", "boxes", "points"):
+        stored = read_weights(place / f"{name}.safetensors")
+        graph = get_task(stored.task).graph(stored, True, False, False)
         about = {**graph.about, "precision": "fp32", "input_size": (64, 96), "multiple": 1}
         FORMATS.get("onnx")().write(graph, torch.randn(1, 3, 64, 96), (64, 96), about, place / f"{name}.onnx")
     (place / "scenes").mkdir()
@@ -167,6 +177,24 @@ def test_a_detector_without_masks(detector):
     (found,) = sgformer.predict(detector / "boxes.onnx", detector / "scenes/a.png", score=0.05)
     assert found.size == (64, 96) and found.results and "segmentation" not in found.results[0]
     assert instances_of(found, ["ant", "bee"]).masks is None
+
+
+def test_keypoints_are_found_in_the_same_places(detector):
+    for picture in ("a", "b"):  # these fill the file exactly
+        mine, theirs = (
+            sgformer.predict(detector / f"points.{kind}", detector / f"scenes/{picture}.png", score=0.05)[0].results
+            for kind in ("onnx", "safetensors")
+        )
+        assert len(mine) == len(theirs) > 5
+        pairs = [(x, min(theirs, key=lambda y, x=x: apart(x, y))) for x in mine]
+        a, b = (np.array([pair[k]["keypoints"] for pair in pairs if apart(*pair) < 0.1]).reshape(-1, 3) for k in (0, 1))
+        assert len(a) > 0.9 * 3 * len(mine) and np.ptp(b[:, 0]) > 20 and 0.05 < np.median(b[:, 2]) <= 1
+        same = (np.abs(a[:, :2] - b[:, :2]).max(1) < 0.1) & (np.abs(a[:, 2] - b[:, 2]) < 1e-3)
+        assert same.mean() > 0.9  # two peaks of a random map may be equally high
+    with pytest.raises(UserError, match="are not those of a detector"):
+        network = exported.ExportedNetwork(detector / "points.onnx")
+        network.metadata["keypoints"] = ["a", "b"]
+        next(get_task("keypoints").predict_exported(network, Images([detector / "scenes/a.png"])))
 
 
 @pytest.mark.parametrize("size", [(64, 96), (300, 41)])

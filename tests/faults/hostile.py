@@ -50,9 +50,8 @@ from sgformer.data.sharding import index_shards, make_shards
 from sgformer.data.shards import INDEX, Index
 from sgformer.data.store import Store
 from sgformer.models.released import load_released, to_released
-from sgformer.tasks.classify.config import ClassifyConfig
-from sgformer.tasks.detect.config import DetectConfig
-from sgformer.tasks.segment.config import SegmentConfig
+from sgformer.tasks.detect.metrics import CocoMetric
+from sgformer.tasks.registry import TASKS, get_task
 from sgformer.training.config import make_config, read_yaml, refuse_remote
 
 Inputs = Iterator[tuple[str, bytes]]
@@ -323,8 +322,8 @@ JUNK = (
 def annotations() -> dict[str, Any]:
     rle = {"size": [48, 64], "counts": [10, 5, 48 * 64 - 15]}
     packed = {"size": [48, 64], "counts": "PQ3"}
-    boxes = [coco_scene.thing(10, 3, [4, 5, 20, 10]), coco_scene.thing(20, 7, [30, 20, 10, 10], segmentation=rle)]
-    return coco_scene.content([*boxes, coco_scene.thing(10, 7, [0, 0, 64, 48], segmentation=packed, iscrowd=1)])
+    boxes = [coco_scene.pointed(10, 3, [4, 5, 20, 10]), coco_scene.pointed(20, 7, [30, 20, 10, 10], segmentation=rle)]
+    return coco_scene.pointed_content([*boxes, coco_scene.thing(10, 7, [0, 0, 64, 48], segmentation=packed, iscrowd=1)])
 
 
 def mutated_annotations(seed: int = 0) -> Inputs:
@@ -374,7 +373,12 @@ def try_annotations(name: str, data: bytes, folder: Path) -> str:
     path.write_bytes(data)
 
     def read() -> None:
-        listing = read_coco(path, folder / "train", check_files=False)
+        check(False)
+        if check(None).skeleton:
+            check(True)
+
+    def check(keypoints: bool | None) -> Any:
+        listing = read_coco(path, folder / "train", check_files=False, keypoints=keypoints)
         inside = (folder / "train").resolve()
         assert all(listing.path(i).resolve().is_relative_to(inside) for i in range(len(listing))), "leads out"
         dataset = CocoDataset(listing, bad_images="skip")
@@ -384,7 +388,13 @@ def try_annotations(name: str, data: bytes, folder: Path) -> str:
                 boxes = sample.target["boxes"]
                 assert boxes.isfinite().all() and len(boxes) == len(sample.target["labels"])
                 assert (sample.target["labels"] <= len(listing.classes)).all()
-        ground_truth(listing)
+                assert listing.skeleton is None or sample.target["points"].isfinite().all()
+        truth = ground_truth(listing)
+        if keypoints:
+            CocoMetric(truth, listing.classes, listing.own_ids, False, [0.1] * len(listing.skeleton.names)).evaluate(
+                [], []
+            )
+        return listing
 
     try:
         return refused(name, read)
@@ -729,7 +739,7 @@ def _status_of(arguments: list[str]) -> str:
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 
-CONFIGS = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+CONFIGS = {name: get_task(name).Config for name in TASKS}
 WORDS = (
     *("", "-1", "0", "1", "2", "1.5", "-0.0", "1e400", "nan", "inf", "null", "None", "true", "99999999999999999999"),
     *("[]", "[1,2]", "[32,32]", "{}", "a: b", "[", "*x", "&x", "!!python/object/apply:os.system ['true']"),

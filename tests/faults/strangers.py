@@ -43,6 +43,7 @@ from sgformer.models.checkpoint import checksum, read_metadata
 from sgformer.models.pyramid import Pyramid
 from sgformer.models.released import load_released
 from sgformer.tasks.detect.network import Detector
+from sgformer.tasks.keypoints.network import KeypointDetector
 from sgformer.tasks.segment.network import Segmenter
 from sgformer.tasks.sweep import read_ablation
 from sgformer.training.run_folder import RunFolder, resumed_config
@@ -54,7 +55,16 @@ ODD = (
     *(None, True, False, -1, 0, 1, 2, 3, 7, 32, 33, 64, 1.5, 0.25, 1e-9, 1e308, float("nan"), float("inf")),
     *(97, 512, 4096, 4097, 16385, 65_537, 10**6, 2**31, 2**63, 10**30),
     *("", "x", "64", "a\nb", "\x1b[31m", "\ud800", "a" * 5000, "sgformer_b", "resnet18", "resnet10t.a1_in1k"),
-    *("hf-hub:timm/resnet10t.c3_in1k", "hf_hub:a/b", "local-dir:/tmp", "../x", "classify", "detect", "segment"),
+    *(
+        "hf-hub:timm/resnet10t.c3_in1k",
+        "hf_hub:a/b",
+        "local-dir:/tmp",
+        "../x",
+        "classify",
+        "detect",
+        "keypoints",
+        "segment",
+    ),
     *("upernet", "mask-rcnn", "bicubic", "random", "window", "single", "mean", "linear"),
     *([], [[]], {}, [1], [64, 64], [64, 64, 64], [0.5] * 3, [0, 0, 0], ["a", "b"], [[0.5, 10**9], [0.5, 1]]),
     *([[0.01, 1]] * 100, [None], {"a": 1}, [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]),
@@ -74,6 +84,8 @@ def described() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     backbone = Pyramid(sgformer.create_model(config.replace(num_classes=0)))
     detector = Detector(backbone, 2, width=8)
     detects = {"task": "detect", "model": "mine", "classes": ["a", "b"], "category_ids": [3, 7], "image_size": [64, 96]}
+    pointer = KeypointDetector(Pyramid(sgformer.create_model(config.replace(num_classes=0))), 2, 2, width=8)
+    points = {**detects, "task": "keypoints", "keypoints": ["l", "r"], "skeleton": [[1, 2]], "sigmas": [0.1, 0.1]}
     segmenter = Segmenter(Pyramid(sgformer.create_model(config.replace(num_classes=0))), "semantic-fpn", 3, 8)
     segments = {"task": "segment", "model": "mine", "classes": ["a", "b", "c"], "image_size": [64, 64]}
     segments |= {"short_side": 64, "reduce_zero_label": False, "binary": False}
@@ -83,6 +95,7 @@ def described() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     kinds = {
         "classify": (model, {"format": "sgformer", "config": model.config.to_dict(), "metadata": about}),
         "detect": (detector, {"format": dense, "metadata": {**detects, "architecture": detector.architecture}}),
+        "keypoints": (pointer, {"format": dense, "metadata": {**points, "architecture": pointer.architecture}}),
         "segment": (segmenter, {"format": dense, "metadata": {**segments, "architecture": segmenter.architecture}}),
         "timm": (other, {"format": "timm", "metadata": of_timm}),
     }

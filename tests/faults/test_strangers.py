@@ -196,6 +196,18 @@ ONE = {
         ({"metadata__no_image_size": None}, "lack image_size"),
         ({"metadata__no_task": None}, "holds no classifier, only a backbone"),
     ],
+    "keypoints": [
+        ({"metadata__keypoints": ["l"]}, "sigmas must be as many as the keypoints"),
+        ({"metadata__keypoints": ["l", 2]}, "keypoints must be a list of names"),
+        ({"metadata__skeleton": [[1, 3]]}, "skeleton must be pairs of numbers of keypoints"),
+        ({"metadata__skeleton": [[0, 1]]}, "skeleton must be pairs of numbers from 1"),
+        ({"metadata__sigmas": [0.1, 0]}, "sigmas must be numbers above 0"),
+        ({"metadata__keypoints": ["a", "b", "c"], "metadata__sigmas": [1, 1, 1]}, "names 3 keypoints, but its network"),
+        ({"metadata__no_keypoints": None, "metadata__no_skeleton": None}, "sigmas must be as many|lack keypoints"),
+        ({"metadata__architecture__keypoints": 10**6}, "another shape"),
+        ({"metadata__architecture__keypoints": "2"}, "keypoints must be a number from 1"),
+        ({"metadata__task": "detect"}, "KeyError: 'head'"),
+    ],
     "segment": [
         ({"metadata__short_side": 10**6}, "short_side must be"),
         ({"metadata__no_short_side": None}, "lack short_side"),

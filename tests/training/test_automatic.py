@@ -9,13 +9,14 @@ from photos import make_photos
 
 from sgformer.core.errors import UserError
 from sgformer.data.typical import typical_side
+from sgformer.tasks import registry
 from sgformer.tasks.classify.config import ClassifyConfig
-from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.config import DetectConfig, ObjectsConfig
 from sgformer.tasks.segment.config import SegmentConfig
 from sgformer.training.config import AUTO, OPTIMISERS, DataFacts, make_config, read_yaml
 from sgformer.training.run_folder import resumed_config
 
-TASKS = [ClassifyConfig, DetectConfig, SegmentConfig]
+TASKS = [registry.get_task(name).Config for name in registry.TASKS]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 PHOTOS = DataFacts(3000, 144, 10, pretrained=True)
 
@@ -33,7 +34,7 @@ def test_nothing_stays_open_and_every_schedule_holds(kind, images, pretrained, d
     config.check_schedule(total, per_pass)
     if kind is ClassifyConfig:
         assert config.warmup_epochs <= config.epochs / 10
-    elif kind is DetectConfig:
+    elif issubclass(kind, ObjectsConfig):
         assert config.warmup_steps <= total / 10 and max(config.lr_drops) < config.epochs
     else:
         assert config.warmup_steps <= total / 10 and config.val_every <= total
@@ -120,7 +121,8 @@ def test_epochs_count_in_segmentation():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_leave_nothing_open(recipe):
-    kind = {"detect": DetectConfig, "segment": SegmentConfig}.get(recipe.stem.split("_")[0], ClassifyConfig)
+    task = recipe.stem.split("_")[0]
+    kind = registry.get_task(task if task in registry.TASKS else "classify").Config
     config = make_config(kind, read_yaml(recipe, kind))
     left = [name for name in config.automatic() if config.is_auto(name)]
     assert not left or (left == ["steps"] and config.epochs)

@@ -8,8 +8,7 @@ import yaml
 
 from sgformer.core.errors import UserError
 from sgformer.tasks.classify.config import ClassifyConfig
-from sgformer.tasks.detect.config import DetectConfig
-from sgformer.tasks.segment.config import SegmentConfig
+from sgformer.tasks.registry import TASKS, get_task
 from sgformer.training.config import RunConfig, make_config, read_yaml, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -79,7 +78,8 @@ def test_every_field_is_explained():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_hold(recipe):
-    kind = {"detect": DetectConfig, "segment": SegmentConfig}.get(recipe.stem.split("_")[0], ClassifyConfig)
+    task = recipe.stem.split("_")[0]
+    kind = get_task(task if task in TASKS else "classify").Config
     config = make_config(kind, read_yaml(recipe, kind))
     written = yaml.safe_load(recipe.read_text())
     values = config.to_dict()
@@ -108,7 +108,7 @@ def test_an_option_of_sgformer_is_refused_for_other_networks():
     assert ClassifyConfig(data="photos", model="sgformer_n", coarse="window").coarse == "window"
 
 
-@pytest.mark.parametrize("config_class", [ClassifyConfig, SegmentConfig, DetectConfig])
+@pytest.mark.parametrize("config_class", [get_task(name).Config for name in TASKS])
 def test_guidance_is_asked_for_by_name(config_class):
     config = config_class(model="sgformer_n", significance="fine", aggregation="mean", regions="1:9/1:4/1:1")
     assert config.guidance["significance"] == "fine" and config.guidance["stages"][0].regions == ((1.0, 9),)

@@ -133,7 +133,7 @@ def data_scenes(
         val: number of validation scenes.
         image_size: side of the images in pixels.
         seed: random seed; the same seed gives the same files.
-        layout: imagenet (a digit per image), coco (boxes and masks) or ade20k (label maps).
+        layout: imagenet (a digit per image), coco (boxes, masks, keypoints) or ade20k (label maps).
         sprites: fashion-mnist:DIR uses the IDX files in DIR instead of digits.
         workers: processes; 0 composes in this one.
 

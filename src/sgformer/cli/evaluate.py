@@ -48,7 +48,7 @@ def evaluate(
         multi_scale: segmentation: average over six sizes, .5 to 1.75
         flip: segmentation: average with the mirrored image
         sliding: segmentation: slide a window over the image instead of passing it whole
-        images: detection: folder of the images, if not beside the JSON
+        images: detection, keypoints: folder of the images, if not beside the JSON
         knn: score the features: nearest neighbours among those of data/train
         linear_probe: score the features: a linear classifier fitted to those of data/train
         val_split: with knn, linear-probe: share of the images to score, of data without validation images

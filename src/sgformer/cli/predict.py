@@ -38,8 +38,8 @@ def predict(
         weights: a run folder, .safetensors, a checkpoint, sgformer_n, or .onnx
         images: image files, or folders of them
         top: classification: classes per image [5]
-        score: detection: minimum score [0.5]
-        json: write the results to this file (detection: COCO annotations); -: to stdout only
+        score: detection, keypoints: minimum score [0.5]
+        json: write the results to this file (detection, keypoints: COCO annotations); -: to stdout only
         out: folder for annotated images (segmentation: and label maps)
         features: write the images' embeddings to this .npz file, instead of results
         batch_size: classification, --features: images per batch [32]

@@ -125,13 +125,16 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
 
 def _read(root: Path, split: str, classes: tuple | None, failures: list[UserError]) -> CocoListing:
     """A listing; if only images are missing, that is added to `failures`, and they are a problem each."""
+    found = find_format("objects", root)
+    options = {"masks": None, "drop_empty": False, "images": None}
+    options |= {"keypoints": None} if found and found.name == "coco" else {}
     try:
-        return open_data("objects", root, split, classes, masks=None, drop_empty=False, check_files=True, images=None)
+        return open_data("objects", root, split, classes, check_files=True, **options)
     except UserError as error:
         if "--images" not in str(error):
             raise
         failures.append(error)
-        return open_data("objects", root, split, classes, masks=None, drop_empty=False, check_files=False, images=None)
+        return open_data("objects", root, split, classes, check_files=False, **options)
 
 
 # -- label maps -------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from torchvision import tv_tensors
 from sgformer.core.errors import StalledError, UserError, require
 from sgformer.core.names import some
 from sgformer.core.parse import read_json
+from sgformer.data import keypoints as points
 from sgformer.data.coco_dialects import Content, plain
 from sgformer.data.image import MAX_PIXELS, probe_image, read_image
 from sgformer.data.imagefolder import Sample, bad_image, seeded
@@ -91,6 +92,7 @@ class CocoListing:
         has_masks: whether masks are used; an object without one has its box as mask.
         notes: counts of dropped and corrected entries, by kind.
         content: the annotations in COCO's form, where they come from another format.
+        skeleton: the keypoints of every object, if they are read.
     """
 
     json: Path
@@ -102,6 +104,7 @@ class CocoListing:
     has_masks: bool
     notes: Counter[str]
     content: bytes | None = None
+    skeleton: points.Skeleton | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,12 +126,21 @@ class CocoListing:
     def objects_of(self, index: int) -> list[tuple[int, list[float], Any]]:
         """Objects of image `index`: (class index, [x1, y1, x2, y2] in pixels, COCO segmentation or None)."""
         # Packed as bytes: reference counts of millions of small objects would copy their memory into every worker.
-        return [(label, box, segmentation) for label, box, segmentation in json.loads(self.objects[index])]
+        return [(label, box, segmentation) for label, box, segmentation, *_ in json.loads(self.objects[index])]
+
+    def keypoints_of(self, index: int) -> np.ndarray:
+        """The keypoints of the objects of image `index`, if they are read: (N, K, 3) x, y and visibility as in COCO's
+        files, zeros where not labelled or outside."""
+        assert self.skeleton is not None
+        found = np.array([thing[3] for thing in json.loads(self.objects[index])], dtype=float)
+        return found.reshape(-1, len(self.skeleton.names), 3)
 
     def describe(self) -> str:
         """One line: file, number of images and objects, and the notes."""
         count = sum(len(self.objects_of(i)) for i in range(len(self)))
         masks = "with" if self.has_masks else "without"
+        if self.skeleton:
+            masks = f"of {len(self.skeleton.names)} keypoints, {masks}"
         notes = [f"{number} {what}" for what, number in self.notes.items()]
         return "; ".join([f"{self.json.name}: {len(self)} images, {count} objects {masks} masks", *notes])
 
@@ -137,7 +149,14 @@ class CocoListing:
 
 
 #: Where annotations are in a folder.
-PATTERNS = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+OF_KEYPOINTS = "annotations/person_keypoints_{}.json"
+PATTERNS = (
+    "annotations/instances_{}.json",
+    "annotations/{}.json",
+    "{}/_annotations.coco.json",
+    "{}.json",
+    OF_KEYPOINTS,
+)
 #: Where they are if there is one split: as CVAT, Roboflow, Label Studio, labelme's converters and FiftyOne name them.
 SINGLE = (
     *("annotations/instances_default.json", "annotations/default.json", "_annotations.coco.json", "result.json"),
@@ -170,7 +189,9 @@ def single_coco(data: str | os.PathLike) -> Path | None:
     return next((data / file for file in files if (data / file).is_file()), None)
 
 
-def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | None = None) -> tuple[Path, list[Path]]:
+def find_coco(
+    data: str | os.PathLike, split: str, images: str | os.PathLike | None = None, keypoints: bool | None = False
+) -> tuple[Path, list[Path]]:
     """Find the annotation file of a split, and the candidate folders of its images.
 
     Args:
@@ -178,6 +199,7 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
             `train/_annotations.coco.json` with the images beside it), or the JSON file itself.
         split: "train" or "val"; ignored if `data` is a file.
         images: the image folder, if it is not in a standard place.
+        keypoints: whether to prefer `annotations/person_keypoints_train2017.json`, which COCO has beside the other.
 
     Raises:
         UserError: there is no annotation file or no image folder.
@@ -185,7 +207,8 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
     data = Path(data)
     names = SPLIT_NAMES.get(split, (split,))
     if data.is_dir():
-        files = [data / pattern.format(name) for name in names for pattern in PATTERNS]
+        patterns = sorted(PATTERNS, key=lambda pattern: pattern != OF_KEYPOINTS) if keypoints else PATTERNS
+        files = [data / pattern.format(name) for name in names for pattern in patterns]
         file = next((file for file in files if file.is_file()), None)
         if file is None and (single := single_coco(data)) is not None:
             raise UserError(
@@ -199,10 +222,15 @@ def find_coco(data: str | os.PathLike, split: str, images: str | os.PathLike | N
             )
     elif data.is_file():
         file = data
-        names = (file.stem.removeprefix("instances_"), *names)
+        names = (split_name(file), *names)
     else:
         raise UserError(f"{data}: no such file or folder")
     return file, image_folders(data, file, names, images)
+
+
+def split_name(file: Path) -> str:
+    """The name of the split that an annotation file's name ends in."""
+    return file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
 
 
 def image_folders(
@@ -238,18 +266,19 @@ def read_coco(
     masks: bool | None = None,
     drop_empty: bool = False,
     check_files: bool = True,
+    keypoints: bool | None = False,
 ) -> CocoListing:
     """Read and check one annotation file.
 
     Args:
         file: the JSON file.
-        folders, categories, masks, drop_empty, check_files: see `make_listing`.
+        folders, categories, masks, drop_empty, check_files, keypoints: see `make_listing`.
 
     Raises:
         UserError: the file is missing, malformed or inconsistent, or an image path leaves the folder.
     """
     file = Path(file)
-    return _listing_of(_load(file), file, folders, categories, masks, drop_empty, check_files)
+    return _listing_of(_load(file), file, folders, categories, masks, drop_empty, check_files, keypoints)
 
 
 def make_listing(
@@ -261,6 +290,7 @@ def make_listing(
     masks: bool | None = None,
     drop_empty: bool = False,
     check_files: bool = True,
+    keypoints: bool | None = False,
 ) -> CocoListing:
     """A listing of annotations in another format, converted to COCO's form; checked as a file would be.
 
@@ -273,11 +303,12 @@ def make_listing(
         masks: whether to use masks; by default if more than half of the objects have one. The others' is their box.
         drop_empty: leave out images without objects, as the published recipes do in training.
         check_files: check that every image file exists.
+        keypoints: True: read keypoints, and only the classes that have them; None: read them if there are any.
 
     Raises:
         UserError: the content is inconsistent, or an image path leaves the folder.
     """
-    listing = _listing_of(content, Path(source), folders, categories, masks, drop_empty, check_files)
+    listing = _listing_of(content, Path(source), folders, categories, masks, drop_empty, check_files, keypoints)
     return dataclasses.replace(listing, content=json.dumps(content).encode())
 
 
@@ -289,16 +320,19 @@ def _listing_of(
     masks: bool | None,
     drop_empty: bool,
     check_files: bool,
+    keypoints: bool | None,
 ) -> CocoListing:
     folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    entries = _plain(content, file)
+    entries, skeleton, pointed = _plain(content, file), None, set()
+    if keypoints is not False:
+        entries, skeleton, pointed = _with_keypoints(entries, file, only=keypoints is True)
     notes = entries.notes
     folder, names = _find_files(folders, entries, file, notes)
     own = _categories(entries, file)
     used = {entry.get("category_id") for _, entry in entries.annotations if _is_keyed(entry)}
     own, index_of = _match(own, categories, used, file, notes)
     images = _images(entries, names, file, folder, notes, skip=not check_files)
-    by_image: dict[Any, list[tuple[int, list[float], Any]]] = {image.id: [] for image in images}
+    by_image: dict[Any, list[list[Any]]] = {image.id: [] for image in images}  # class, box, mask, maybe keypoints
     sizes = {image.id: image for image in images}
     corners = _Corners(file)
     maskless = ""
@@ -314,6 +348,7 @@ def _listing_of(
         if category not in index_of:
             raise UserError(f"{where}: category_id {_short(category)} is not among the categories")
         measured, segmentation = _shape(entry, image, where)
+        placed = points.read_keypoints(entry if category in pointed else {}, skeleton, where) if skeleton else []
         if entry.get("iscrowd") or entry.get("ignore"):
             notes[CROWD] += 1
             continue
@@ -324,7 +359,10 @@ def _listing_of(
         if segmentation is None:
             maskless = maskless or where
             notes[MASKLESS] += 1
-        by_image[image.id].append((index_of[category], box, segmentation))
+        by_image[image.id].append([index_of[category], box, segmentation])
+        if skeleton:
+            mine = points.usable(placed, entry, image.width, image.height, notes) if category in pointed else placed
+            by_image[image.id][-1].append(mine)
     corners.check()
 
     total = sum(len(objects) for objects in by_image.values())
@@ -338,7 +376,7 @@ def _listing_of(
         notes[BOXES_AS_MASKS if has_masks else MASKLESS] += without
     if has_masks:
         for image_id, objects in by_image.items():
-            masked = [(c, box, mask_of_box(box) if mask is None else mask) for c, box, mask in objects]
+            masked = [[c, box, mask_of_box(box) if mask is None else mask, *rest] for c, box, mask, *rest in objects]
             by_image[image_id] = [thing for thing in masked if thing[2] != []]
             notes[NO_MASK] += len(objects) - len(by_image[image_id])
     if drop_empty:
@@ -348,7 +386,7 @@ def _listing_of(
     if not images:
         raise UserError(f"{file}: holds no usable images")
     if categories is None:
-        seen = {c for objects in by_image.values() for c, _, _ in objects}
+        seen = {thing[0] for objects in by_image.values() for thing in objects}
         empty = [category.name for i, category in enumerate(own) if i not in seen]
         notes[f"{UNUSED} ({some(empty)})"] += len(empty)
     listing = CocoListing(
@@ -357,9 +395,13 @@ def _listing_of(
         (known := tuple(categories or own)),
         tuple({category.name: category.id for category in own}.get(category.name) for category in known),
         tuple(images),
-        tuple(json.dumps([[c, b, s if has_masks else None] for c, b, s in by_image[i.id]]).encode() for i in images),
+        tuple(
+            json.dumps([[c, b, s if has_masks else None, *rest] for c, b, s, *rest in by_image[i.id]]).encode()
+            for i in images
+        ),
         has_masks,
         +notes,
+        skeleton=skeleton,
     )
     if check_files:
         missing = [_short(image.file_name) for i, image in enumerate(images) if not listing.path(i).is_file()]
@@ -373,6 +415,23 @@ def _listing_of(
 
 def _plain(content: dict[str, Any], file: Path) -> Content:
     return plain(*(_list_of(content, key, file) for key in ("images", "categories", "annotations")))
+
+
+def _with_keypoints(entries: Content, file: Path, only: bool) -> tuple[Content, points.Skeleton | None, set[int | str]]:
+    """The entries, their skeleton, and the ids of the classes that have it; with `only` no others."""
+    skeleton, having = points.read_skeleton(entries.categories, file)
+    ids = {entry["id"] for entry in having if isinstance(entry.get("id"), (int, str))}
+    if not only:
+        return entries, skeleton, ids
+    if skeleton is None:
+        raise UserError(
+            f"{file}: none of its categories has keypoints (a list of their names); "
+            "sgformer train detect finds objects without"
+        )
+    known = {entry["id"] for entry in entries.categories if isinstance(entry, dict) and _is_keyed(entry, "id")}
+    kept = [pair for pair in entries.annotations if not _is_keyed(pair[1]) or pair[1]["category_id"] not in known - ids]
+    entries.notes[points.WITHOUT] += len(entries.annotations) - len(kept)
+    return Content(entries.images, having, kept, entries.notes), skeleton, ids
 
 
 def _shape(entry: dict[str, Any], image: CocoImage, where: str) -> tuple[list[float], Any]:
@@ -438,9 +497,15 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
     """The annotations in the form that pycocotools needs for evaluation, crowd regions included.
 
     Required fields are filled in (`iscrowd`, `area`, `info`), objects are numbered from 1 (its matching treats id 0 as
-    no match), and polygons of fewer than three points are removed. Nothing else changes.
+    no match), and polygons of fewer than three points are removed. Nothing else changes. With keypoints, only the
+    classes that have them are in it, and `keypoints` and `num_keypoints` are filled in.
+
+    Raises:
+        UserError: ids are numbers and text.
     """
     entries = _plain(_load(listing.json) if listing.content is None else json.loads(listing.content), listing.json)
+    if listing.skeleton:
+        entries = _with_keypoints(entries, listing.json, only=True)[0]
     sizes = {image.id: image for image in listing.images}
     annotations = []
     for number, (place, entry) in enumerate(entries.annotations, 1):
@@ -456,9 +521,20 @@ def ground_truth(listing: CocoListing) -> dict[str, Any]:
             done["segmentation"] = mask or {"size": [image.height, image.width], "counts": [image.height * image.width]}
         else:
             done.pop("segmentation", None)
+        if listing.skeleton:
+            done["keypoints"] = [v for point in points.read_keypoints(entry, listing.skeleton, "") for v in point]
+            if not _is_number(entry.get("num_keypoints")):
+                done["num_keypoints"] = sum(visibility > 0 for visibility in done["keypoints"][2::3])
         if not _is_number(entry.get("area")):
             done["area"] = mask_area(mask, image.height, image.width) if mask and listing.has_masks else box[2] * box[3]
         annotations.append(done)
+    for what, ids in (("images", sizes), ("categories", {entry["id"]: entry for entry in entries.categories})):
+        kinds = {isinstance(key, str): key for key in ids}
+        if len(kinds) > 1:  # pycocotools sorts them
+            raise UserError(
+                f"{listing.json}: ids of {what} are numbers and text ({_short(kinds[False])}, {_short(kinds[True])}); "
+                "make them all the same"
+            )
     images = [{"id": i.id, "file_name": i.file_name, "width": i.width, "height": i.height} for i in sizes.values()]
     return {"info": {}, "images": images, "categories": entries.categories, "annotations": annotations}
 
@@ -592,8 +668,8 @@ def _categories(entries: Content, file: Path) -> list[Category]:
     return sorted(result, key=lambda category: (isinstance(category.id, str), category.id))
 
 
-def _is_keyed(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("category_id"), (int, str))
+def _is_keyed(entry: Any, name: str = "category_id") -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get(name), (int, str))
 
 
 def _match(
@@ -784,7 +860,8 @@ class DetectionBatch(NamedTuple):
     Attributes:
         image: float tensors (3, H_i, W_i).
         target: a dict per image: `boxes` (N, 4) float32 [x1, y1, x2, y2], `labels` (N,) int64 from 1 (0 is the
-            background), `masks` (N, H_i, W_i) uint8 if the data has masks, and `size`, (height, width) of the original.
+            background), `masks` (N, H_i, W_i) uint8 if the data has masks, `keypoints` (N, K, 3) float32 if they are
+            read, and `size`, (height, width) of the original.
         index: (B,) int64 indices in the listing.
         skipped: one line per skipped image with the file and the reason.
     """
@@ -801,7 +878,8 @@ class CocoDataset(Dataset):
     Args:
         listing: from `read_coco`.
         transform: (image, target) -> (image, target), e.g. from torchvision's v2; the image is PIL RGB, the target has
-            `boxes`, `labels` and, if the data has masks, `masks` as tv_tensors. Seeded by (seed, epoch, index).
+            `boxes`, `labels` and, if the data has masks, `masks` as tv_tensors; and if keypoints are read, what
+            `data.detection_transforms.join_keypoints` takes. Seeded by (seed, epoch, index).
         seed: for the transform's random numbers.
         bad_images: "stop" or "skip", as in `ImageFolderDataset`.
         objects: whether targets include objects; otherwise only the image's `size`.
@@ -870,6 +948,12 @@ class CocoDataset(Dataset):
         if self.listing.has_masks:
             masks = decode_masks([segmentation for _, _, segmentation in objects], *size, canvas)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        if self.listing.skeleton:
+            # As boxes without area: torchvision's own keypoints come with 0.23, and mirror whole pixels.
+            placed = torch.tensor(self.listing.keypoints_of(index), dtype=torch.float32)
+            at = (placed[..., :2] + points.HALF).reshape(-1, 2).repeat(1, 2)
+            target["points"] = tv_tensors.BoundingBoxes(at, format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
+            target["visible"] = placed[..., 2]
         return target
 
 

@@ -129,10 +129,13 @@ def _annotation(
         if isinstance(value := entry.get(name), str) and value.strip().lower() in (*NO, *YES):
             notes[TEXT] += 1
             changed[name] = int(value.strip().lower() in YES)
-    box = entry.get("bbox")
-    if isinstance(box, list) and any(isinstance(v, str) for v in box) and None not in (b := [_number(v) for v in box]):
-        notes[TEXT] += 1
-        changed["bbox"] = b
+    for name in ("bbox", "keypoints"):
+        value = entry.get(name)
+        if isinstance(value, list) and any(isinstance(v, str) for v in value):
+            numbers = [_number(v) for v in value]
+            if None not in numbers:
+                notes[TEXT] += 1
+                changed[name] = numbers
     if "segmentation" in entry:
         changed["segmentation"] = _polygons(entry["segmentation"])
     return {**entry, **changed}
@@ -158,7 +161,7 @@ def _has_mask(value: Any) -> bool:
 def _same(a: Any, b: Any) -> bool:
     """Whether two annotations differ in nothing but their ids."""
     return isinstance(b, dict) and all(
-        a.get(key) == b.get(key) for key in ("image_id", "category_id", "bbox", "segmentation", "iscrowd")
+        a.get(key) == b.get(key) for key in ("image_id", "category_id", "bbox", "segmentation", "iscrowd", "keypoints")
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -17,7 +19,9 @@ BEFORE_CROP = (400, 500, 600)
 CROP = (384, 600)
 
 
-def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip: float = 0.5) -> v2.Transform:
+def train_transform(
+    image_size: int | tuple[int, int], multi_scale: bool, hflip: float = 0.5, mirrored: Sequence[int] | None = None
+) -> v2.Transform:
     """Resize and flip; with `multi_scale` the policy of the 3x recipes.
 
     Multi-scale: half of the images are resized to a short side of 480 to 800 in steps of 32; the others first to a
@@ -28,6 +32,7 @@ def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip:
         image_size: see `short_and_longest`.
         multi_scale: whether to use that policy.
         hflip: probability of a horizontal flip.
+        mirrored: of keypoints, their order after it (`data.keypoints.mirror_order`); None: there are none.
 
     Returns:
         (PIL RGB, target) -> (float32 (3, H, W) in [0, 1], target); random numbers come from torch.
@@ -43,7 +48,9 @@ def train_transform(image_size: int | tuple[int, int], multi_scale: bool, hflip:
         steps = [v2.RandomChoice([resize, v2.Compose([ShortestSize(scaled(*BEFORE_CROP)), crop, resize])])]
     else:
         steps = [ShortestSize([short], longest)]
-    return v2.Compose([*steps, v2.RandomHorizontalFlip(hflip), *_to_tensors()])
+    if mirrored is None:
+        return v2.Compose([*steps, v2.RandomHorizontalFlip(hflip), *_to_tensors()])
+    return v2.Compose([*steps, SidedFlip(hflip, mirrored), join_keypoints, *_to_tensors(_of_objects)])
 
 
 def eval_transform(image_size: int | tuple[int, int]) -> v2.Transform:
@@ -53,14 +60,46 @@ def eval_transform(image_size: int | tuple[int, int]) -> v2.Transform:
     return v2.Compose([ShortestSize([short], longest), *to_tensor])
 
 
-def _to_tensors() -> list[nn.Module]:
+def _to_tensors(labels: Any = "default") -> list[nn.Module]:
     return [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.ClampBoundingBoxes(),
-        v2.SanitizeBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(labels_getter=labels),
         v2.ToPureTensor(),
     ]
+
+
+def _of_objects(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an object that is dropped takes along, besides its mask."""
+    return inputs[1]["labels"], inputs[1]["keypoints"]
+
+
+def join_keypoints(image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`points` (N * K, 4), boxes without area, and `visible` (N, K) as `keypoints` (N, K, 3): x, y, 1 for those
+    that are labelled and in the image, else zeros."""
+    height, width = target["points"].canvas_size
+    at = target["points"].as_subclass(torch.Tensor)[:, :2].reshape(*target["visible"].shape, 2)
+    inside = ((at > 0) & (at < torch.tensor([width, height]))).all(-1)  # cropping leaves what is outside at the edge
+    seen = (inside & (target["visible"] > 0)).to(at.dtype)
+    rest = {name: value for name, value in target.items() if name not in ("points", "visible")}
+    return image, {**rest, "keypoints": torch.cat([at * seen[..., None], seen[..., None]], -1)}
+
+
+class SidedFlip(nn.Module):
+    """A horizontal flip with a probability, after which left keypoints are right ones."""
+
+    def __init__(self, probability: float, order: Sequence[int]):
+        super().__init__()
+        self.probability, self.order, self.flip = probability, list(order), v2.RandomHorizontalFlip(1.0)
+
+    def forward(self, image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if torch.rand(()) >= self.probability:
+            return image, target
+        image, target = self.flip(image, target)
+        points, visible = target["points"], target["visible"]
+        swapped = points.as_subclass(torch.Tensor).reshape(*visible.shape, 4)[:, self.order].reshape(-1, 4)
+        return image, {**target, "points": tv_tensors.wrap(swapped, like=points), "visible": visible[:, self.order]}
 
 
 class ShortestSize(v2.RandomShortestSize):

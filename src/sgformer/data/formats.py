@@ -135,7 +135,8 @@ def naming_formats(kind: str, root: Root, known: bool) -> Iterator[None]:
 
 def open_coco(root: Root, split: str, classes: Any = None, images: Any = None, **options: Any) -> Any:
     """A split in the COCO layout, see `data.coco`."""
-    return read_coco(*find_coco(root, split, images), categories=classes, **options)
+    found = find_coco(root, split, images, options.get("keypoints"))
+    return read_coco(*found, categories=classes, **options)
 
 
 register_format("image-folder", "classes", is_image_folder, scan, scan_splits)

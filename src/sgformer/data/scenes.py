@@ -75,10 +75,18 @@ FASHION_CLASSES = (
 )
 # fmt: on
 
+#: Keypoints of an object: of the upright one's ink, what is farthest towards each corner.
+ENDS = ("left_top", "right_top", "right_bottom", "left_bottom")
+TOWARDS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+
+OUTLINE = ((1, 2), (2, 3), (3, 4), (4, 1))
+
 Layout = Literal["imagenet", "coco", "ade20k"]
 SPLITS = ("train", "val")
 #: Objects in a scene of the coco and ade20k layouts: 1 to this many.
 MAX_OBJECTS = 6
+#: Pixels of a sprite above this are its ink, about where its matte is half opaque; of a photograph.
+INK, INK_SHADED = 115, 36
 #: Minimum number of visible pixels of an object.
 MIN_PIXELS = 6
 
@@ -95,11 +103,13 @@ class Sprites(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """An object of a scene: class index, visible mask (H, W) bool, and whether another object occludes it in part."""
+    """An object of a scene: class index, visible mask (H, W) bool, whether another object occludes it in part, and its
+    `ENDS` (4, 2), x and y from the corner of the first pixel."""
 
     label: int
     mask: np.ndarray
     occluded: bool
+    ends: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,8 @@ def make_scenes(
         imagenet: `{train,val}/CLASS/000000.jpg`, one object per image, classes round-robin.
         coco: `{train,val}2017/000000000001.jpg`, `annotations/instances_{train,val}2017.json`, 1 to 6 objects that may
             occlude each other. Boxes, areas and masks are of the visible parts; a mask is a list of polygons, or
-            uncompressed RLE if it is partly occluded or has a hole.
+            uncompressed RLE if it is partly occluded or has a hole. Keypoints are where the upright object reaches
+            farthest towards each corner, turned with it; those that another object covers are hidden ones.
         ade20k: `images/{training,validation}/00000001.jpg`, `annotations/{training,validation}/00000001.png` (label
             maps, 8-bit: 0 = background, 1 to 10 = classes), `classes.txt`; the same scenes as coco.
 
@@ -295,10 +306,11 @@ def compose(
     labels: list[int] = []
     full: list[np.ndarray] = []
     visible: list[np.ndarray] = []
+    placed: list[np.ndarray] = []
     for _ in range(count):
         kind = label if label is not None else int(rng.integers(len(sources.classes)))
         for _attempt in range(8):
-            alpha, shade = _sprite(rng, sources.sprites, kind, size, rng.uniform(0.125, largest))
+            alpha, shade, ends = _sprite(rng, sources.sprites, kind, size, rng.uniform(0.125, largest))
             mask = alpha > 0.5
             rim = _rim(alpha) if full else alpha
             if np.count_nonzero(mask) >= MIN_PIXELS and _readable(full, visible, mask, rim > 0.5):
@@ -312,6 +324,7 @@ def compose(
         scene += alpha[..., None] * (paint - scene)
         visible = [under & ~(rim > 0.5) for under in visible] + [mask]
         full.append(mask)
+        placed.append(ends)
         labels.append(kind)
 
     scene *= _light(rng, size)
@@ -320,7 +333,8 @@ def compose(
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6) * size / 96))
     objects = [
-        Instance(kind, part, bool((part != mask).any())) for kind, part, mask in zip(labels, visible, full, strict=True)
+        Instance(kind, part, bool((part != mask).any()), ends)
+        for kind, part, mask, ends in zip(labels, visible, full, placed, strict=True)
     ]
     return image, objects
 
@@ -395,14 +409,14 @@ def _scribble(rng: np.random.Generator, canvas: Image.Image, low: float, width: 
 
 def _sprite(
     rng: np.random.Generator, sprites: Sprites, label: int, size: int, fraction: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Place a random sprite of a class at a random position.
 
     Args:
         fraction: its height before rotation, as a fraction of the frame.
 
     Returns:
-        Its soft matte and its brightness, both (size, size) float32 within [0, 1].
+        Its soft matte and its brightness, both (size, size) float32 within [0, 1]; and its `ENDS`.
     """
     choices = np.flatnonzero(sprites.labels == label)
     pixels = sprites.images[choices[rng.integers(len(choices))]]
@@ -427,11 +441,15 @@ def _sprite(
         (*inverse[0], offset[0], *inverse[1], offset[1]),
         Image.Resampling.BICUBIC,
     )
+    ink = np.argwhere(pixels > (INK_SHADED if sprites.shaded else INK))[:, ::-1]  # x, y
+    reached = [ink @ way for way in TOWARDS]
+    farthest = np.array([ink[reach == reach.max()].mean(0) for reach in reached]) + 1.5  # padded; the pixels' middles
+    ends = (farthest * target / (columns + 2, rows + 2) - offset) @ matrix.T
     values = np.asarray(laid, dtype=np.float32) / 255
     if sprites.shaded:
-        return _smoothstep(values, 0.03, 0.25), values
+        return _smoothstep(values, 0.03, 0.25), values, ends
     weight = rng.uniform(0.36, 0.54)  # ink threshold: thin or heavy strokes
-    return _smoothstep(values, weight - 0.12, weight + 0.12), np.ones_like(values)
+    return _smoothstep(values, weight - 0.12, weight + 0.12), np.ones_like(values), ends
 
 
 def _smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -536,9 +554,20 @@ def _write_coco(root: Path, split: str, index: int, image: Image.Image, objects:
             "area": int(instance.mask.sum()),
             "iscrowd": 0,
             "segmentation": segmentation(instance.mask, instance.occluded),
+            **_keypoints(instance, objects[place + 1 :]),
         }
-        for instance in objects
+        for place, instance in enumerate(objects)
     ]
+
+
+def _keypoints(instance: Instance, above: list[Instance]) -> dict[str, Any]:
+    """The entries of an annotation for an object's ends; COCO counts pixels from the middle of the first one."""
+    size, values = len(instance.mask), []
+    for x, y in instance.ends.tolist():
+        inside = 0 <= x < size and 0 <= y < size
+        hidden = inside and any(other.mask[int(y), int(x)] for other in above)
+        values += [round(x - 0.5, 2), round(y - 0.5, 2), 1 if hidden else 2] if inside else [0, 0, 0]
+    return {"keypoints": values, "num_keypoints": sum(seen > 0 for seen in values[2::3])}
 
 
 def _write_ade20k(root: Path, split: str, index: int, image: Image.Image, objects: list[Instance], classes) -> None:
@@ -558,7 +587,10 @@ def _coco_json(classes: tuple[str, ...], count: int, size: int, annotations: lis
     return {
         "info": {"description": "sgformer scenes"},
         "licenses": [],
-        "categories": [{"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(classes, 1)],
+        "categories": [
+            {"id": i, "name": name, "supercategory": "object", "keypoints": ENDS, "skeleton": OUTLINE}
+            for i, name in enumerate(classes, 1)
+        ],
         "images": [{"id": i, "file_name": f"{i:012d}.jpg", "width": size, "height": size} for i in range(1, count + 1)],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(every, 1)],
     }

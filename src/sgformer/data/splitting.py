@@ -23,7 +23,16 @@ from sgformer.core.parse import read_json
 from sgformer.core.progress import track
 from sgformer.data import ade20k, imagefolder, layouts
 from sgformer.data.ade20k import LabelledFolder, read_label_map
-from sgformer.data.coco import EMPTY, SPLIT_NAMES, CocoListing, find_coco, image_folders, read_coco, single_coco
+from sgformer.data.coco import (
+    EMPTY,
+    SPLIT_NAMES,
+    CocoListing,
+    find_coco,
+    image_folders,
+    read_coco,
+    single_coco,
+    split_name,
+)
 from sgformer.data.formats import find_format
 from sgformer.data.imagefolder import ImageFolder, Listing
 from sgformer.data.layouts import hint
@@ -257,7 +266,7 @@ def open_objects(
     file = single_coco(data)
     if file is None:
         raise _has_its_own(find_coco(data, "val")[0])
-    names = (file.stem.removeprefix("instances_"), *SPLIT_NAMES["train"])
+    names = (split_name(file), *SPLIT_NAMES["train"])
     whole = read_coco(file, image_folders(Path(data), file, names, images), **options)
     content = [{label for label, _, _ in whole.objects_of(i)} for i in range(len(whole))]
     files = [whole.path(i) for i in range(len(whole))]

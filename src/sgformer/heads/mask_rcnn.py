@@ -58,11 +58,8 @@ class RCNNHeads(nn.Module):
         self.fpn = FeaturePyramidNetwork(list(channels), width, LastLevelMaxPool())
         stub = nn.Identity()
         stub.out_channels = width  # type: ignore[assignment] # all that torchvision needs of the backbone here
-        mask_parts = {
-            "mask_head": MaskConvs(width, (width,) * 4, dilation=1),
-            "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
-        }
-        rcnn = (MaskRCNN if self.masks else FasterRCNN)(
+        kind, parts = self.parts(width, num_classes)
+        rcnn = kind(
             stub,
             rpn_anchor_generator=Anchors([*strides, 2 * strides[-1]]),
             box_head=TwoMLPHead(width * 7 * 7, 4 * width),
@@ -71,9 +68,18 @@ class RCNNHeads(nn.Module):
             box_score_thresh=score_threshold,
             box_nms_thresh=nms_threshold,
             box_detections_per_img=detections,
-            **(mask_parts if self.masks else {}),
+            **parts,
         )
         self.rpn, self.roi_heads = rcnn.rpn, rcnn.roi_heads
+
+    def parts(self, width: int, num_classes: int) -> tuple[type[FasterRCNN], dict[str, nn.Module]]:
+        """torchvision's network, and what its heads find besides boxes and classes, by argument."""
+        if not self.masks:
+            return FasterRCNN, {}
+        return MaskRCNN, {
+            "mask_head": MaskConvs(width, (width,) * 4, dilation=1),
+            "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
+        }
 
     def forward(
         self, maps: Sequence[Tensor], batch: Tensor, sizes: list[tuple[int, int]], targets: Detections | None = None

@@ -55,6 +55,9 @@ KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "classes": ("a list of names", _are(_is_name)),
     "wordnet": ("a list of names", _are(_is_name)),
     "category_ids": ("a list of numbers or names", _are(lambda v: _is_name(v) or _is_whole(v, -(2**63), 2**63))),
+    "keypoints": ("a list of names", _are(_is_name)),
+    "skeleton": ("pairs of numbers from 1", _are(_are(lambda v: _is_whole(v, 1, MAX_CLASSES), 2))),
+    "sigmas": ("numbers above 0", _are(lambda v: _is_number(v, 1e-6, 1))),
     "num_classes": (f"a number from 0 to {MAX_CLASSES}", lambda v: _is_whole(v, 0, MAX_CLASSES)),
     "image_size": (_SIZE, _is_size),
     "input_size": (f"null, or {_SIZE}", lambda v: v is None or (isinstance(v, list) and _is_size(v))),
@@ -93,6 +96,11 @@ def parse_metadata(text: str, name: Any) -> dict[str, Any]:
     for key in ("wordnet", "category_ids"):
         if key in metadata and len(metadata[key]) != len(metadata.get("classes", ())):
             raise UserError(f"{name}: its metadata are invalid: {key} must be as many as the classes")
+    points = len(metadata.get("keypoints", ()))
+    if len(metadata.get("sigmas", range(points))) != points:
+        raise UserError(f"{name}: its metadata are invalid: sigmas must be as many as the keypoints")
+    if any(end > points for edge in metadata.get("skeleton", ()) for end in edge):
+        raise UserError(f"{name}: its metadata are invalid: skeleton must be pairs of numbers of keypoints")
     return metadata
 
 
@@ -137,6 +145,7 @@ def check_architecture(architecture: Mapping[str, Any]) -> SGFormerConfig | None
     for key, what, holds in (
         ("head", "a name", _is_name),
         ("num_classes", f"a number from 1 to {MAX_CLASSES}", lambda v: _is_whole(v, 1, MAX_CLASSES)),
+        ("keypoints", f"a number from 1 to {MAX_CLASSES}", lambda v: _is_whole(v, 1, MAX_CLASSES)),
         ("width", f"a number from 1 to {MAX_WIDTH}", lambda v: v is None or _is_whole(v, 1, MAX_WIDTH)),
     ):
         if key in architecture and not holds(architecture[key]):

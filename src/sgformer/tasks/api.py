@@ -42,8 +42,8 @@ def train(task: str, config: RunConfig | None = None, *, resume: Source | None =
     """Train a network on your images, validate it, and leave a run folder.
 
     Args:
-        task: "classify" (`data/train/CLASS/*`, `data/val/CLASS/*`, or tar shards), "detect" (COCO annotations) or
-            "segment" (`data/images/training`, `data/annotations/training` ...).
+        task: "classify" (`data/train/CLASS/*`, `data/val/CLASS/*`, or tar shards), "detect" or "keypoints" (COCO
+            annotations), or "segment" (`data/images/training`, `data/annotations/training` ...).
         config: all settings; or give them as keywords, named as on the command line with underscores.
         resume: folder of a run to resume at the exact step it reached, with its own settings; `options` may only
             change `epochs`, `max_steps`, `patience`, `workers`, `device`, `devices`, `native`, and where the same data
@@ -92,7 +92,7 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
             table); for other models of timm, arguments of ``timm.create_model``.
 
     Returns:
-        An :class:`SGFormer` or another network of timm; of detection and segmentation, the backbone with its heads.
+        An :class:`SGFormer` or another network of timm; of the other tasks, the backbone with its heads.
 
     Raises:
         UserError: the weights are unreadable, damaged or of an unknown network, or their tensors do not fit.

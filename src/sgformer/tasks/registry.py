@@ -14,6 +14,7 @@ from sgformer.training.task import Task
 TASKS = {
     "classify": "sgformer.tasks.classify:Classify",
     "detect": "sgformer.tasks.detect:Detect",
+    "keypoints": "sgformer.tasks.keypoints:Keypoints",
     "segment": "sgformer.tasks.segment:Segment",
 }
 

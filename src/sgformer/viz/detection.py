@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from sgformer.core.errors import require
 from sgformer.core.files import replacing
-from sgformer.results import Detections
+from sgformer.results import POINT_SHOWN, Detections
 from sgformer.viz.segmentation import palette
 from sgformer.viz.style import COLOURS, INK, figure, label_font
 
@@ -30,24 +30,39 @@ class Instances:
         labels: (N,) class indices.
         scores: (N,) in [0, 1], or None for annotations.
         masks: (N, H, W) bool, or None.
+        keypoints: (N, K, 2) x, y in pixels, NaN where not drawn (`sure_points`), or None.
+        edges: pairs of keypoints to connect, counted from 1.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray | None = None
     masks: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+    edges: Sequence[Sequence[int]] = ()
 
     def above(self, score: float) -> Instances:
         """The instances with at least this score; all annotations."""
         if self.scores is None:
             return self
         keep = np.asarray(self.scores) >= score
-        masks = None if self.masks is None else self.masks[keep]
-        return Instances(self.boxes[keep], self.labels[keep], self.scores[keep], masks)
+        masks, points = (None if values is None else values[keep] for values in (self.masks, self.keypoints))
+        return Instances(self.boxes[keep], self.labels[keep], self.scores[keep], masks, points, self.edges)
+
+
+def sure_points(keypoints: np.ndarray, least: float, offset: float = 0.0) -> np.ndarray:
+    """Keypoints to draw: (..., 3) x, y and score or visibility -> (..., 2), NaN where the third is below `least`.
+
+    Args:
+        keypoints: of any shape that ends in 3.
+        least: the least score or visibility.
+        offset: added to x and y: a half for those of COCO's files, which count pixels from the middle of the first one.
+    """
+    return np.where(keypoints[..., 2:] >= least, keypoints[..., :2] + offset, np.nan)
 
 
 def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.ndarray:
-    """Draw masks, boxes, class names and scores over an image, the best object on top.
+    """Draw masks, boxes, keypoints, class names and scores over an image, the best object on top.
 
     Args:
         image: (H, W, 3) uint8.
@@ -74,6 +89,8 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
     boxes = np.asarray(objects.boxes, dtype=np.float64).reshape(-1, 4) * zoom
     for i in order:
         draw.rectangle(_upright(boxes[i]), outline=tuple(colours[i].tolist()), width=line)
+        if objects.keypoints is not None:
+            _draw_skeleton(draw, objects.keypoints[i] * zoom, objects.edges, tuple(colours[i].tolist()), line)
     for i in order:  # labels above all boxes
         text = names[int(objects.labels[i])]
         if objects.scores is not None:
@@ -89,19 +106,38 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
     return np.asarray(canvas)
 
 
-def instances_of(detections: Detections, names: Sequence[str]) -> Instances:
+def _draw_skeleton(
+    draw: ImageDraw.ImageDraw, points: np.ndarray, edges: Sequence[Sequence[int]], colour: tuple[int, ...], line: int
+) -> None:
+    """Lines and dots in a colour, edged in black to stand out from objects of the same."""
+    there = ~np.isnan(points).any(-1)
+    ends = [(a - 1, b - 1) for a, b in edges if there[a - 1] and there[b - 1]]
+    for fill, extra in ((INK, 2), (colour, 0)):
+        for a, b in ends:
+            draw.line((*points[a].tolist(), *points[b].tolist()), fill=fill, width=line + extra)
+    radius = 1.5 * line
+    for x, y in points[there].tolist():
+        where = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(where, fill="white", outline=colour, width=max(1, line // 2))
+
+
+def instances_of(detections: Detections, names: Sequence[str], edges: Sequence[Sequence[int]] = ()) -> Instances:
     """Convert a network's detections on one image for drawing.
 
     Args:
         detections: the `class` of every result must be in `names`.
         names: class names in index order.
+        edges: pairs of keypoints to connect, counted from 1.
     """
     corners = np.array([r["bbox"] for r in detections.results], dtype=float).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
     rles = [r["segmentation"] for r in detections.results if "segmentation" in r]
     masks = [require("pycocotools.mask", extra="detect").decode(rle) for rle in rles]
     labels = np.array([list(names).index(r["class"]) for r in detections.results], dtype=np.int64)
-    return Instances(corners, labels, np.array([r["score"] for r in detections.results]), stack_masks(masks))
+    points = [np.reshape(r["keypoints"], (-1, 3)) for r in detections.results if "keypoints" in r]
+    placed = sure_points(np.stack(points), POINT_SHOWN, 0.5) if points else None
+    scores = np.array([r["score"] for r in detections.results])
+    return Instances(corners, labels, scores, stack_masks(masks), placed, edges)
 
 
 def stack_masks(masks: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -174,7 +210,7 @@ def draw_examples(best: Sequence[Example], worst: Sequence[Example], names: Sequ
 
 
 def draw_precision_recall(precision: Mapping[str, np.ndarray], names: Sequence[str], out: str | Path) -> None:
-    """Plot precision over recall at IoU .5, a panel each for boxes and masks: the mean in bold, and each class.
+    """Plot precision over recall at IoU .5, or OKS .5, a panel for each kind: the mean in bold, and each class.
 
     Args:
         precision: by kind, (classes, points) at equally spaced recalls from 0 to 1; NaN rows are skipped.
@@ -196,7 +232,7 @@ def draw_precision_recall(precision: Mapping[str, np.ndarray], names: Sequence[s
                 mean = curves[present].mean(0)
                 label = f"mean of {len(present)} classes {100 * mean.mean():.1f}"
                 axes.plot(recall, mean, color=INK, linewidth=2.2, label=label, drawstyle="steps-post")
-                axes.legend(title="AP at IoU .5, %", alignment="left")
+                axes.legend(title=f"AP at {'OKS' if kind == 'keypoints' else 'IoU'} .5, %", alignment="left")
             axes.set_title({"box": "boxes", "mask": "masks"}.get(kind, kind))
             axes.set_xlabel("recall")
             axes.set_ylabel("precision")

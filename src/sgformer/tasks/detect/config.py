@@ -1,4 +1,4 @@
-"""The settings of a detection run; see `sgformer.training.config`."""
+"""The settings of a run on COCO annotations, and of detection; see `sgformer.training.config`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DetectConfig(RunConfig):
-    """Object detection and instance segmentation on the COCO layout."""
+class ObjectsConfig(RunConfig):
+    """The settings of all networks that find objects, on the COCO layout."""
 
     base_batch = 16
 
     data: str | None = option(None, "Run", "COCO folder (annotations/*.json, images), or its train JSON", main=True)
     val_data: str | None = option(None, "Data", "JSON to validate on, if --data is a JSON", main=True)
     images: str | None = option(None, "Data", "folder of the images, if not beside the JSON", main=True)
-    masks: bool | None = option(None, "Data", "false: boxes only; default: masks if most objects have one", main=True)
     drop_empty: bool = option(False, "Data", "leave out training images without objects")
 
     epochs: float = option(12, "Schedule", "passes over the training images", main=True, auto=True)
@@ -38,12 +37,7 @@ class DetectConfig(RunConfig):
     )
 
     freeze_stages: int = option(-1, "Network", "freeze the stem and this many stages; -1: train all")
-    head: str | None = option(
-        None, "Network", f"{', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]"
-    )
-    head_width: int = option(
-        256, "Network", "channels of FPN and mask head; fewer are faster, 256 is standard", auto=True
-    )
+    head_width: int = option(256, "Network", "channels of FPN and heads; fewer are faster, 256 is standard", auto=True)
     rois: int = option(512, "Network", "proposals per image that the heads train on; 512 is the standard", auto=True)
     ema: float = option(0.0, "Network", "decay of the averaged weights, which are evaluated and saved; 0: off")
 
@@ -54,19 +48,15 @@ class DetectConfig(RunConfig):
     weight_decay: float = option(0.05, "Optimiser", "except on norms and the position table")
 
     multi_scale: bool = option(False, "Augmentation", "resize to 480..800, or crop before (3x recipes)")
-    hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head is not None:
-            DETECTORS.check(self.head, "--head")
         if isinstance(self.lr_drops, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "lr_drops", tuple(self.lr_drops))
         for name in ("head_width", "rois"):
             self._check(name, lambda v: v > 0, "must be above 0")
         self._check("warmup_steps", lambda v: v >= 0, "must be 0 or more")
         self._check("warmup_factor", lambda v: 0 < v <= 1, "must be in (0, 1]")
-        self._check("hflip", lambda v: 0 <= v <= 1, "must be in [0, 1]")
         self._check("freeze_stages", lambda v: -1 <= v <= 4, "must be -1 to 4")
         if self.freeze and self.freeze_stages >= 0:
             raise UserError("--freeze freezes the whole backbone: leave out --freeze-stages")
@@ -104,6 +94,23 @@ class DetectConfig(RunConfig):
         warmup = self.warmup_updates(total_steps)
         warm = min(1.0, self.warmup_factor + (1 - self.warmup_factor) * step / warmup) if warmup else 1.0
         return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in self.lr_drops)
+
+
+@dataclass(frozen=True)
+class DetectConfig(ObjectsConfig):
+    """Object detection and instance segmentation."""
+
+    masks: bool | None = option(None, "Data", "false: boxes only; default: masks if most objects have one", main=True)
+    head: str | None = option(
+        None, "Network", f"{', '.join(DETECTORS.names())} [mask-rcnn or, without masks, faster-rcnn]"
+    )
+    hflip: float = option(0.5, "Augmentation", "probability of a horizontal flip")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head is not None:
+            DETECTORS.check(self.head, "--head")
+        self._check("hflip", lambda v: 0 <= v <= 1, "must be in [0, 1]")
 
 
 Config = DetectConfig

@@ -22,11 +22,11 @@ from sgformer.data.objects import annotated_pixels
 from sgformer.data.preparing import Normalization
 from sgformer.heads.registry import DETECTORS
 from sgformer.models.load import Weights
-from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.config import DetectConfig, ObjectsConfig
 from sgformer.tasks.detect.metrics import CocoMetric
 from sgformer.tasks.detect.network import named_head
 from sgformer.training.task import Splits
-from sgformer.viz.detection import Instances, draw_training_images
+from sgformer.viz.detection import Instances, draw_training_images, sure_points
 
 
 def read_listings(config: DetectConfig, weights: Weights | None) -> tuple[CocoListing, CocoListing]:
@@ -45,14 +45,38 @@ def open_data(
     listings: tuple[CocoListing, CocoListing] | None = None,
 ) -> Splits:
     """See `Task.splits`."""
+    listings = listings or read_listings(config, weights)
+    augment = train_transform(config.image_size, config.multi_scale, config.hflip)
+    return make_splits("detect", config, weights, listings, augment, batch, rank, world)
+
+
+def make_splits(
+    task: str,
+    config: ObjectsConfig,
+    weights: Weights | None,
+    listings: tuple[CocoListing, CocoListing],
+    augment: Any,
+    batch: int,
+    rank: int,
+    world: int,
+    **metadata: Any,
+) -> Splits:
+    """The data of a run on COCO annotations.
+
+    Args:
+        task: its name.
+        config, weights, batch, rank, world: see `Task.splits`.
+        listings: of training and validation.
+        augment: the transform of training.
+        metadata: stored with the weights, besides what is common to all networks that find objects.
+    """
     normalization = Normalization.of(weights.metadata if weights else {})
-    listings = train, val = listings or read_listings(config, weights)
+    train, val = listings
     sampler = EpochSampler(len(train), batch, train=True, seed=config.seed, rank=rank, world=world)
     steps = len(sampler) // config.accumulate
-    transforms = train_transform(config.image_size, config.multi_scale, config.hflip), eval_transform(config.image_size)
     train_data, val_data = (
         CocoDataset(listing, transform, seed=config.seed, bad_images=config.bad_images, objects=listing is train)
-        for listing, transform in zip(listings, transforms, strict=True)
+        for listing, transform in zip(listings, (augment, eval_transform(config.image_size)), strict=True)
     )
     short, longest = short_and_longest(config.image_size)
     return Splits(
@@ -65,12 +89,13 @@ def open_data(
         collate=collate,
         val_collate=collate,
         metadata={
-            "task": "detect",
+            "task": task,
             "model": config.model,
             "classes": list(train.classes),
             "category_ids": list(train.own_ids),
             "image_size": config.to_dict()["image_size"],
             **normalization.to_metadata(),
+            **metadata,
             **({"val_split": config.val_split} if config.val_split else {}),
         },
         about=f"{config.data}: {len(train.classes)} classes; " + "; ".join(listing.describe() for listing in listings),
@@ -82,6 +107,25 @@ def open_data(
 
 def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoListing, CocoListing]:
     """The training and validation listings of a config, with masks if the head predicts them.
+
+    Raises:
+        UserError: they are missing or invalid.
+    """
+    masks = config.masks
+    if head is not None:
+        finds = bool(DETECTORS.get(head).masks)
+        if masks not in (None, finds):
+            raise UserError(f"--masks {str(masks).lower()}: --head {head} finds {'' if finds else 'no '}masks")
+        masks = finds
+    return read_objects(config, masks=masks)
+
+
+def read_objects(config: ObjectsConfig, **reading: Any) -> tuple[CocoListing, CocoListing]:
+    """The training and validation listings of a config.
+
+    Args:
+        config: the settings.
+        reading: of `data.coco.read_coco`: `masks`, `keypoints`.
 
     Raises:
         UserError: they are missing or invalid.
@@ -101,24 +145,18 @@ def read_splits(config: DetectConfig, head: str | None = None) -> tuple[CocoList
                 f"--val-data is missing: the JSON to validate on beside --data {config.data}, or --val-split .2"
             )
         val_data = str(twin)
-    options: dict[str, Any] = {"images": config.images, "check_files": config.bad_images == "stop"}
-    masks = config.masks
-    if head is not None:
-        finds = bool(DETECTORS.get(head).masks)
-        if masks not in (None, finds):
-            raise UserError(f"--masks {str(masks).lower()}: --head {head} finds {'' if finds else 'no '}masks")
-        masks = finds
+    options: dict[str, Any] = {"images": config.images, "check_files": config.bad_images == "stop", **reading}
     if config.val_split:
         dividing = splitting.ValSplit(config.val_split, config.split_seed)
-        listings = splitting.open_objects(config.data, dividing, masks=masks, drop_empty=config.drop_empty, **options)
+        listings = splitting.open_objects(config.data, dividing, drop_empty=config.drop_empty, **options)
         return _with_objects(listings[0]), listings[1]
-    train = open_format("objects", config.data, "train", masks=masks, drop_empty=config.drop_empty, **options)
+    train = open_format("objects", config.data, "train", drop_empty=config.drop_empty, **options)
     _with_objects(train)
-    val = open_format("objects", val_data, "val", train.categories, masks=train.has_masks, drop_empty=False, **options)
-    return train, val
+    options["masks"] = train.has_masks
+    return train, open_format("objects", val_data, "val", train.categories, drop_empty=False, **options)
 
 
-def late_drops(config: DetectConfig) -> list[str]:
+def late_drops(config: ObjectsConfig) -> list[str]:
     """A line that names the drops of the rate that the run does not reach, if there are any."""
     late = " and ".join(str(epoch) for epoch in config.lr_drops if epoch >= config.epochs)
     return [f"the run ends with epoch {config.epochs}, before the rate falls after {late} (--lr-drops)"] if late else []
@@ -190,13 +228,19 @@ def reading(metadata: Any, image_size: int | tuple[int, int] | None) -> int | tu
 
 
 def draw_batch(
-    config: DetectConfig, splits: Splits, images: list[torch.Tensor], targets: list[dict[str, Any]], out: Path
+    config: ObjectsConfig, splits: Splits, images: list[torch.Tensor], targets: list[dict[str, Any]], out: Path
 ) -> None:
     """See `Task.draw_batch`."""
     pixels = [(255 * image.permute(1, 2, 0)).round().byte().numpy() for image in images]
+    edges = splits.metadata.get("skeleton", ())
     instances = [
         Instances(
-            t["boxes"].numpy(), t["labels"].numpy() - 1, None, t["masks"].bool().numpy() if "masks" in t else None
+            t["boxes"].numpy(),
+            t["labels"].numpy() - 1,
+            None,
+            t["masks"].bool().numpy() if "masks" in t else None,
+            sure_points(t["keypoints"].numpy(), 1) if "keypoints" in t else None,
+            edges,
         )
         for t in targets
     ]

@@ -14,9 +14,9 @@ from torch import Tensor
 from sgformer.data.detection_transforms import eval_transform
 from sgformer.explaining.base import Explainer, explanations, pixels
 from sgformer.heads.mask_rcnn import paste_masks
-from sgformer.results import SHOWN, Explanation
+from sgformer.results import POINT_SHOWN, SHOWN, Explanation
 from sgformer.tasks.detect.network import PAD_TO
-from sgformer.viz.detection import Instances, overlay
+from sgformer.viz.detection import Instances, overlay, sure_points
 from sgformer.viz.segmentation import palette
 
 
@@ -47,7 +47,12 @@ class DetectExplainer(Explainer):
         if "masks" in found:
             masks = [m.numpy() for m in paste_masks(found["masks"], found["boxes"], shown)]
             prediction["masks"] = np.stack(masks) if masks else np.zeros((0, *shown), bool)
-        instances = Instances(prediction["boxes"], prediction["labels"], prediction["scores"], prediction.get("masks"))
+        points = None
+        if "keypoints" in found:
+            prediction["keypoints"] = found["keypoints"].numpy()
+            points = sure_points(prediction["keypoints"], POINT_SHOWN)
+        objects = prediction["boxes"], prediction["labels"], prediction["scores"], prediction.get("masks")
+        instances = Instances(*objects, points, self.metadata.get("skeleton", ()))
         count = len(instances.boxes)
         title = f"{count} object{'s' if count != 1 else ''} from {self.score:g} up"
         drawn = overlay(one.image, instances, names)

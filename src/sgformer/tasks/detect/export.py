@@ -14,7 +14,9 @@ from sgformer.models.pyramid import STRIDES
 class PyramidGraph(DenseGraph):
     """A detector's backbone and feature pyramid: "level0" ... "level4", (B, width, H / s, W / s), strides s 4 to 64."""
 
-    task = "detect"
+    @property
+    def task(self) -> str:  # type: ignore[override]
+        return self.model.task
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if not (self.features or self.significance):
@@ -32,12 +34,13 @@ class PyramidGraph(DenseGraph):
         return dict.fromkeys(self._own(), (2, 3))
 
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        return {"category_ids": list(metadata["category_ids"]), "part": "backbone and feature pyramid"}
+        kept = {name: metadata[name] for name in ("category_ids", "keypoints", "skeleton") if name in metadata}
+        return {**kept, "part": "backbone and feature pyramid"}
 
 
 class DetectorGraph(PyramidGraph):
     """The whole detector for one image of a fixed size: boxes (N, 4) [x1, y1, x2, y2] in its pixels, labels (N,) class
-    indices, scores (N,) and, if it has them, masks (N, 1, 28, 28), for N detections."""
+    indices, scores (N,) and, if it has them, masks (N, 1, 28, 28) or keypoints (N, K, 3), for N detections."""
 
     whole_image = True
 
@@ -48,14 +51,14 @@ class DetectorGraph(PyramidGraph):
             maps, extra = inspection.features, self._extra(inspection)
         size = (int(image.shape[-2]), int(image.shape[-1]))
         (found,), _ = self.model.heads(maps, image, [size])
-        masks = (found["masks"],) if self.model.masks else ()
-        return (found["boxes"], found["labels"] - 1, found["scores"], *masks, *extra)
+        return (found["boxes"], found["labels"] - 1, *(found[name] for name in self._own()[2:]), *extra)
 
     def axes(self, open_size: bool) -> dict[str, dict[int, str]]:
         return {name: {0: "objects"} for name in self._own()}
 
     def _own(self) -> list[str]:
-        return ["boxes", "labels", "scores", *(["masks"] if self.model.masks else [])]
+        more = {"mask": "masks", "keypoints": "keypoints"}
+        return ["boxes", "labels", "scores", *(more[kind] for kind in self.model.kinds[1:])]
 
     def _reading(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {**super()._reading(metadata), "part": "whole"}

@@ -1,4 +1,4 @@
-"""The COCO metrics of a detector, by pycocotools on the annotation file itself, and their files."""
+"""The COCO metrics of boxes, masks and keypoints, by pycocotools on the annotation file itself, and their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,24 @@ from sgformer.viz.detection import draw_precision_recall
 
 #: The twelve numbers in pycocotools' order: average precision and recall, by IoU, object size and detections per image.
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+#: The ten of keypoints, which tell no small objects and no numbers of detections apart.
+OF_KEYPOINTS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+
+
+class Kind(NamedTuple):
+    """pycocotools' word for what is measured, its entry in a result, its numbers, and the name of the last recall."""
+
+    iou_type: str
+    entry: str
+    numbers: tuple[str, ...]
+    recall: str
+
+
+KINDS = {
+    "box": Kind("bbox", "bbox", NUMBERS, "AR100"),
+    "mask": Kind("segm", "segmentation", NUMBERS, "AR100"),
+    "keypoints": Kind("keypoints", "keypoints", OF_KEYPOINTS, "AR"),
+}
 #: Minimum confidence of the detections that count in the score of an image.
 CONFIDENT = 0.5
 
@@ -33,14 +51,16 @@ class DetectionEvaluation:
     Attributes:
         box, mask: the twelve numbers by name, fractions, NaN where there is nothing to measure (no object of a size);
             `mask` is empty for boxes only.
-        classes: one row per class: name, objects, and `box_AP`, `box_AP50`, `box_AR100` (and `mask_...`), None if the
-            class has no object.
+        classes: one row per class: name, objects, and `box_AP`, `box_AP50`, `box_AR100` (and `mask_...`,
+            `keypoints_...`), None if the class has no object.
         images, objects: their counts, without crowd regions.
         skipped: one line for each unreadable image that was left out.
-        precision: by kind ("box", "mask"), (classes, 101) precision at IoU .5 over recall 0, .01 ... 1; NaN where a
+        precision: by kind, (classes, 101) precision at IoU .5 over recall 0, .01 ... 1; NaN where a
             class has no object.
-        image_scores: by image id, F1 of its confident detections at IoU .5; NaN without objects and detections.
+        image_scores: by image id, F1 of its confident detections at IoU .5 or, of keypoints, at OKS .5 (similarity);
+            NaN without objects and detections.
         results: by kind, detections in COCO's results format.
+        keypoints: the ten numbers by name, if there are keypoints.
     """
 
     box: dict[str, float]
@@ -52,14 +72,17 @@ class DetectionEvaluation:
     precision: dict[str, np.ndarray] = field(default_factory=dict)
     image_scores: dict[Any, float] = field(default_factory=dict)
     results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    keypoints: dict[str, float] = field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, dict[str, float]]:
-        """The numbers by kind: "box", and "mask" if there are masks."""
-        return {"box": self.box, **({"mask": self.mask} if self.mask else {})}
+        """The numbers by kind: "box", and "mask" or "keypoints" if there are some; the last one is the main one."""
+        others = {"mask": self.mask, "keypoints": self.keypoints}
+        return {"box": self.box, **{kind: numbers for kind, numbers in others.items() if numbers}}
 
     def metrics(self) -> dict[str, float]:
-        """What training logs: `box_ap`, `box_ap50`, `box_ap75` and the like for masks; 0 where nothing is measured."""
+        """What training logs: `box_ap`, `box_ap50`, `box_ap75` and the like for masks and keypoints; 0 where nothing is
+        measured."""
         return {
             f"{kind}_{name.lower()}": 0.0 if math.isnan(values[name]) else values[name]
             for kind, values in self.kinds.items()
@@ -107,13 +130,17 @@ class DetectionEvaluation:
 
     def table(self) -> str:
         """All numbers in columns, for a terminal."""
-        lines = ["       " + "".join(f"{name:>7}" for name in NUMBERS)]
-        for kind, values in self.kinds.items():
-            lines.append(f"{kind:<7}" + "".join(f"{_percent(values[name]):>7}" for name in NUMBERS))
+        width = max(map(len, ("mask", *self.kinds))) + 3
+        lines: list[str] = []
+        for names, group in _grouped(self.kinds):
+            lines.append(" " * width + "".join(f"{name:>7}" for name in names))
+            for kind, values in group.items():
+                lines.append(f"{kind:<{width}}" + "".join(f"{_percent(values[name]):>7}" for name in names))
         return "\n".join(lines)
 
     def write(self, folder: str | os.PathLike[str], picture: bool = True) -> None:
-        """`metrics.json`, `classes.csv`, `results_box.json` (and `_mask`), and on request `precision_recall.png`."""
+        """`metrics.json`, `classes.csv`, `results_box.json` (and `_mask`, `_keypoints`), and on request
+        `precision_recall.png`."""
         folder = make_folder(folder)
         write_json(folder / "metrics.json", self.summary())
         if self.classes:
@@ -146,17 +173,18 @@ class DetectionEvaluation:
             for row in read_table(folder / "classes.csv")
         ]
         precision = {}
-        for kind in ("box", "mask"):
+        for kind in KINDS:
             if (folder / f"precision_{kind}.csv").is_file():
                 lines = read_rows(folder / f"precision_{kind}.csv")[1:]
                 precision[kind] = np.array([[float(v) if v else np.nan for v in line[1:]] for line in lines])
                 if precision[kind].shape != (len(classes), 101):
                     raise ValueError(f"precision_{kind}.csv is not of {len(classes)} classes")
-        box, mask = (
+        box, mask, keypoints = (
             {name: math.nan if value is None else value for name, value in numbers.get(kind, {}).items()}
-            for kind in ("box", "mask")
+            for kind in KINDS
         )
-        return cls(box, mask, classes, numbers["images"], numbers["objects"], tuple(numbers["skipped"]), precision)
+        counts = numbers["images"], numbers["objects"], tuple(numbers["skipped"])
+        return cls(box, mask, classes, *counts, precision=precision, keypoints=keypoints)
 
 
 class CocoMetric:
@@ -167,12 +195,19 @@ class CocoMetric:
         classes: class names in the order of the class indices.
         category_ids: of each class in that file; None for a class that is not in it.
         masks: whether to evaluate masks besides boxes.
+        sigmas: of keypoints, which are evaluated, too; see `data.keypoints`.
     """
 
     def __init__(
-        self, truth: dict[str, Any], classes: Sequence[str], category_ids: Sequence[int | str | None], masks: bool
+        self,
+        truth: dict[str, Any],
+        classes: Sequence[str],
+        category_ids: Sequence[int | str | None],
+        masks: bool,
+        sigmas: Sequence[float] = (),
     ):
-        self.classes, self.category_ids, self.masks = list(classes), list(category_ids), masks
+        self.classes, self.category_ids, self.sigmas = list(classes), list(category_ids), list(sigmas)
+        self.kinds = ("box", *(("mask",) if masks else ()), *(("keypoints",) if sigmas else ()))
         self.truth = _index(truth)
 
     def evaluate(
@@ -181,8 +216,8 @@ class CocoMetric:
         """The metrics of some results.
 
         Args:
-            results: detections with `image_id`, `category_id`, `bbox` [x, y, width, height], `score` and, if masks are
-                evaluated, `segmentation` (RLE).
+            results: detections with `image_id`, `category_id`, `bbox` [x, y, width, height], `score` and, if masks or
+                keypoints are evaluated, `segmentation` (RLE) or `keypoints` [x, y, anything, ...].
             images: ids of the evaluated images; others do not count.
             skipped: one line for each unreadable image.
         """
@@ -194,14 +229,14 @@ class CocoMetric:
         numbers: dict[str, dict[str, float]] = {}
         precision, written = {}, {}
         scores: dict[Any, float] = {}
-        for kind in ("box", "mask") if self.masks else ("box",):
-            # Two lists: if a result has a box, pycocotools takes the area of that as the mask's.
-            without = "segmentation" if kind == "box" else "bbox"
-            written[kind] = [{k: v for k, v in result.items() if k != without} for result in results]
-            evaluation = self._run(written[kind], images, {"box": "bbox", "mask": "segm"}[kind])
-            numbers[kind] = {n: _nan(v) for n, v in zip(NUMBERS, evaluation.stats.tolist(), strict=True)}
+        for kind in self.kinds:
+            # A list each: if a result has a box, pycocotools takes the area of that as the mask's.
+            others = {one.entry for name, one in KINDS.items() if name != kind}
+            written[kind] = [{k: v for k, v in result.items() if k not in others} for result in results]
+            evaluation = self._run(written[kind], images, kind)
+            numbers[kind] = {n: _nan(v) for n, v in zip(KINDS[kind].numbers, evaluation.stats.tolist(), strict=True)}
             precision[kind] = self._per_class(evaluation, rows, kind)
-            if kind == "box":
+            if kind == ("keypoints" if self.sigmas else "box"):
                 scores = image_scores(evaluation)
         return DetectionEvaluation(
             numbers["box"],
@@ -213,6 +248,7 @@ class CocoMetric:
             precision,
             scores,
             written,
+            numbers.get("keypoints", {}),
         )
 
     def _run(self, results: list[dict[str, Any]], images: Sequence[Any], kind: str) -> Any:
@@ -222,7 +258,9 @@ class CocoMetric:
             empty = {**self.truth.dataset, "annotations": []}
             # It also modifies its argument.
             detections = self.truth.loadRes([dict(r) for r in results]) if results else _index(empty)
-            evaluation = cocoeval.COCOeval(self.truth, detections, kind)
+            evaluation = cocoeval.COCOeval(self.truth, detections, KINDS[kind].iou_type)
+            if kind == "keypoints":
+                evaluation.params.kpt_oks_sigmas = np.array(self.sigmas)
             evaluation.params.imgIds = sorted(images)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -232,7 +270,7 @@ class CocoMetric:
     def _per_class(self, evaluation: Any, rows: list[dict[str, Any]], kind: str) -> np.ndarray:
         """Adds a kind's columns to the rows; returns precision at IoU .5 by class and recall."""
         place = {key: i for i, key in enumerate(evaluation.params.catIds)}
-        precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class), all sizes, 100 detections
+        precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class), all sizes, most detections
         recall = evaluation.eval["recall"][..., 0, -1]  # (IoU, class)
         curves = np.full((len(rows), precision.shape[1]), np.nan)
         for i, (row, key) in enumerate(zip(rows, self.category_ids, strict=True)):
@@ -240,7 +278,7 @@ class CocoMetric:
             there = k is not None and (precision[:, :, k] > -1).any()
             row[f"{kind}_AP"] = float(precision[:, :, k].mean()) if there else None
             row[f"{kind}_AP50"] = float(precision[0, :, k].mean()) if there else None
-            row[f"{kind}_AR100"] = float(recall[:, k].mean()) if there else None
+            row[f"{kind}_{KINDS[kind].recall}"] = float(recall[:, k].mean()) if there else None
             if there:
                 curves[i] = precision[0, :, k]
         return curves
@@ -280,13 +318,13 @@ def report(
         f"{result.images} validation images, {result.objects} objects of {len(result.classes)} classes; "
         "numbers in percent, by pycocotools.",
         "",
-        "| | " + " | ".join(NUMBERS) + " |",
-        "|---|" + "---|" * len(NUMBERS),
-        *(f"| {k} | " + " | ".join(_percent(values[n]) for n in NUMBERS) + " |" for k, values in result.kinds.items()),
-        "",
-        *facts_table(facts),
     ]
-    kind = "mask" if result.mask else "box"
+    for names, group in _grouped(result.kinds):
+        lines += ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        lines += [f"| {k} | " + " | ".join(_percent(values[n]) for n in names) + " |" for k, values in group.items()]
+        lines.append("")
+    lines += facts_table(facts)
+    kind = list(result.kinds)[-1]
     ranked = sorted((r for r in result.classes if r[f"{kind}_AP"] is not None), key=lambda r: r[f"{kind}_AP"])
     columns = [column for column in (result.classes[0] if result.classes else ()) if column not in ("class", "objects")]
     lines += class_tables(
@@ -294,6 +332,14 @@ def report(
         [[r["class"], r["objects"], *(_percent(r[c]) for c in columns)] for r in ranked],
     )
     return "\n".join([*lines, *show(pictures)])
+
+
+def _grouped(kinds: Mapping[str, dict[str, float]]) -> list[tuple[tuple[str, ...], dict[str, dict[str, float]]]]:
+    """The kinds that have the same numbers, together."""
+    groups: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    for kind, values in kinds.items():
+        groups.setdefault(KINDS[kind].numbers, {})[kind] = values
+    return list(groups.items())
 
 
 def _index(dataset: dict[str, Any]) -> Any:

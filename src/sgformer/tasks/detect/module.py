@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgformer.models.load import Weights
-from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.config import DetectConfig, ObjectsConfig
 from sgformer.tasks.detect.data import coco_metric
 from sgformer.tasks.detect.metrics import CocoMetric, DetectionEvaluation
 from sgformer.tasks.detect.network import Detector, coco_results, new_detector
@@ -32,13 +32,13 @@ class DetectionModule(TaskModule):
         category_ids: written in the results, for each class; detections of classes without one are left out.
 
     Validation runs `eval_model` and leaves `result`, besides the logged `box_ap`, `box_ap50`, `box_ap75` and, with
-    masks, `mask_ap` ... (fractions).
+    masks or keypoints, `mask_ap` or `keypoints_ap` ... (fractions).
     """
 
     def __init__(
         self,
         model: Detector,
-        config: DetectConfig | None = None,
+        config: ObjectsConfig | None = None,
         steps_per_epoch: int | None = None,
         total_steps: int | None = None,
         metric: CocoMetric | None = None,
@@ -53,7 +53,7 @@ class DetectionModule(TaskModule):
         self.metric = metric
         self.image_ids = image_ids
         self.category_ids = list(range(1, model.num_classes + 1)) if category_ids is None else list(category_ids)
-        self.monitor = "mask_ap" if model.masks else "box_ap"  # selects the best weights
+        self.monitor = f"{model.kinds[-1]}_ap"  # selects the best weights
         self.result: DetectionEvaluation | None = None
         self.results: list[dict[str, Any]] = []
         self.seen: list[int] = []  # positions of the images validated
@@ -123,13 +123,20 @@ class DetectionModule(TaskModule):
 
 def build(config: DetectConfig, splits: Splits, weights: Weights | None) -> DetectionModule:
     """See `Task.module`."""
-    train, val = splits.train.listing, splits.val.listing
+    train = splits.train.listing
+    model = new_detector(config, len(train.classes), train.has_masks, weights, train.classes)
+    return make_module(model, config, splits, coco_metric(splits.val.listing))
+
+
+def make_module(model: Detector, config: ObjectsConfig, splits: Splits, metric: CocoMetric) -> DetectionModule:
+    """The module that trains a network on the data of a run."""
+    val = splits.val.listing
     return DetectionModule(
-        new_detector(config, len(train.classes), train.has_masks, weights, train.classes),
+        model,
         config,
         steps_per_epoch=int(splits.steps_per_pass),
         total_steps=splits.total_steps,
-        metric=coco_metric(val),
+        metric=metric,
         image_ids=[image.id for image in val.images],
         category_ids=val.own_ids,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from sgformer.heads.registry import DETECTORS
 from sgformer.models.load import Weights, check_classes, check_dense, load_dense, save_weights, take_fitting
 from sgformer.models.pyramid import Pyramid, pyramid_backbone
 from sgformer.results import coco_result
-from sgformer.tasks.detect.config import DetectConfig
+from sgformer.tasks.detect.config import DetectConfig, ObjectsConfig
 
 PAD_TO = 32  # pixels: the batch's sides are multiples of it
 
@@ -35,7 +35,7 @@ class Detector(nn.Module):
         options: of the heads, e.g. of `RCNNHeads`.
 
     Attributes:
-        architecture: a plain dict from which `Detector.build` makes the same network.
+        architecture: a plain dict from which `build` makes the same network.
         masks: whether it predicts masks.
 
     Raises:
@@ -56,20 +56,23 @@ class Detector(nn.Module):
         head: str | None = None,
         **options: Any,
     ):
-        super().__init__()
         head = head or standard_head(masks)
-        self.architecture = {
-            "backbone": backbone.architecture,
-            "head": head,
-            "num_classes": num_classes,
-            "width": width,
-        }
-        self.num_classes = num_classes
-        self.backbone = backbone
-        self.heads = DETECTORS.get(head)(backbone.channels, backbone.strides, num_classes, width=width, **options)
-        self.masks = bool(self.heads.masks)
+        heads = DETECTORS.get(head)(backbone.channels, backbone.strides, num_classes, width=width, **options)
+        self._assemble(backbone, heads, {"head": head, "num_classes": num_classes, "width": width})
+
+    def _assemble(self, backbone: Pyramid, heads: Any, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        self.architecture = {"backbone": backbone.architecture, **architecture}
+        self.num_classes = architecture["num_classes"]
+        self.backbone, self.heads = backbone, heads
+        self.masks = bool(heads.masks)
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What its detections are measured by, of `tasks.detect.metrics.KINDS`; the last one is the main one."""
+        return ("box", "mask") if self.masks else ("box",)
 
     def forward(
         self,
@@ -86,7 +89,8 @@ class Detector(nn.Module):
 
         Returns:
             The losses by name; or per image `boxes` (N, 4) [x1, y1, x2, y2], `labels` (N,) class indices from 0,
-            `scores` (N,) descending, and `masks` (N, 1, 28, 28), to be pasted by `heads.mask_rcnn.paste_masks`.
+            `scores` (N,) descending, and `masks` (N, 1, 28, 28), to be pasted by `heads.mask_rcnn.paste_masks`, or
+            `keypoints` (N, K, 3), x, y and score.
         """
         own = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         batch = self.batch(images)
@@ -96,6 +100,8 @@ class Detector(nn.Module):
         for found, size, original in zip(detections, own, sizes or own, strict=True):
             factors = [original[1] / size[1], original[0] / size[0]] * 2
             found["boxes"] = found["boxes"] * torch.tensor(factors, device=batch.device)
+            if "keypoints" in found:
+                found["keypoints"] = found["keypoints"] * torch.tensor([*factors[:2], 1.0], device=batch.device)
             found["labels"] = found["labels"] - 1
         return detections
 
@@ -125,7 +131,7 @@ class Detector(nn.Module):
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
         """Write weights and metadata to a safetensors file, atomically."""
-        save_weights(self, path, {**metadata, "task": "detect"})
+        save_weights(self, path, {**metadata, "task": self.task})
 
     @classmethod
     def build(cls, architecture: Mapping[str, Any], **options: Any) -> Detector:
@@ -164,18 +170,41 @@ def named_head(config: DetectConfig, weights: Weights | None) -> str | None:
 def new_detector(
     config: DetectConfig, num_classes: int, masks: bool, weights: Weights | None = None, classes: Sequence[str] = ()
 ) -> Detector:
-    """The network to train: fresh, on the backbone of some weights, or from a whole detector's weights.
+    """The network to train; see `start`."""
+    head = named_head(config, weights)
+
+    def build(backbone: Pyramid) -> Detector:
+        return Detector(backbone, num_classes, masks, config.head_width, head, rois=config.rois)
+
+    return start(Detector, build, config, weights, classes)
+
+
+def start(
+    kind: type[Detector],
+    build: Callable[[Pyramid], Detector],
+    config: ObjectsConfig,
+    weights: Weights | None = None,
+    classes: Sequence[str] = (),
+) -> Detector:
+    """The network to train: fresh, on the backbone of some weights, or from the weights of a whole one of its kind.
 
     With the latter, layers that depend on the classes are initialised anew if those are others.
+
+    Args:
+        kind: of network.
+        build: makes it, with fresh heads.
+        config: the settings.
+        weights: to start from.
+        classes: names of the classes.
 
     Raises:
         UserError: weights of another network, or with heads of another width.
     """
     known = weights.metadata.get("classes") if weights else None
     others = class_differences(known, classes) if known and classes else []
-    whole = weights is not None and weights.task == "detect"
+    whole = weights is not None and weights.task == kind.task
     if whole:
-        check_dense(Detector.build, weights)  # type: ignore[arg-type]
+        check_dense(kind.build, weights)  # type: ignore[arg-type]
     if whole and (width := weights.architecture["width"]) != config.head_width:  # type: ignore[union-attr, index]
         raise UserError(
             f"{config.weights} has heads of width {width}, not {config.head_width}: pass --head-width {width}"
@@ -189,8 +218,7 @@ def new_detector(
         freeze_stages=config.freeze_stages,
         grad_checkpointing=config.grad_checkpointing,
     )
-    head = named_head(config, weights)
-    model = Detector(backbone, num_classes, masks, config.head_width, head, rois=config.rois)
+    model = build(backbone)
     if weights is not None:
         model.normalize_as(Normalization.of(weights.metadata))
     return (take_fitting(model, weights, others) if whole else model).train()  # type: ignore[arg-type]
@@ -199,7 +227,7 @@ def new_detector(
 def coco_results(
     found: Mapping[str, Tensor], image_id: Any, category_ids: Sequence[Any], size: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's results format: boxes and, if present, masks as RLE.
+    """Detections of one image in COCO's results format: boxes and, if present, masks as RLE or keypoints.
 
     Args:
         found: what `Detector` returned for the image.
@@ -209,8 +237,9 @@ def coco_results(
     """
     boxes, labels, scores = (found[name].cpu().tolist() for name in ("boxes", "labels", "scores"))
     masks = paste_masks(found["masks"], found["boxes"], size) if "masks" in found else [None] * len(boxes)
+    points = found["keypoints"].cpu().tolist() if "keypoints" in found else [None] * len(boxes)
     return [
-        coco_result(image_id, category_ids[label], box, score, None if mask is None else mask.numpy())
-        for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
+        coco_result(image_id, category_ids[label], box, score, None if mask is None else mask.numpy(), keypoints)
+        for box, label, score, mask, keypoints in zip(boxes, labels, scores, masks, points, strict=True)
         if category_ids[label] is not None
     ]

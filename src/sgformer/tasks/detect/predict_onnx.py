@@ -41,6 +41,8 @@ def predict(
     network.refuse_size(image_size)
     network.require("part", "category_ids")
     metadata = network.metadata
+    if metadata["task"] == "keypoints":
+        network.require("keypoints", "skeleton")
     if metadata["part"] != "whole" or network.input_size is None:
         raise UserError(f"{network.path}: holds {metadata['part']}, not a whole detector")
     sides = short_and_longest(metadata["image_size"])
@@ -55,8 +57,19 @@ def predict(
         boxes = boxes[keep] * np.array([size[1] / width, size[0] / height] * 2, np.float32)
         rows = zip(boxes, found["labels"][keep].tolist(), found["scores"][keep].tolist(), strict=True)
         masks = found["masks"][keep][:, 0] if "masks" in found else None
+        points = None
+        if "keypoints" in found:
+            factors = np.array([size[1] / width, size[0] / height, 1], np.float32)
+            points = np.minimum(found["keypoints"][keep], np.array([width, height, 1], np.float32)) * factors
         results = [
-            coco_result(name, label, box.tolist(), conf, None if masks is None else paste_mask(masks[k], box, size))
+            coco_result(
+                name,
+                label,
+                box.tolist(),
+                conf,
+                None if masks is None else paste_mask(masks[k], box, size),
+                None if points is None else points[k].tolist(),
+            )
             for k, (box, label, conf) in enumerate(rows)
         ]
         yield Detections(name, named(results, metadata["category_ids"], network.classes), size), image
@@ -79,6 +92,9 @@ def _checked(network: ExportedNetwork, found: dict[str, np.ndarray]) -> dict[str
     fits = all(name in found and found[name].shape == shape for name, shape in shapes.items())
     masks = found.get("masks")
     fits = fits and (masks is None or (masks.ndim == 4 and masks.shape[:2] == (count, 1) and masks[:1].size < 2**16))
+    if (named := network.metadata.get("keypoints")) is not None:
+        points = found.get("keypoints")
+        fits = fits and points is not None and points.shape == (count, len(named), 3)
     if not fits or not np.isin(found["labels"], range(len(network.classes))).all():
         raise UserError(f"{network.path}: its outputs are not those of a detector of {len(network.classes)} classes")
     return found
