@@ -46,6 +46,13 @@ def test_small_images_are_enlarged_and_nothing_is_fine_too():
     assert not overlay(image, nothing, NAMES).any()
 
 
+@pytest.mark.parametrize(("size", "drawn"), [((2000, 1), (2000, 1)), ((8, 150), (80, 1500)), ((8, 80), (160, 1600))])
+def test_elongated_images_are_enlarged_less(size, drawn):
+    """To a short side of 400, a picture of 20,000 x 1 pixels would take 10 GB."""
+    box = objects(boxes=np.array([[0.0, 0, 1, 1]] * 2), masks=None)
+    assert overlay(np.zeros((*size, 3), np.uint8), box, NAMES).shape == (*drawn, 3)
+
+
 def test_only_confident_ones():
     kept = objects().above(0.5)
     assert len(kept.boxes) == len(kept.masks) == 1 and kept.labels.tolist() == [0]

@@ -15,7 +15,8 @@ from sgformer.results import POINT_SHOWN, Detections
 from sgformer.viz.segmentation import palette
 from sgformer.viz.style import COLOURS, INK, figure, label_font
 
-#: Images are enlarged by an integer factor to a short side of about this many pixels, so that labels are legible.
+#: Images are enlarged by an integer factor to a short side of about this many pixels, so that labels are legible,
+#: unless that makes the long side more than 4 times as long: 20,000 x 1 pixels would become 3 gigapixels.
 LEGIBLE = 400
 #: Up to this many classes get a coloured and labelled curve each.
 MAX_CURVES = 5
@@ -72,7 +73,8 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
     Returns:
         (h, w, 3) uint8; small images are enlarged.
     """
-    zoom = max(1, round(LEGIBLE / min(image.shape[:2])))
+    short, long = sorted(image.shape[:2])
+    zoom = max(1, min(round(LEGIBLE / short), 4 * LEGIBLE // long))
     canvas = Image.fromarray(np.ascontiguousarray(image))
     canvas = canvas.resize((canvas.width * zoom, canvas.height * zoom), Image.Resampling.BICUBIC)
     colours = palette(names)[np.asarray(objects.labels, dtype=np.int64)]
