@@ -12,7 +12,7 @@ pytest.importorskip("pycocotools")
 from sgformer.core.errors import UserError
 from sgformer.data import keypoints
 from sgformer.data.checks import check_data
-from sgformer.data.coco import CocoDataset, find_coco, ground_truth, read_coco
+from sgformer.data.coco import CocoDataset, find_coco, ground_truth, read_coco, single_coco
 from sgformer.data.detection_transforms import SidedFlip, join_keypoints, train_transform
 from sgformer.data.keypoints import PERSON, Skeleton, mirror_order, require_same
 
@@ -139,6 +139,7 @@ def test_the_file_of_keypoints_is_preferred(tmp_path):
     file, folders = find_coco(tmp_path, "train", keypoints=True)
     assert file.stem == "person_keypoints_train2017" and folders[0] == tmp_path / "train2017"
     assert find_coco(file, "train")[1][0] == tmp_path / "train2017"
+    assert single_coco(tmp_path, True) == file != single_coco(tmp_path)
     (tmp_path / "annotations" / "instances_train2017.json").unlink()
     assert find_coco(tmp_path, "train")[0] == file
 

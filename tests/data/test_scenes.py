@@ -143,6 +143,30 @@ def test_objects_of_a_scene_are_disjoint_visible_and_counted(sources):
     assert counts >= {1, 2, 3, 4, 5}
 
 
+def test_keypoints_are_on_the_ink_towards_their_corners(sources):
+    for i in range(60):
+        _, (thing,) = compose(np.random.default_rng(i), sources["train"], 96, i % 10)
+        pixel = max(2, np.ptp(np.flatnonzero(thing.mask.any(1))) // 8)  # of the sprite; of several, ends are the mean
+        near = np.asarray(Image.fromarray(thing.mask).convert("L").filter(ImageFilter.MaxFilter(2 * pixel + 1))) > 0
+        assert thing.ends.shape == (4, 2) and all(near[int(y), int(x)] for x, y in thing.ends)
+        left_top, right_top, right_bottom, left_bottom = thing.ends
+        assert min(left_bottom[1], right_bottom[1]) > max(left_top[1], right_top[1])  # turned by 18 degrees at most
+        assert (left_top - right_bottom).sum() < 0 and (left_bottom - right_top) @ (1, -1) < 0
+
+
+def test_keypoints_of_the_coco_layout(made):
+    data = json.loads((made["coco"] / "annotations/instances_train2017.json").read_text())
+    assert data["categories"][3]["keypoints"] == ["left_top", "right_top", "right_bottom", "left_bottom"]
+    assert data["categories"][3]["skeleton"] == [[1, 2], [2, 3], [3, 4], [4, 1]]
+    points = np.array([annotation["keypoints"] for annotation in data["annotations"]]).reshape(-1, 4, 3)
+    assert set(points[..., 2].ravel()) == {1, 2} and (points[..., 2] == 1).mean() < 0.2  # some are hidden
+    corners = np.array([annotation["bbox"] for annotation in data["annotations"]])[:, None]
+    inside = (points[..., :2] >= corners[..., :2] - 1.5) & (
+        points[..., :2] <= corners[..., :2] + corners[..., 2:] + 0.5
+    )
+    assert inside.all(-1)[points[..., 2] == 2].mean() > 0.98  # the boxes are those of the visible parts
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 

@@ -174,8 +174,14 @@ def is_coco(data: str | os.PathLike) -> bool:
     return any((data / file).is_file() for file in files)
 
 
-def single_coco(data: str | os.PathLike) -> Path | None:
-    """The annotation file of a data set that is not split: the file itself, or a folder's only one."""
+def _patterns(keypoints: bool | None) -> Sequence[str]:
+    """`PATTERNS`, those of keypoints first if they are wanted: COCO has both files in a folder."""
+    return sorted(PATTERNS, key=lambda pattern: pattern != OF_KEYPOINTS) if keypoints else PATTERNS
+
+
+def single_coco(data: str | os.PathLike, keypoints: bool | None = False) -> Path | None:
+    """The annotation file of a data set that is not split: the file itself, or a folder's only one; `keypoints` as of
+    `find_coco`."""
     data = Path(data)
     if data.is_file():
         return data
@@ -185,7 +191,7 @@ def single_coco(data: str | os.PathLike) -> Path | None:
     }
     if has["val"]:
         return None
-    files = SINGLE if not has["train"] else [p.format(n) for n in SPLIT_NAMES["train"] for p in PATTERNS]
+    files = SINGLE if not has["train"] else [p.format(n) for n in SPLIT_NAMES["train"] for p in _patterns(keypoints)]
     return next((data / file for file in files if (data / file).is_file()), None)
 
 
@@ -207,8 +213,7 @@ def find_coco(
     data = Path(data)
     names = SPLIT_NAMES.get(split, (split,))
     if data.is_dir():
-        patterns = sorted(PATTERNS, key=lambda pattern: pattern != OF_KEYPOINTS) if keypoints else PATTERNS
-        files = [data / pattern.format(name) for name in names for pattern in patterns]
+        files = [data / pattern.format(name) for name in names for pattern in _patterns(keypoints)]
         file = next((file for file in files if file.is_file()), None)
         if file is None and (single := single_coco(data)) is not None:
             raise UserError(

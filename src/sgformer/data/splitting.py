@@ -263,7 +263,7 @@ def open_objects(
     Raises:
         UserError: there is a validation split, or no COCO file.
     """
-    file = single_coco(data)
+    file = single_coco(data, options.get("keypoints"))
     if file is None:
         raise _has_its_own(find_coco(data, "val")[0])
     names = (split_name(file), *SPLIT_NAMES["train"])
