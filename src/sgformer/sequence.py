@@ -182,7 +182,8 @@ class SelfGuidedAttention1d(nn.Module):
 
     def _attend_unequal(self, x: Tensor, significance: Tensor, lengths: Tensor, valid: Tensor) -> Tensor:
         """As ``self.attn``, by each sequence's own length."""
-        attn, aggregate = self.attn, self.attn.aggregate
+        attn = self.attn
+        aggregate: Any = attn.aggregate
         if isinstance(aggregate, MergeAggregation):
             raise ValueError("aggregation 'merge' takes no lengths: pass sequences of one length, or use another one")
         C = x.shape[-1]
@@ -419,10 +420,12 @@ class SGFormer1d(nn.Module):
         valid = valid_tokens(x, lengths)
         x = without_padding(x, valid)
         for pair in self.pairs:
+            assert isinstance(pair, Pair)
             x, significance, coarse, fine = pair(x, lengths, valid)
             seen.significance.append(significance.detach())
             seen.coarse.append(coarse)
             seen.fine.append(fine)
+            assert pair.guided.tokens is not None
             seen.tokens.append(pair.guided.tokens)
         return without_padding(self.norm(x), valid)
 

@@ -328,7 +328,8 @@ def _listing_of(
     keypoints: bool | None,
 ) -> CocoListing:
     folders = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    entries, skeleton, pointed = _plain(content, file), None, set()
+    entries, skeleton = _plain(content, file), None
+    pointed: set[int | str] = set()
     if keypoints is not False:
         entries, skeleton, pointed = _with_keypoints(entries, file, only=keypoints is True)
     notes = entries.notes

@@ -28,7 +28,7 @@ class KeypointsConfig(ObjectsConfig):
             if isinstance(value := getattr(self, name), list):  # YAML and JSON have no tuples
                 object.__setattr__(self, name, tuple(value))
         self._check("hflip", lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        many = self.sigmas if isinstance(self.sigmas, tuple) else (self.sigmas,)
+        many = self.sigmas if isinstance(self.sigmas, tuple) else (self.sigmas or 0.0,)
         self._check("sigmas", lambda _: all(0 < v <= 1 for v in many), "must be above 0 and at most 1")
 
 
