@@ -12,7 +12,7 @@ pytest.importorskip("pycocotools")
 
 import sgformer
 from sgformer.core.errors import UserError
-from sgformer.data.coco import CocoDataset, collate, ground_truth, read_coco
+from sgformer.data.coco import CocoDataset, collate, ground_truth, read_coco, vanishing
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.imagefolder import EpochSampler
 from sgformer.models.load import read_weights
@@ -20,7 +20,7 @@ from sgformer.models.pyramid import pyramid_backbone
 from sgformer.results import coco_result
 from sgformer.tasks.detect import predict
 from sgformer.tasks.detect.config import DetectConfig
-from sgformer.tasks.detect.data import late_drops, open_data, read_splits, vanishing, without_objects
+from sgformer.tasks.detect.data import late_drops, open_data, read_splits, without_objects
 from sgformer.tasks.detect.metrics import CocoMetric
 from sgformer.tasks.detect.module import DetectionModule, Detector, coco_results, new_detector
 from sgformer.training.trainer import build_trainer, quiet
@@ -205,6 +205,20 @@ def test_objects_below_a_pixel_are_counted_by_class(tmp_path):
     tiny = read_coco(write_coco(tmp_path, content(boxes[1:])), tmp_path / "train", masks=False)
     with pytest.raises(UserError, match=r"all 2 objects are smaller than a pixel.*are the boxes in pixels\?"):
         vanishing(tiny, 48)
+
+
+def test_data_check_counts_objects_below_a_pixel(tmp_path):
+    from sgformer.data.checks import check_data
+
+    boxes = [thing(10, 3, [4, 4, 24, 24]), thing(20, 7, [9, 9, 0.9, 9]), thing(20, 3, [9, 9, 2, 0.4])]
+    write_coco(tmp_path, content(boxes))
+    report = check_data(tmp_path)
+    said = "instances_train.json: 2 objects are smaller than a pixel of their images and not trained on: dog 1, cat 1"
+    assert f"{said}; nothing is left of dog" in report.notes
+    write_coco(tmp_path, content(boxes[1:]))
+    assert any(
+        "all 2 objects are smaller" in line and line.endswith("in pixels?") for line in check_data(tmp_path).problems
+    )
 
 
 def test_no_truth_is_an_error_and_absent_classes_are_named(tmp_path):

@@ -15,7 +15,7 @@ from sgformer.core.names import is_address, some
 from sgformer.core.progress import track
 from sgformer.data import ade20k, sources
 from sgformer.data.check import CheckReport, check_imagefolder, check_images, compare_splits
-from sgformer.data.coco import CocoListing, is_coco, single_coco
+from sgformer.data.coco import CocoListing, is_coco, single_coco, vanishing
 from sgformer.data.formats import find_format, open_data
 from sgformer.data.image import walk
 from sgformer.data.imagefolder import ImageFolder
@@ -112,6 +112,10 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
         report.splits[split], digests[split] = check_images(report, files[split], True, workers, size)
         report.splits[split].counted = "objects"
         report.notes += [f"{split}: {count} {note}" for note, count in listing.notes.items()]
+        try:
+            report.notes += vanishing(listing)
+        except UserError as error:
+            report.problems.append(str(error))
     compare_splits(report, files, digests)
     report.problems += [f"{a} is the same file as {b}" for a, b in report.duplicates]
     if failures:

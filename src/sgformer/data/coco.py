@@ -32,11 +32,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sgformer.core.errors import StalledError, UserError, require
-from sgformer.core.names import some
+from sgformer.core.names import quoted, some
 from sgformer.core.parse import read_json
 from sgformer.data import keypoints as points
 from sgformer.data.coco_dialects import Content, plain
-from sgformer.data.image import MAX_PIXELS, probe_image, read_image
+from sgformer.data.image import MAX_PIXELS, probe_image, read_image, short_and_longest
 from sgformer.data.imagefolder import Sample, bad_image, seeded
 
 #: Names of a split's files and folders, in order of preference.
@@ -961,6 +961,38 @@ class CocoDataset(Dataset):
             target["points"] = tv_tensors.BoundingBoxes(at, format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
             target["visible"] = placed[..., 2]
         return target
+
+
+def vanishing(listing: CocoListing, image_size: int | tuple[int, int] | None = None) -> list[str]:
+    """A line that counts, by class, the objects that are not trained on because a side of their box is below a pixel
+    after resizing to (short side, longest), if there are any; other scales of `--multi-scale` may lose more. Without
+    a size: as large as the images are.
+
+    Raises:
+        UserError: all objects are.
+    """
+    short, longest = short_and_longest(image_size) if image_size else (math.inf, math.inf)
+    gone: Counter[int] = Counter()
+    kept: Counter[int] = Counter()
+    for i, about in enumerate(listing.images):
+        ratio = min(short / min(about.height, about.width), longest / max(about.height, about.width))
+        ratio = ratio if image_size else 1.0
+        factors = int(about.width * ratio) / about.width, int(about.height * ratio) / about.height
+        for label, (x1, y1, x2, y2), _ in listing.objects_of(i):
+            (kept if (x2 - x1) * factors[0] >= 1 and (y2 - y1) * factors[1] >= 1 else gone)[label] += 1
+    if not gone:
+        return []
+    names = quoted([f"{listing.classes[label]} {count}" for label, count in gone.most_common()])
+    number = "1 object is" if gone.total() == 1 else f"{gone.total()} objects are"
+    where = f"at {short}x{longest}" if image_size else "of its image" if gone.total() == 1 else "of their images"
+    what = f"{number} smaller than a pixel {where} and not trained on: {names}"
+    if not kept:
+        raise UserError(
+            f"{listing.json}: all {what}; are the boxes in pixels?{' Or raise --image-size' if image_size else ''}"
+        )
+    if lost := [listing.classes[label] for label in gone if label not in kept]:
+        what += f"; nothing is left of {quoted(lost)}"
+    return [f"{listing.json.name}: {what}"]
 
 
 def collate(samples: Sequence[Sample]) -> DetectionBatch:

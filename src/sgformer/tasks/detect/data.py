@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from sgformer.core.errors import UserError
 from sgformer.core.names import quoted
 from sgformer.data import splitting
-from sgformer.data.coco import CocoDataset, CocoListing, collate, ground_truth
+from sgformer.data.coco import CocoDataset, CocoListing, collate, ground_truth, vanishing
 from sgformer.data.detection_transforms import eval_transform, train_transform
 from sgformer.data.formats import open_data as open_format
 from sgformer.data.image import short_and_longest
@@ -174,33 +173,6 @@ def without_objects(listing: CocoListing) -> list[str]:
     names = [name for label, name in enumerate(listing.classes) if label not in present]
     what = f"{len(names)} of {len(listing.classes)} classes {'have' if len(names) > 1 else 'has'} no object"
     return [f"{listing.json.name}: {what}: {quoted(names)}"] if names else []
-
-
-def vanishing(listing: CocoListing, image_size: int | tuple[int, int]) -> list[str]:
-    """A line that counts, by class, the objects that are not trained on because a side of their box is below a pixel
-    after resizing, if there are any; other scales of `--multi-scale` may lose more.
-
-    Raises:
-        UserError: all objects are.
-    """
-    short, longest = short_and_longest(image_size)
-    gone: Counter[int] = Counter()
-    kept: Counter[int] = Counter()
-    for i, about in enumerate(listing.images):
-        ratio = min(short / min(about.height, about.width), longest / max(about.height, about.width))
-        factors = int(about.width * ratio) / about.width, int(about.height * ratio) / about.height
-        for label, (x1, y1, x2, y2), _ in listing.objects_of(i):
-            (kept if (x2 - x1) * factors[0] >= 1 and (y2 - y1) * factors[1] >= 1 else gone)[label] += 1
-    if not gone:
-        return []
-    names = quoted([f"{listing.classes[label]} {count}" for label, count in gone.most_common()])
-    number = "1 object is" if gone.total() == 1 else f"{gone.total()} objects are"
-    what = f"{number} smaller than a pixel at {short}x{longest} and not trained on: {names}"
-    if not kept:
-        raise UserError(f"{listing.json}: all {what}; are the boxes in pixels? Or raise --image-size")
-    if lost := [listing.classes[label] for label in gone if label not in kept]:
-        what += f"; nothing is left of {quoted(lost)}"
-    return [f"{listing.json.name}: {what}"]
 
 
 def _with_objects(train: CocoListing) -> CocoListing:
