@@ -17,7 +17,7 @@ from sgformer.core.files import replacing
 #: Detections with a lower score are not drawn.
 SHOWN = 0.5
 #: Keypoints with a lower score are not drawn: how probable the most probable of 56 x 56 places is.
-POINT_SHOWN = 0.05
+POINT_SHOWN = 0.01
 
 
 @dataclass(frozen=True)

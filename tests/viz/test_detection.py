@@ -12,6 +12,7 @@ from sgformer.viz.detection import (
     draw_precision_recall,
     draw_training_images,
     overlay,
+    sure_points,
 )
 from sgformer.viz.segmentation import palette
 
@@ -37,6 +38,20 @@ def test_masks_and_boxes_are_drawn_where_they_are():
     assert np.abs(drawn[200, 250] - (0.5 * 100 + 0.5 * colours[0])).max() <= 1  # inside the first mask
     assert (drawn[200, 100] == colours[0]).all() and (drawn[450, 500] == colours[1]).all()  # on the boxes' left edges
     assert (drawn[590, 10] == 100).all()
+
+
+def test_skeletons_are_drawn_where_their_keypoints_are():
+    grey = np.full((600, 800, 3), 100, np.uint8)
+    found = np.array([[[150, 120, 0.9], [350, 280, 0.5], [250, 120, 0.001]], [[0, 0, 0], [0, 0, 0], [600, 500, 1]]])
+    points = sure_points(found, 0.01)
+    assert np.isnan(points[0, 2]).all() and points[0, 0].tolist() == [150, 120] and np.isnan(points[1, :2]).all()
+    assert sure_points(found, 0.01, 0.5)[1, 2].tolist() == [600.5, 500.5]
+    things = objects(boxes=objects().boxes * 10, masks=None, keypoints=points, edges=[[1, 2], [2, 3]])
+    drawn, colours = overlay(grey, things, NAMES), palette(NAMES)
+    assert (drawn[200, 250] == colours[0]).all()  # in the middle of the first edge
+    assert (drawn[120, 150] == 255).all() and (drawn[280, 350] == 255).all() and (drawn[500, 600] == 255).all()
+    assert (drawn[120, 250] == 100).all() and (drawn[200, 300] == 100).all()  # no third one, nor an edge to it
+    assert len(things.above(0.5).keypoints) == 1 and things.above(0.5).edges == things.edges
 
 
 def test_small_images_are_enlarged_and_nothing_is_fine_too():
