@@ -27,6 +27,7 @@ def optimize(
     compile: bool = False,
     dynamic: bool = False,
     native: bool | None = None,
+    precision: str = "fp32",
 ) -> SGFormer:
     """A copy of a network that infers faster and computes the same function. The original is not changed.
 
@@ -82,7 +83,7 @@ def optimize(
     if pack and native is not False:
         native = _use_kernels(required=bool(native))
     if native:
-        make_native(fast)
+        make_native(fast, precision)
     for module in list(fast.modules()):
         for name, child in module.named_children():
             if intact(child, Mlp):
