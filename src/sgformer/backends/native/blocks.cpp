@@ -16,7 +16,7 @@ void block_tail(const Block& block, const TailWeights& w, const float* x, float*
   sgformer_depthwise_add({block.B, block.H, block.W, C}, local, w.local, attended);
   sgformer_narrow_linear(block.kind, {attended, C}, w.proj, {x, C}, {out, C}, N, C, C);
   sgformer_narrow_norm_linear(block.kind, out, w.norm, block.eps, w.fc1, {wide, hidden}, N, C, hidden, normed);
-  sgformer_depthwise_gelu({block.B, block.H, block.W, hidden}, wide, w.conv, wide);
+  sgformer_depthwise_gelu({block.B, block.H, block.W, hidden}, wide, w.conv, wide, block.kind > 0);
   sgformer_narrow_linear(block.kind, {wide, hidden}, w.fc2, {out, C}, {out, C}, N, hidden, C);
 }
 

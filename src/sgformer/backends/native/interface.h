@@ -98,8 +98,8 @@ extern "C" void sgformer_narrow_norm_linear(Index kind, const float* x, Affine n
 // Stride 2: x (B, H, W, C) to out (B, ceil(H / 2), ceil(W / 2), C), contiguous.
 extern "C" void sgformer_depthwise_stride2(const Grid& grid, const float* x, const float* weight, float* out);
 
-// out = GELU(convolution of x), contiguous; out may be x.
-extern "C" void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, float* out);
+// out = GELU(convolution of x), contiguous; out may be x. `is_short`: with an error of up to 1e-4.
+extern "C" void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, float* out, int is_short);
 
 // out += convolution of x; out contiguous.
 extern "C" void sgformer_depthwise_add(const Grid& grid, ConstView x, Affine conv, float* out);

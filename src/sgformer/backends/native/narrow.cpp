@@ -5,6 +5,7 @@
 // lie side by side and adds them to one sum of 32 bits.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -76,13 +77,14 @@ struct Int8 {
   static inline Sum add(Sum sum, __m512i x, __m512i w) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, x, w); }
   static inline __m512i part(__m512i w, int) { return w; }
   static Scale convert(const float* x, Index n, char* out) {
-    __m512 low = _mm512_setzero_ps(), high = low, strange = low;
+    __m512 low = _mm512_setzero_ps(), high = low;
+    __mmask16 strange = 0;
     for (Index i = 0; i < n; i += L) {
       const __m512 v = load_next(x + i, n - i);
       low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
-      strange = _mm512_fmadd_ps(v, _mm512_setzero_ps(), strange);  // NaN if any is infinite or NaN: so will the result
+      strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);  // a NaN, which neither of these keeps
     }
-    const float least = -reduce_max(-(vec)low), range = reduce_max((vec)high) - least + reduce_sum((vec)strange);
+    const float least = -reduce_max(-(vec)low), range = strange ? NAN : reduce_max((vec)high) - least;
     const float scale = range / 255, inverse = scale > 1e-30f ? 1 / scale : 0;
     const float zero = std::nearbyint(-least * inverse);
     const __m512i shift = _mm512_cvtps_epi32(_mm512_set1_ps(zero)), zeros = _mm512_setzero_si512();
@@ -125,20 +127,20 @@ struct Target {
 template <class Kind, int K>
 struct Sums {
   typename Kind::Sum a, b, c, d;
-  inline void add(__m512i x, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
+  INLINE void add(__m512i x, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
     a = Kind::add(a, x, w0);
     if (K > 1) b = Kind::add(b, x, w1);
     if (K > 2) c = Kind::add(c, x, w2);
     if (K > 3) d = Kind::add(d, x, w3);
   }
-  inline void finish(const typename Kind::Columns& columns, Scale scale, const Target& to, Index row) const {
+  INLINE void finish(const typename Kind::Columns& columns, Scale scale, const Target& to, Index row) const {
     finish<0>(a, columns, scale, to, row);
     if (K > 1) finish<1>(b, columns, scale, to, row);
     if (K > 2) finish<2>(c, columns, scale, to, row);
     if (K > 3) finish<3>(d, columns, scale, to, row);
   }
   template <int J>
-  static inline void finish(typename Kind::Sum sum, const typename Kind::Columns& columns, Scale scale,
+  static INLINE void finish(typename Kind::Sum sum, const typename Kind::Columns& columns, Scale scale,
                             const Target& to, Index row) {
     const __mmask16 mask = J + 1 < K ? 0xffff : to.last;
     __m512 v = _mm512_add_ps(columns.value(sum, scale, J), _mm512_loadu_ps(to.bias + J * L));
@@ -168,7 +170,7 @@ inline void narrow_gemm(const char* a, Index lda, const char* b, Index groups, c
     r[i].add(x, w0, w1, w2, w3);                     \
   }
 #define END(i) \
-  if (i < M) r[i].finish(columns, scales[i], to, i);
+  if (i < M) r[i].finish(columns, scales[i], to, i);  // called, it would read the sums from memory
   for (Index k = 0; k < groups; k++, b += 64 * K)
     for (int part = 0; part < Kind::PARTS; part++, a += 4) {
       LOAD(0, w0) LOAD(1, w1) LOAD(2, w2) LOAD(3, w3)
@@ -230,7 +232,12 @@ void narrow_map(const Source& source, Affine map, ConstView add, View out, Index
         const Index c = p * NR, wide = std::min(NR, padded - c), real = std::min(NR, width - c);
         const typename Kind::Columns columns(packed, width, c);
         const char* b = weights + 4 * groups * c;
+        const Index share = (4 * groups * wide / ((last - first + MR - 1) / MR) + 63) / 64 * 64;
+        const char* next = b + 4 * groups * wide;  // the next panel, fetched piece by piece meanwhile
         for (Index r = first; r < last; r += MR) {
+          if (p + 1 < panels)
+            for (Index i = 0; i < share; i += 64) __builtin_prefetch(next + i);
+          next += share;
           const int count = std::min<Index>(MR, last - r);
           const char* a = first_token + r * pitch;
           const Target to = {map.bias + c, add.data ? add.data + r * add.stride + c : nullptr,
