@@ -236,12 +236,11 @@ NATIVE: dict[type[nn.Module], Callable[[Any, int], nn.Module]] = {
 }
 
 
-def make_native(model: nn.Module, precision: str = "fp32") -> None:
+def make_native(model: nn.Module, kind: int = 0) -> None:
     """Replace all parts of a frozen float32 network on the CPU that have a native version.
 
-    ``precision``: of the linear maps of blocks and of downsampling, see :func:`sgformer.optimize`.
+    ``kind``: how linear maps of blocks and of downsampling are computed, of ``native.kind``.
     """
-    kind = native.kind(precision)
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):

@@ -100,7 +100,7 @@ def resample_weights(weight: Tensor, members: int) -> Tensor:
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear map, (..., in) to (..., out), of numbers rounded to bfloat16. Products are exact, sums are not rounded."""
+    """A linear map, (..., in) to (..., out), of numbers rounded to bfloat16; products and sums are exact."""
     x, weight = x.bfloat16().double(), weight.bfloat16().double()
     return (x @ weight.t() + bias).to(torch.float32)
 
@@ -108,7 +108,7 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (out, in) as integers from -127 to 127, and the scale (out,) of each of its rows, an output channel."""
     largest = weight.abs().amax(1)
-    scale = torch.where(largest > 0, largest, 1.0) / 127
+    scale = torch.where(largest == 0, 1.0, largest) / 127  # NaN stays
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgformer.backends.native.build import library
+from sgformer.backends.native.build import UnavailableError, library
 from sgformer.backends.native.interface import STRUCTS
 from sgformer.ops.reference import quantize_columns
 
@@ -164,15 +164,20 @@ def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 # -- linear maps of 16 and 8 bits -------------------------------------------------------------------------------
 
-#: Names of precisions, and what the processor must have.
+#: Names of precisions, and what a processor must have for them.
 PRECISIONS = {"fp32": "", "bf16": "AVX512-BF16", "int8": "AVX512-VNNI"}
 
 
 def kind(precision: str) -> int:
-    """The kernels' number for a precision, as interface.h lists them."""
-    if precision == "bf16":
-        return 1 if library().sgformer_pairs_are_quick() else 2
-    return {"fp32": 0, "int8": 3}[precision]
+    """The kernels' number for a precision, as interface.h lists them.
+
+    Raises:
+        UnavailableError: this processor cannot, or there are no kernels.
+    """
+    number = {"fp32": 0, "bf16": 1 if library().sgformer_pairs_are_quick() else 2, "int8": 3}[precision]
+    if not library().sgformer_has(number):
+        raise UnavailableError(f"this processor, or its compiler, has no {PRECISIONS[precision]}")
+    return number
 
 
 def narrow_panels(weight: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
@@ -241,7 +246,9 @@ def narrow_conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int
     rows, cols = -(-H // stride), -(-W // stride)
     out = x.new_empty(B, rows, cols, width)
     shape = Conv(B, H, W, C, kernel, stride, 0, rows, cols, width)
-    library().sgformer_narrow_conv(kind, shape, x.data_ptr(), Affine(weight.data_ptr(), bias.data_ptr()), out.data_ptr())
+    library().sgformer_narrow_conv(
+        kind, shape, x.data_ptr(), Affine(weight.data_ptr(), bias.data_ptr()), out.data_ptr()
+    )
     return out
 
 
@@ -586,9 +593,7 @@ def guided_block(
     return out
 
 
-def plain_block(
-    x: Tensor, parts: Weights, tail: Weights, hidden: int, heads: int, eps: float, kind: int = 0
-) -> Tensor:
+def plain_block(x: Tensor, parts: Weights, tail: Weights, hidden: int, heads: int, eps: float, kind: int = 0) -> Tensor:
     """:class:`~sgformer.models.backbone.PlainBlock`: (B, H, W, C) to the same."""
     B, H, W, C = _checked(x).shape
     out, scratch = x.new_empty(x.shape), x.new_empty(B * H * W * (2 * C + max(hidden, 4 * C)))
