@@ -62,8 +62,8 @@ def optimize(
             windows tile the grid, afterwards. Only batches of one and larger ones are compiled separately, and stages
             of less than 20,480 values per image on the CPU, where torch uses another convolution.
         precision: what linear maps are computed in, by native kernels only: "fp32"; "bf16", operands rounded to
-            bfloat16, on processors with AVX512-BF16; "int8", on those with AVX512-VNNI: weights in 255 steps per output channel,
-            activations in 256 per token, from its least to its largest number, so that nothing has to be calibrated.
+            bfloat16, on processors with AVX512-BF16; "int8", on those with AVX512-VNNI: weights in 255 steps per output
+            channel, activations in 256 per token, from its least to its largest number: nothing has to be calibrated.
             Sums are exact or float32, and so are the activations between operations. What is more sensitive or no
             linear map stays in float32: the stem, attention's products, norms, depthwise convolutions and the
             classifier. ``wide`` of the result names the layers with float32 weights, among them those of parts that

@@ -247,15 +247,21 @@ def _quantized(file: io.BytesIO, feed: dict[str, Any]) -> io.BytesIO:
         def get_next(self) -> Any:
             return self.inputs.pop() if self.inputs else None
 
+    model = onnx.load_from_string(file.getvalue())
+    constants = {tensor.name for tensor in model.graph.initializer}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "int8.onnx"
         quantize_static(
-            onnx.load_from_string(file.getvalue()),
+            model,
             out,
             Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            nodes_to_quantize=[
+                node.name
+                for node in model.graph.node
+                if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in constants
+            ],
             weight_type=QuantType.QInt8,
         )
         return io.BytesIO(out.read_bytes())
