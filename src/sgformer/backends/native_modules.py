@@ -239,7 +239,7 @@ NATIVE: dict[type[nn.Module], Callable[[Any, int], nn.Module]] = {
 def make_native(model: nn.Module, kind: int = 0) -> None:
     """Replace all parts of a frozen float32 network on the CPU that have a native version.
 
-    ``kind``: how linear maps of blocks and of downsampling are computed, of ``native.kind``.
+    ``kind``: how linear maps of blocks and, unless in int8, of downsampling are computed, of ``native.kind``.
     """
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
@@ -248,7 +248,8 @@ def make_native(model: nn.Module, kind: int = 0) -> None:
             module.forward = functools.partial(_in_parts, module.forward, _widest(module))
         for name, child in module.named_children():
             if type(child) in NATIVE and readable(child, type(child)):
-                setattr(module, name, NATIVE[type(child)](child, kind))
+                narrow = 0 if kind == native.INT8 and type(child) is ConvNorm else kind  # half of int8's error else
+                setattr(module, name, NATIVE[type(child)](child, narrow))
 
 
 def _widest(module: Stem | Stage) -> float:

@@ -31,9 +31,6 @@ from sgformer.models.layers import ClassifierHead, ConvNorm, DropPath, Mlp
 
 log = logging.getLogger("sgformer")
 
-#: The kernels' number of bfloat16 multiplied by float32's instructions.
-SLOW_BF16 = 2
-
 
 def optimize(
     model: SGFormer,
@@ -65,8 +62,8 @@ def optimize(
             bfloat16, on processors with AVX512-BF16; "int8", on those with AVX512-VNNI: weights in 255 steps per output
             channel, activations in 256 per token, from its least to its largest number: nothing has to be calibrated.
             Sums are exact or float32, and so are the activations between operations. What is more sensitive or no
-            linear map stays in float32: the stem, attention's products, norms, depthwise convolutions and the
-            classifier. ``wide`` of the result names the layers with float32 weights, among them those of parts that
+            linear map stays in float32: the stem, attention's products, norms, depthwise convolutions, the
+            classifier and, next to int8, downsampling. ``wide`` of the result names the layers with float32 weights, among them those of parts that
             were modified.
         native: whether packed networks use kernels that the machine's C++ compiler builds for its own processor, in a
             few seconds the first time, and caches in ``~/.cache/sgformer``. None: if weights are packed and there is a
@@ -145,7 +142,7 @@ def _narrow_kind(precision: str, possible: bool) -> int:
         kind = kernels.kind(precision)
     except kernels.UnavailableError as error:
         raise UserError(f"precision {precision} is not possible here: {error}; take fp32") from error
-    if kind == SLOW_BF16:
+    if kind == kernels.BF16_SINGLE:
         log.warning("note: this processor multiplies bfloat16 no faster than float32; int8 and fp32 are faster here")
     return kind
 

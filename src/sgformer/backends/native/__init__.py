@@ -11,7 +11,9 @@ for training.
 
 from sgformer.backends.native.build import UnavailableError, library
 from sgformer.backends.native.ops import (
+    BF16_SINGLE,
     CHUNK,
+    INT8,
     PRECISIONS,
     Weights,
     aggregate,
@@ -53,7 +55,9 @@ from sgformer.backends.native.ops import (
 )
 
 __all__ = [
+    "BF16_SINGLE",
     "CHUNK",
+    "INT8",
     "PRECISIONS",
     "UnavailableError",
     "Weights",

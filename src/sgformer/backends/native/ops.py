@@ -167,6 +167,9 @@ def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 #: Names of precisions, and what a processor must have for them.
 PRECISIONS = {"fp32": "", "bf16": "AVX512-BF16", "int8": "AVX512-VNNI"}
 
+#: Kinds of linear maps, as interface.h lists them: bfloat16 multiplied in pairs, or by float32's instructions.
+FLOAT32, BF16_PAIRS, BF16_SINGLE, INT8 = range(4)
+
 
 def kind(precision: str) -> int:
     """The kernels' number for a precision, as interface.h lists them.
@@ -174,7 +177,11 @@ def kind(precision: str) -> int:
     Raises:
         UnavailableError: this processor cannot, or there are no kernels.
     """
-    number = {"fp32": 0, "bf16": 1 if library().sgformer_pairs_are_quick() else 2, "int8": 3}[precision]
+    number = {
+        "fp32": FLOAT32,
+        "bf16": BF16_PAIRS if library().sgformer_pairs_are_quick() else BF16_SINGLE,
+        "int8": INT8,
+    }[precision]
     if not library().sgformer_has(number):
         raise UnavailableError(f"this processor, or its compiler, has no {PRECISIONS[precision]}")
     return number
@@ -185,9 +192,9 @@ def narrow_panels(weight: Tensor, bias: Tensor | None, kind: int) -> tuple[Tenso
     if not kind:
         return panels(weight, bias)
     width = len(weight := weight.detach())
-    group = 4 if kind == 3 else 2
+    group = 4 if kind == INT8 else 2
     heads: list[Tensor] = []
-    if kind == 3:
+    if kind == INT8:
         weight, scales = quantize_columns(weight)
         sums = weight.sum(1, dtype=torch.float32)
         heads = [padded(each, width).view(torch.uint8) for each in (scales, sums)]
