@@ -63,8 +63,8 @@ def optimize(
             channel, activations in 256 per token, from its least to its largest number: nothing has to be calibrated.
             Sums are exact or float32, and so are the activations between operations. What is more sensitive or no
             linear map stays in float32: the stem, attention's products, norms, depthwise convolutions, the
-            classifier and, next to int8, downsampling. ``wide`` of the result names the layers with float32 weights, among them those of parts that
-            were modified.
+            classifier and, next to int8, downsampling. ``wide`` of the result names the layers with float32 weights,
+            among them those of parts that were modified.
         native: whether packed networks use kernels that the machine's C++ compiler builds for its own processor, in a
             few seconds the first time, and caches in ``~/.cache/sgformer``. None: if weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
