@@ -245,7 +245,9 @@ def make_native(model: nn.Module, kind: int = 0) -> None:
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):
                 module.norm = NativeNorm(module.norm)
-            module.forward = functools.partial(_in_parts, module.forward, _widest(module))
+            # Weights in int8 are small enough to be read four times as often.
+            floats = _widest(module) * (4 if kind == native.INT8 else 1)
+            module.forward = functools.partial(_in_parts, module.forward, floats)
         for name, child in module.named_children():
             if type(child) in NATIVE and readable(child, type(child)):
                 narrow = 0 if kind == native.INT8 and type(child) is ConvNorm else kind  # half of int8's error else

@@ -77,21 +77,38 @@ struct Int8 {
   static inline Sum add(Sum sum, __m512i x, __m512i w) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, x, w); }
   static inline __m512i part(__m512i w, int) { return w; }
   static Scale convert(const float* x, Index n, char* out) {
-    __m512 low = _mm512_setzero_ps(), high = low;
+    __m512 low = _mm512_setzero_ps(), high = low, low2 = low, high2 = low;
     __mmask16 strange = 0;
-    for (Index i = 0; i < n; i += L) {
+    Index i = 0;
+    for (; i + 2 * L <= n; i += 2 * L) {
+      const __m512 v = _mm512_loadu_ps(x + i), u = _mm512_loadu_ps(x + i + L);
+      low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
+      low2 = _mm512_min_ps(low2, u), high2 = _mm512_max_ps(high2, u);
+      strange |= _mm512_cmp_ps_mask(v, u, _CMP_UNORD_Q);  // a NaN, which neither of these keeps
+    }
+    for (; i < n; i += L) {
       const __m512 v = load_next(x + i, n - i);
       low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
-      strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);  // a NaN, which neither of these keeps
+      strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     }
+    low = _mm512_min_ps(low, low2), high = _mm512_max_ps(high, high2);
     const float least = -reduce_max(-(vec)low), range = strange ? NAN : reduce_max((vec)high) - least;
     const float scale = range / 255, inverse = scale > 1e-30f ? 1 / scale : 0;
     const float zero = std::nearbyint(-least * inverse);
     const __m512i shift = _mm512_cvtps_epi32(_mm512_set1_ps(zero)), zeros = _mm512_setzero_si512();
-    for (Index i = 0; i < n; i += L) {
-      const __m512 v = load_next(x + i, n - i);
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
-      const __m512i shifted = _mm512_max_epi32(_mm512_add_epi32(rounded, shift), zeros);
+    auto number = [=](__m512 v) {
+      return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse))), shift);
+    };
+    // Four vectors to one, each step within quarters of vectors, whose order is mended at last.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (i = 0; i + 4 * L <= n; i += 4 * L) {
+      const __m512i a = number(_mm512_loadu_ps(x + i)), b = number(_mm512_loadu_ps(x + i + L));
+      const __m512i c = number(_mm512_loadu_ps(x + i + 2 * L)), d = number(_mm512_loadu_ps(x + i + 3 * L));
+      const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, bytes));
+    }
+    for (; i < n; i += L) {
+      const __m512i shifted = _mm512_max_epi32(number(load_next(x + i, n - i)), zeros);
       _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtusepi32_epi8(shifted));
     }
     return {scale, zero};
