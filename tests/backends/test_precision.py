@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from photos import make_photos
 
 import sgformer
 from sgformer.backends import native
@@ -289,3 +290,21 @@ def test_no_compiler_is_told(model, monkeypatch):
     monkeypatch.setattr("sgformer.backends.native.ops.library", missing)
     with pytest.raises(UserError, match="no C\\+\\+ compiler; take fp32"):
         sgformer.optimize(model, precision="int8")
+
+
+# -- for users --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_predict_takes_a_precision(tmp_path, precision):
+    image = make_photos(tmp_path / "photos") / "val" / "ant" / "0.png"
+    plain = dict(sgformer.predict("sgformer_n", image, top=200)[0].labels)
+    got = dict(sgformer.predict("sgformer_n", image, top=200, precision=precision)[0].labels)
+    assert got != plain and max(abs(got[name] - plain[name]) for name in plain) < 0.1
+
+
+@needs_int8
+def test_predict_refuses_a_precision_where_it_is_not_for(tmp_path):
+    image = make_photos(tmp_path / "photos") / "val" / "ant" / "0.png"
+    with pytest.raises(UserError, match="is one of fp32, bf16, int8"):
+        sgformer.predict("sgformer_n", image, precision="int4")
