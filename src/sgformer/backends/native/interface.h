@@ -82,7 +82,7 @@ extern "C" void sgformer_winograd_gradient(const Grid& grid, const float* x, con
 // Whether this processor has what a kind needs.
 extern "C" int sgformer_has(Index kind);
 
-// Whether kind 1 is quicker than kind 2 here: pairs take Intel's processors four times as long as float32, AMD's as long.
+// Whether kind 1 is quicker than kind 2: not on Intel, which multiplies pairs in four times the time of float32.
 extern "C" int sgformer_pairs_are_quick();
 
 // sgformer_linear; sgformer_conv; and LayerNorm of x (rows, n), contiguous, then sgformer_linear, with memory for
