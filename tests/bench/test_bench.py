@@ -1,6 +1,8 @@
 """`sgformer bench`: figures of every combination, failures named and nothing lost, files that say what they hold."""
 
+import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +104,29 @@ def test_steps_compute_what_they_say():
         build(Case("resnet18", backend="optimize"))
     with pytest.raises(Unsupported, match="in fp32 on the CPU"):
         build(Case("sgformer_n", 32, 2, mode="train", backend="optimize", precision="bf16"))
+
+
+def test_a_precision_is_that_of_the_kernels_or_not_measured():
+    image = Case("sgformer_n", 64, 1)
+    for precision in ("bf16", "int8"):
+        with contextlib.suppress(Unsupported):  # of processors without it
+            got, expected = build(replace(image, backend="optimize", precision=precision))(), build(image)()
+            assert got.dtype == torch.float32 and not torch.equal(got, expected)
+            assert (got - expected).norm() < 0.05 * expected.norm()
+        assert precision in replace(image, precision=precision).label()
+    with pytest.raises(Unsupported, match="int8 is measured for inference"):
+        build(replace(image, precision="int8"))
+    with pytest.raises(Unsupported, match="in fp32 on the CPU"):
+        build(replace(image, backend="onnxruntime", precision="int8"))
+
+
+@pytest.mark.slow
+def test_openvino_measures_other_precisions():
+    pytest.importorskip("openvino")
+    case = Case("resnet18", 64, backend="openvino")
+    expected = build(case)()
+    for precision in ("bf16", "int8"):
+        assert (build(replace(case, precision=precision))() - expected).norm() < 0.3 * expected.norm()
 
 
 def test_onnxruntime_computes_the_same():

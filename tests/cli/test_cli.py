@@ -152,6 +152,23 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     assert config.compile is True and config.layer_decay == 0.7
 
 
+def test_a_precision_of_the_processor(run, photos, tmp_path, capsys):
+    """As many images as before, or one line that says what this processor lacks."""
+    picture, out = str(photos / "val/bee/0.png"), str(tmp_path / "eval")
+    for command in (
+        ["predict", str(run), picture, "--precision", "int8"],
+        ["predict", str(run), picture, "--precision", "bf16"],
+        ["eval", str(run), "--data", str(photos), "--workers", "0", "--out", out, "--precision", "int8"],
+    ):
+        status, shown = main(command), capsys.readouterr()
+        assert status == 0 or (status == 2 and "is not possible here" in shown.err and shown.err.count("\n") == 1)
+        assert (
+            status == 2 or "bee" in shown.out or json.loads((tmp_path / "eval/metrics.json").read_text())["images"] == 9
+        )
+    assert main(["predict", str(run), picture, "--features", str(tmp_path / "f.npz"), "--precision", "int8"]) == 2
+    assert "leave out --precision" in capsys.readouterr().err
+
+
 def test_evaluate_and_predict(run, photos, tmp_path, capsys):
     assert main(["eval", str(run), "--data", str(photos), "--workers", "0", "--out", str(tmp_path / "eval")]) == 0
     assert {p.name for p in (tmp_path / "eval").iterdir()} == {

@@ -72,15 +72,16 @@ class NativeNorm(nn.Module):
 class NativeLinear(nn.Module):
     """A linear map, or a 1 x 1 convolution, of tokens; (..., in) to (..., out)."""
 
-    def __init__(self, linear: nn.Linear | nn.Conv2d):
+    def __init__(self, linear: nn.Linear | nn.Conv2d, kind: int = 0):
         super().__init__()
-        weight = linear.weight.detach().flatten(1)
+        weight, self.kind = linear.weight.detach().flatten(1), kind
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = native.panels(weight, linear.bias)
+        self.weight, self.bias = native.narrow_panels(weight, linear.bias, kind)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.float().contiguous().view(1, 1, -1, self.in_features)  # see PackedLinear
-        return native.linear(grid, self.weight, self.bias, self.out_features).view(*x.shape[:-1], self.out_features)
+        out = native.narrow_linear(grid, self.weight, self.bias, self.out_features, self.kind)
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 class NativeConv(nn.Module):
@@ -110,10 +111,10 @@ class NativeConv(nn.Module):
 class NativeConvNorm(nn.Module):
     """Convolution, GroupNorm and GELU of :class:`~sgformer.models.layers.ConvNorm`, the last two in place; NCHW."""
 
-    def __init__(self, block: ConvNorm):
+    def __init__(self, block: ConvNorm, kind: int = 0):
         super().__init__()
         self.norm, self.gelu = block.norm, isinstance(block.act, nn.GELU)
-        self.conv = NativeLinear(block.conv) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv)
+        self.conv = NativeLinear(block.conv, kind) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 2, 3, 1).contiguous())
@@ -124,23 +125,23 @@ class NativeConvNorm(nn.Module):
 class NativeHybrid(HybridBlock):
     """A whole block with :class:`~sgformer.models.backbone.HybridScaleAttention`."""
 
-    def __init__(self, block: HybridBlock):
+    def __init__(self, block: HybridBlock, kind: int = 0):
         nn.Module.__init__(self)
-        attn = block.attn
+        attn, self.kind = block.attn, kind
         self.parts = native.Weights(
             "HybridWeights",
             norm=_pair(block.norm1),
-            proj_in=_linear(attn.proj_in),
-            reduce=native.conv_panels(attn.reduce.weight, attn.reduce.bias),
+            proj_in=_linear(attn.proj_in, kind),
+            reduce=native.narrow_panels(native.conv_matrix(attn.reduce.weight), attn.reduce.bias, kind),
             reduce_norm=_pair(attn.reduce_norm),
-            kv_coarse=_linear(attn.kv_coarse),
+            kv_coarse=_linear(attn.kv_coarse, kind),
         )
-        self.tail = _tail(block)
+        self.tail = _tail(block, kind)
         self.options = (block.mlp.fc1.out_features, attn.heads, attn.reduction, attn.window, attn.coarse == "global")
         self.eps = (block.norm1.eps, attn.reduce_norm.eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return native.hybrid_block(x, self.parts, self.tail, *self.options, *self.eps)
+        return native.hybrid_block(x, self.parts, self.tail, *self.options, *self.eps, self.kind)
 
 
 class NativeGuided(GuidedBlock):
@@ -150,13 +151,13 @@ class NativeGuided(GuidedBlock):
         block: one whose significance is a function; a module's would also gate the tokens.
     """
 
-    def __init__(self, block: GuidedBlock):
+    def __init__(self, block: GuidedBlock, kind: int = 0):
         nn.Module.__init__(self)
-        attn = block.attn
+        attn, self.kind = block.attn, kind
         self.source, self.attn = block.source, NativeGroups(attn.aggregate)
-        norm, proj_in, kv = _pair(block.norm1), _linear(attn.proj_in), _linear(attn.kv)
+        norm, proj_in, kv = _pair(block.norm1), _linear(attn.proj_in, kind), _linear(attn.kv, kind)
         self.parts = native.Weights("GuidedWeights", norm=norm, proj_in=proj_in, kv=kv)
-        self.tail = _tail(block)
+        self.tail = _tail(block, kind)
         self.options = (block.mlp.fc1.out_features, attn.heads)
         self.eps = block.norm1.eps
 
@@ -165,7 +166,7 @@ class NativeGuided(GuidedBlock):
         lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.aggregate.shares)
         regions = list(zip(lengths, self.attn.aggregate.rates, strict=True))
         weights = (self.parts, self.tail, self.attn.maps())
-        out = native.guided_block(x, significance, *weights, *self.options, regions, self.eps)
+        out = native.guided_block(x, significance, *weights, *self.options, regions, self.eps, self.kind)
         return out, significance, [significance]
 
 
@@ -193,41 +194,41 @@ class NativeGroups(nn.Module):
 class NativePlain(PlainBlock):
     """A whole block with :class:`~sgformer.models.backbone.PlainAttention`."""
 
-    def __init__(self, block: PlainBlock):
+    def __init__(self, block: PlainBlock, kind: int = 0):
         nn.Module.__init__(self)
-        attn = block.attn
-        self.parts = native.Weights("PlainWeights", norm=_pair(block.norm1), proj_in=_linear(attn.proj_in))
-        self.tail = _tail(block)
+        attn, self.kind = block.attn, kind
+        self.parts = native.Weights("PlainWeights", norm=_pair(block.norm1), proj_in=_linear(attn.proj_in, kind))
+        self.tail = _tail(block, kind)
         self.options, self.eps = (block.mlp.fc1.out_features, attn.heads), block.norm1.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return native.plain_block(x, self.parts, self.tail, *self.options, self.eps)
+        return native.plain_block(x, self.parts, self.tail, *self.options, self.eps, self.kind)
 
 
 def _pair(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.weight.detach(), module.bias.detach()
 
 
-def _linear(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    return native.panels(linear.weight, linear.bias)
+def _linear(linear: nn.Linear, kind: int) -> tuple[Tensor, Tensor]:
+    return native.narrow_panels(linear.weight, linear.bias, kind)
 
 
-def _tail(block: Block) -> native.Weights:
+def _tail(block: Block, kind: int) -> native.Weights:
     """The parameters of the operations that every block ends with."""
     local, mlp = block.attn.local, block.mlp
     return native.Weights(
         "TailWeights",
         local=(native.tap_major(local.weight), local.bias.detach()),
-        proj=_linear(block.attn.proj),
+        proj=_linear(block.attn.proj, kind),
         norm=_pair(block.norm2),
-        fc1=_linear(mlp.fc1),
+        fc1=_linear(mlp.fc1, kind),
         conv=(native.taps_plus_input(mlp.conv.weight), mlp.conv.bias.detach()),
-        fc2=_linear(mlp.fc2),
+        fc2=_linear(mlp.fc2, kind),
     )
 
 
 #: Module -> the native one that replaces it.
-NATIVE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+NATIVE: dict[type[nn.Module], Callable[[Any, int], nn.Module]] = {
     HybridBlock: NativeHybrid,
     GuidedBlock: NativeGuided,
     PlainBlock: NativePlain,
@@ -235,16 +236,22 @@ NATIVE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
-def make_native(model: nn.Module) -> None:
-    """Replace all parts of a frozen float32 network on the CPU that have a native version."""
+def make_native(model: nn.Module, kind: int = 0) -> None:
+    """Replace all parts of a frozen float32 network on the CPU that have a native version.
+
+    ``kind``: how linear maps of blocks and, unless in int8, of downsampling are computed, of ``native.kind``.
+    """
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):
                 module.norm = NativeNorm(module.norm)
-            module.forward = functools.partial(_in_parts, module.forward, _widest(module))
+            # Weights in int8 are small enough to be read four times as often.
+            floats = _widest(module) * (4 if kind == native.INT8 else 1)
+            module.forward = functools.partial(_in_parts, module.forward, floats)
         for name, child in module.named_children():
             if type(child) in NATIVE and readable(child, type(child)):
-                setattr(module, name, NATIVE[type(child)](child))
+                narrow = 0 if kind == native.INT8 and type(child) is ConvNorm else kind  # half of int8's error else
+                setattr(module, name, NATIVE[type(child)](child, narrow))
 
 
 def _widest(module: Stem | Stage) -> float:

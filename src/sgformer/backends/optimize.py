@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,19 @@ from torch import Tensor
 from sgformer.backends import native as kernels
 from sgformer.backends.eligibility import intact, readable
 from sgformer.backends.native_autograd import restore
-from sgformer.backends.native_modules import FoldedMlp, InplaceGELU, NativeLinear, PackedLinear, make_native
+from sgformer.backends.native_modules import (
+    FoldedMlp,
+    InplaceGELU,
+    NativeConv,
+    NativeLinear,
+    PackedLinear,
+    make_native,
+)
+from sgformer.core.errors import UserError
 from sgformer.models.backbone import SGFormer
-from sgformer.models.layers import ConvNorm, DropPath, Mlp
+from sgformer.models.layers import ClassifierHead, ConvNorm, DropPath, Mlp
+
+log = logging.getLogger("sgformer")
 
 
 def optimize(
@@ -27,6 +38,7 @@ def optimize(
     compile: bool = False,
     dynamic: bool = False,
     native: bool | None = None,
+    precision: str = "fp32",
 ) -> SGFormer:
     """A copy of a network that infers faster and computes the same function. The original is not changed.
 
@@ -46,12 +58,20 @@ def optimize(
         dynamic: with ``compile``, the compiled blocks accept other image sizes, too. Slower at the first call and, if
             windows tile the grid, afterwards. Only batches of one and larger ones are compiled separately, and stages
             of less than 20,480 values per image on the CPU, where torch uses another convolution.
+        precision: what linear maps are computed in, by native kernels only: "fp32"; "bf16", operands rounded to
+            bfloat16, on processors with AVX512-BF16; "int8", on those with AVX512-VNNI: weights in 255 steps per output
+            channel, activations in 256 per token, from its least to its largest number: nothing has to be calibrated.
+            Sums are exact or float32, and so are the activations between operations. What is more sensitive or no
+            linear map stays in float32: the stem, attention's products, norms, depthwise convolutions, the
+            classifier and, next to int8, downsampling. ``wide`` of the result names the layers with float32 weights,
+            among them those of parts that were modified.
         native: whether packed networks use kernels that the machine's C++ compiler builds for its own processor, in a
             few seconds the first time, and caches in ``~/.cache/sgformer``. None: if weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
 
     Raises:
         TypeError: not an SGFormer.
+        UserError: a ``precision`` other than "fp32" that is unknown, or that this network or machine does not support.
         ValueError: ``pack=True`` if not possible, or with ``compile``; ``dynamic`` without ``compile``, or for a
             network that must know the size; ``native=True`` without packed weights.
         sgformer.backends.native.UnavailableError: ``native=True``, and the kernels cannot be compiled here.
@@ -79,10 +99,14 @@ def optimize(
     pack = possible and not compile if pack is None else pack
     if native and not pack:
         raise ValueError("native kernels are for packed weights, on the CPU in float32 (got native=True)")
-    if pack and native is not False:
+    kind = 0
+    if precision != "fp32":
+        kind = _narrow_kind(precision, pack and native is not False)
+        native = True
+    elif pack and native is not False:
         native = _use_kernels(required=bool(native))
     if native:
-        make_native(fast)
+        make_native(fast, kind)
     for module in list(fast.modules()):
         for name, child in module.named_children():
             if intact(child, Mlp):
@@ -93,7 +117,8 @@ def optimize(
                 module.act = InplaceGELU()
             for name, child in module.named_children():
                 if readable(child, nn.Linear):
-                    setattr(module, name, NativeLinear(child) if native else PackedLinear(child))
+                    narrow = 0 if isinstance(module, ClassifierHead) else kind
+                    setattr(module, name, NativeLinear(child, narrow) if native else PackedLinear(child))
     for block in (b for stage in fast.stages for b in stage.blocks):
         if type(getattr(block, "drop_path", None)) is DropPath:
             block.drop_path = nn.Identity()  # its rate differs between blocks and would be compiled in
@@ -101,7 +126,32 @@ def optimize(
             block.forward = _compiled_for_all_grids(block.forward)
         elif compile:
             block.compile(dynamic=False)
+    if kind:
+        fast.wide = tuple(name for name, module in fast.named_modules() if _is_wide(module))
     return fast
+
+
+def _narrow_kind(precision: str, possible: bool) -> int:
+    if precision not in kernels.PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(kernels.PRECISIONS)} (got {precision!r})")
+    if not possible:
+        raise UserError(
+            f"precision {precision} is for native kernels, on the CPU in float32 without compile; take fp32"
+        )
+    try:
+        kind = kernels.kind(precision)
+    except kernels.UnavailableError as error:
+        raise UserError(f"precision {precision} is not possible here: {error}; take fp32") from error
+    if kind == kernels.BF16_SINGLE:
+        log.warning("note: this processor multiplies bfloat16 no faster than float32; int8 and fp32 are faster here")
+    return kind
+
+
+def _is_wide(module: nn.Module) -> bool:
+    """Whether it is a linear map or a convolution with weights in float32."""
+    if isinstance(module, NativeLinear):
+        return not module.kind
+    return isinstance(module, NativeConv | PackedLinear | nn.Linear | nn.Conv2d)
 
 
 def _use_kernels(required: bool) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Case:
             only, exported to ONNX.
         coarse: reach of the coarse heads, for SG-Former and plain only; None: the size's own.
         grad_checkpointing: recompute each block in the backward pass instead of storing its activations.
-        precision: "fp32", or mixed "bf16" or "fp16".
+        precision: "fp32"; "bf16"; "fp16"; "int8". For ``optimize`` in inference on the CPU that of its kernels; for
+            "openvino" bf16 is computed throughout and int8 by static quantization; elsewhere bf16 and fp16 are mixed.
         device: a torch device.
         threads: CPU threads of torch and onnxruntime; None: torch's default.
         tokens: token budget (``sgformer.set_token_budget``), for SG-Former only.
@@ -64,6 +66,7 @@ class Case:
         words = [self.model, f"{self.image_size} px", f"batch {self.batch_size}", self.mode, self.backend]
         words += [f"coarse {self.coarse}"] if self.coarse else []
         words += [f"tokens x {self.tokens:g}"] if self.tokens != 1 else []
+        words += [self.precision] if self.precision != "fp32" else []
         words += ["checkpointing"] if self.grad_checkpointing else []
         return ", ".join(words)
 
@@ -142,8 +145,11 @@ def build(case: Case) -> Callable[[], Any]:
     image = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
     if case.backend in EXPORTED:
         return _exported_step(model, image, case)
+    narrow = case.backend == "optimize" and case.mode == "infer" and case.device == "cpu"
+    if case.precision == "int8" and not narrow:
+        raise Unsupported("int8 is measured for inference on the CPU, with optimize and openvino")
     forward = _prepare(model, case)
-    dtype = AUTOCAST[case.precision]
+    dtype = None if narrow else AUTOCAST[case.precision]
 
     def autocast() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -182,7 +188,10 @@ def _prepare(model: nn.Module, case: Case) -> nn.Module:
         if not is_ours(case.model):
             raise Unsupported("sgformer.optimize and sgformer.accelerate support SG-Former only")
         if case.mode == "infer":
-            return sgformer.optimize(model)
+            try:
+                return sgformer.optimize(model, precision=case.precision if case.device == "cpu" else "fp32")
+            except UserError as error:
+                raise Unsupported(str(error)) from error
         if case.device != "cpu" or case.precision != "fp32":
             raise Unsupported("sgformer.accelerate supports training in fp32 on the CPU only")
         try:
@@ -197,8 +206,9 @@ def _prepare(model: nn.Module, case: Case) -> nn.Module:
 
 
 def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], Any]:
-    if case.mode == "train" or case.precision != "fp32" or case.device != "cpu":
-        raise Unsupported(f"{case.backend} is measured for inference in fp32 on the CPU")
+    known = ("fp32", "bf16", "int8") if case.backend == "openvino" else ("fp32",)
+    if case.mode == "train" or case.precision not in known or case.device != "cpu":
+        raise Unsupported(f"{case.backend} is measured for inference in {', '.join(known)} on the CPU")
     runtime = require(case.backend, extra="bench")
     require("onnx", extra="bench")
     from sgformer.exporting.formats.onnx import onnx_session
@@ -210,10 +220,12 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
     with quiet(), torch.no_grad():
         torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
     feed = {"image": image.numpy()}
+    if case.precision == "int8":
+        file = _quantized(file, feed)
     if case.backend == "openvino":
         core = runtime.Core()
-        options = {
-            "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 on processors that support it
+        options = {  # the default is bfloat16 on processors that support it
+            "INFERENCE_PRECISION_HINT": "bf16" if case.precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -221,6 +233,38 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
         return lambda: torch.from_numpy(request.infer(feed)[0])
     session = onnx_session(file.getvalue())
     return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def _quantized(file: io.BytesIO, feed: dict[str, Any]) -> io.BytesIO:
+    """An ONNX file with its linear maps and convolutions in int8, calibrated on one input: only its speed matters."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.inputs = [feed]
+
+        def get_next(self) -> Any:
+            return self.inputs.pop() if self.inputs else None
+
+    model = onnx.load_from_string(file.getvalue())
+    constants = {tensor.name for tensor in model.graph.initializer}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "int8.onnx"
+        quantize_static(
+            model,
+            out,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            nodes_to_quantize=[
+                node.name
+                for node in model.graph.node
+                if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in constants
+            ],
+            weight_type=QuantType.QInt8,
+        )
+        return io.BytesIO(out.read_bytes())
 
 
 def _plain_file() -> Path:

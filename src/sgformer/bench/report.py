@@ -84,7 +84,7 @@ def print_table(results: Sequence[Result], baseline: str) -> None:
     for (mode, size, batch, coarse, checkpointing), group in groups.items():
         title = f"{'inference' if mode == 'infer' else 'training step'}, {size} px, batch {batch}"
         title += (f", coarse {coarse}" if coarse else "") + (", gradient checkpointing" if checkpointing else "")
-        title += f", {group[0].case.precision} on {group[0].case.device}"
+        title += f", {' and '.join(dict.fromkeys(r.case.precision for r in group))} on {group[0].case.device}"
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
         for i, name in enumerate(COLUMNS):
             title = escape(name.format(printable(baseline)))
@@ -116,7 +116,11 @@ def row(r: Result, results: Sequence[Result], baseline: str) -> list[str]:
 
 def short(case: Case) -> str:
     tokens = "" if case.tokens == 1 else f", tokens x {case.tokens:g}"
-    return printable(case.model) + ("" if case.backend == "eager" else f" ({case.backend})") + tokens
+    how = [
+        *([case.backend] if case.backend != "eager" else []),
+        *([case.precision] if case.precision != "fp32" else []),
+    ]
+    return printable(case.model) + (f" ({', '.join(how)})" if how else "") + tokens
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:

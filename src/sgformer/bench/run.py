@@ -88,7 +88,7 @@ def run(
     results = [] if results is None else results
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.mode, case.image_size, case.batch_size, case.precision), []).append(case)
+        groups.setdefault((case.mode, case.image_size, case.batch_size), []).append(case)
     for group in groups.values():
         current = [Result(case) for case in group]
         results += current

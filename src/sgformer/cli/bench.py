@@ -21,7 +21,7 @@ def bench(
     coarse: list[Literal["global", "window"]] | None = None,
     tokens: list[float] = [1.0],  # noqa: B006
     grad_checkpointing: bool = False,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: list[Literal["fp32", "bf16", "fp16", "int8"]] = ["fp32"],  # noqa: B006
     baseline: str | None = None,
     rounds: int = 5,
     seconds: float = 1.0,
@@ -41,7 +41,7 @@ def bench(
         coarse: reach of the coarse heads, sgformer and plain only [the model's default]
         tokens: key/value tokens of sgformer_*, as multiples of those it was built with: .25 to 4
         grad_checkpointing: less memory, more time
-        precision: arithmetic; bf16, fp16: mixed
+        precision: arithmetic; optimize, openvino: bf16, int8; others: bf16, fp16, mixed
         baseline: ratios are to this one of the models [the first]
         rounds: rounds per case; the median is reported
         seconds: minimum length of a round
@@ -74,9 +74,9 @@ def bench(
         raise UserError(f"--baseline {baseline} is not among --models {' '.join(models)}")
     where = str(find_device(device))
     cases = [
-        Case(model, size, batch, kind, way, reach, grad_checkpointing, precision, where, threads, budget)
-        for kind, size, batch, reach, way, model, budget in itertools.product(
-            mode, image_size, batch_size, coarse or [None], backend, models, tokens
+        Case(model, size, batch, kind, way, reach, grad_checkpointing, width, where, threads, budget)
+        for kind, size, batch, reach, way, model, width, budget in itertools.product(
+            mode, image_size, batch_size, coarse or [None], backend, models, precision, tokens
         )
     ]
     folder = Path(out)

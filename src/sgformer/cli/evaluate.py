@@ -32,7 +32,7 @@ def evaluate(
     workers: int = 4,
     device: str = "auto",
     devices: int | Literal["auto"] = "auto",
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32",
     bad_images: Literal["stop", "skip"] = "stop",
 ) -> int:
     """Evaluate trained weights on validation data, counting every image once.
@@ -58,7 +58,7 @@ def evaluate(
         workers: processes that read images; 0: none
         device: auto, cpu, cuda, cuda:1, mps
         devices: processes on this machine, one per GPU
-        precision: arithmetic; bf16, fp16: mixed
+        precision: arithmetic; bf16, fp16: mixed; int8: classification on a CPU with AVX512-VNNI
         bad_images: on an unreadable image: stop, or skip and count
     """
     from sgformer.models.load import read_metadata

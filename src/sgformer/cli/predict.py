@@ -29,6 +29,7 @@ def predict(
     sliding: bool = False,
     model: str | None = None,
     tokens: float | None = None,
+    precision: Literal["fp32", "bf16", "int8"] | None = None,
     device: str = "auto",
     bad_images: Literal["skip", "stop"] = "skip",
 ) -> int:
@@ -49,6 +50,7 @@ def predict(
         sliding: segmentation: slide a window over the image instead of passing it whole
         model: network name, if the weights are a plain state dict
         tokens: key/value tokens, as a multiple of those trained with: .25 to 4
+        precision: classification on a CPU that has AVX512-BF16 or VNNI: bf16, int8 [fp32]
         device: auto, cpu, cuda, cuda:1, mps
         bad_images: on an unreadable image: skip it, name it and exit with 1; or stop
     """
@@ -57,6 +59,7 @@ def predict(
             raise UserError(f"{name} must be above 0, got {value}")
     if features is not None:
         others = given(top=top, score=score, json=json, out=out, multi_scale=multi_scale, flip=flip, sliding=sliding)
+        others |= given(precision=precision)
         for name in others:
             raise UserError(f"--features writes embeddings only; leave out --{dashed(name)}")
         how = given(model=model, tokens=tokens, image_size=image_size, batch_size=batch_size)
@@ -72,6 +75,7 @@ def predict(
         multi_scale=multi_scale,
         flip=flip,
         sliding=sliding,
+        precision=precision,
     )
     opened = open_images(images, bad_images)
     task, results, metadata = predict_images(weights, opened, model=model, tokens=tokens, device=device, **options)

@@ -97,3 +97,35 @@ def resample_weights(weight: Tensor, members: int) -> Tensor:
                 total = total + weight[..., k] * float((end - start) * r)
         out.append(total)
     return torch.stack(out, -1)
+
+
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map, (..., in) to (..., out), of numbers rounded to bfloat16; products and sums are exact."""
+    x, weight = x.bfloat16().double(), weight.bfloat16().double()
+    return (x @ weight.t() + bias).to(torch.float32)
+
+
+def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) as integers from -127 to 127, and the scale (out,) of each of its rows, an output channel."""
+    largest = weight.abs().amax(1)
+    scale = torch.where(largest == 0, 1.0, largest) / 127  # NaN stays
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (..., C) as integers from 0 to 255, and the scale and zero (..., 1) of each: x = scale * (q - zero).
+
+    What lies between its least and its largest number, and 0, is cut into 255 equal steps.
+    """
+    least, largest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (largest - least) / 255
+    inverse = torch.where(scale > 1e-30, 1 / scale, 0.0)
+    zero = (-least * inverse).round()
+    return ((x * inverse).round() + zero).clamp(0, 255), scale, zero
+
+
+def linear_int8(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map, (..., in) to (..., out), of integers: those of :func:`quantize_tokens` and `quantize_columns`."""
+    (numbers, scale, zero), (columns, scales) = quantize_tokens(x), quantize_columns(weight)
+    sums = (numbers - zero).double() @ columns.t().double()
+    return (sums * scale * scales + bias).to(torch.float32)

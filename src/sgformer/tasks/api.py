@@ -211,8 +211,8 @@ def predict(
         bad_images: "stop" at an image that cannot be read, or "skip" it with a warning: then there are fewer results
             than images, each with the name of its own.
         stream: return an iterator that yields results one by one, for more images than fit in memory.
-        options: `image_size`, `device`, and the task's own: `top`, `batch_size`; `multi_scale`, `flip`, `sliding`;
-            `score`.
+        options: `image_size`, `device`, and the task's own: `top`, `batch_size`, `precision`; `multi_scale`, `flip`,
+            `sliding`; `score`.
 
     Returns:
         For each image a `Prediction` (`.labels`), `Segments` (`.labels`, `.shares()`) or `Detections` (`.results`).
@@ -249,6 +249,8 @@ def predict_images(
                 raise UserError(f"--{dashed(name)} is for weights; {weights} is an exported file")
         if tokens is not None:
             raise UserError(f"--tokens is for weights; {weights} keeps those it was exported with")
+        if options.pop("precision", "fp32") != "fp32":
+            raise UserError(f"--precision is for weights; {weights} keeps that which it was exported with")
         return task, task.predict_exported(network, images, **options), network.metadata
     stored, task = _read(weights, model, tokens)
     task.require()

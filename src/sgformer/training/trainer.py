@@ -103,6 +103,8 @@ def build_trainer(
         UserError: the device is not available, or cannot compute in this precision.
     """
     resolved = find_device(device)
+    if precision not in PRECISION:
+        raise UserError(f"--precision {precision} is for classifiers on a CPU; take {', '.join(PRECISION)}")
     if resolved.type == "cpu" and precision == "fp16":  # Lightning would take bf16 instead
         raise UserError("--precision fp16 runs on GPUs only; on a CPU, use bf16 or fp32")
     if resolved.type == "cpu" and devices == "auto":

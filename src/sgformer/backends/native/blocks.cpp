@@ -14,11 +14,10 @@ void block_tail(const Block& block, const TailWeights& w, const float* x, float*
                 float* normed, float* wide) {
   const Index N = block.B * block.H * block.W, C = block.C, hidden = block.hidden;
   sgformer_depthwise_add({block.B, block.H, block.W, C}, local, w.local, attended);
-  sgformer_linear({attended, C}, w.proj, {x, C}, {out, C}, N, C, C);
-  sgformer_layer_norm(out, normed, N, C, w.norm, block.eps, 0);
-  sgformer_linear({normed, C}, w.fc1, NOTHING, {wide, hidden}, N, C, hidden);
-  sgformer_depthwise_gelu({block.B, block.H, block.W, hidden}, wide, w.conv, wide);
-  sgformer_linear({wide, hidden}, w.fc2, {out, C}, {out, C}, N, hidden, C);
+  sgformer_narrow_linear(block.kind, {attended, C}, w.proj, {x, C}, {out, C}, N, C, C);
+  sgformer_narrow_norm_linear(block.kind, out, w.norm, block.eps, w.fc1, {wide, hidden}, N, C, hidden, normed);
+  sgformer_depthwise_gelu({block.B, block.H, block.W, hidden}, wide, w.conv, wide, block.kind > 0);
+  sgformer_narrow_linear(block.kind, {wide, hidden}, w.fc2, {out, C}, {out, C}, N, hidden, C);
 }
 
 }  // namespace
@@ -31,10 +30,10 @@ void sgformer_hybrid_block(const Block& block, const HybridOptions& options, con
   float *normed = scratch, *attended = normed + N * C, *activated = attended + N * C, *kv = activated + reduced * C;
   float* wide = kv + reduced * C;  // coarse queries; fine queries, keys, values; local term
   sgformer_layer_norm(x, normed, N, C, w.norm, block.eps, 0);
-  sgformer_linear({normed, C}, w.proj_in, NOTHING, {wide, 3 * C}, N, C, 3 * C);
-  sgformer_conv({B, H, W, C, r, r, 0, kv_H, kv_W, C}, normed, w.reduce, kv);
+  sgformer_narrow_linear(block.kind, {normed, C}, w.proj_in, NOTHING, {wide, 3 * C}, N, C, 3 * C);
+  sgformer_narrow_conv(block.kind, {B, H, W, C, r, r, 0, kv_H, kv_W, C}, normed, w.reduce, kv);
   sgformer_layer_norm(kv, activated, reduced, C, w.reduce_norm, options.reduce_eps, 1);
-  sgformer_linear({activated, C}, w.kv_coarse, NOTHING, {kv, C}, reduced, C, C);
+  sgformer_narrow_linear(block.kind, {activated, C}, w.kv_coarse, NOTHING, {kv, C}, reduced, C, C);
   const Index heads = block.heads, d = C / 2 / heads, coarse_window = window * r;
   const Attention to_coarse =
       options.is_global ? Attention{B, H, W, kv_H, kv_W, H, W, kv_H, kv_W, heads, d}
@@ -54,7 +53,7 @@ void sgformer_guided_block(const Block& block, const GuidedWeights& w, const Tai
   float *normed = scratch, *attended = normed + N * C, *pooled = attended + N * C, *kv = pooled + B * M * C;
   float* wide = kv + 2 * B * M * C;  // queries, local term
   sgformer_layer_norm(x, normed, N, C, w.norm, block.eps, 0);
-  sgformer_linear({normed, C}, w.proj_in, NOTHING, {wide, 2 * C}, N, C, 2 * C);
+  sgformer_narrow_linear(block.kind, {normed, C}, w.proj_in, NOTHING, {wide, 2 * C}, N, C, 2 * C);
   std::vector<Index> sorted(N), members;
   sgformer_argsort(significance, B, tokens, sorted.data());
   for (Index i = 0, start = 0, first = 0; i < count; i++) {
@@ -67,7 +66,7 @@ void sgformer_guided_block(const Block& block, const GuidedWeights& w, const Tai
     sgformer_aggregate({members.data(), all, groups, rate, M, first}, normed, B, tokens, C, maps[i], pooled);
     start += length, first += groups;
   }
-  sgformer_linear({pooled, C}, w.kv, NOTHING, {kv, 2 * C}, B * M, C, 2 * C);
+  sgformer_narrow_linear(block.kind, {pooled, C}, w.kv, NOTHING, {kv, 2 * C}, B * M, C, 2 * C);
   sgformer_attend({B, H, W, 1, M, H, W, 1, M, block.heads, C / block.heads}, {wide, 2 * C}, {kv, 2 * C}, {attended, C},
                   nullptr, 0);
   block_tail(block, tail, x, attended, {wide + C, 2 * C}, out, normed, wide);
@@ -78,7 +77,7 @@ void sgformer_plain_block(const Block& block, const PlainWeights& w, const TailW
   const Index B = block.B, H = block.H, W = block.W, C = block.C, N = B * H * W;
   float *normed = scratch, *attended = normed + N * C, *wide = attended + N * C;  // queries, keys, values, local term
   sgformer_layer_norm(x, normed, N, C, w.norm, block.eps, 0);
-  sgformer_linear({normed, C}, w.proj_in, NOTHING, {wide, 4 * C}, N, C, 4 * C);
+  sgformer_narrow_linear(block.kind, {normed, C}, w.proj_in, NOTHING, {wide, 4 * C}, N, C, 4 * C);
   sgformer_attend({B, H, W, H, W, H, W, H, W, block.heads, C / block.heads}, {wide, 4 * C}, {wide + C, 4 * C},
                   {attended, C}, nullptr, 0);
   block_tail(block, tail, x, attended, {wide + 3 * C, 4 * C}, out, normed, wide);

@@ -94,7 +94,10 @@ void sgformer_depthwise_stride2(const Grid& grid, const float* x, const float* w
   }
 }
 
-void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, float* out) {
+namespace {
+
+template <class Activation>
+void depthwise_activation(const Grid& grid, const float* x, Affine conv, float* out, Activation activation) {
   const Index B = grid.B, H = grid.H, W = grid.W, C = grid.C, chunks = (C + CHANNELS - 1) / CHANNELS;
 #pragma omp parallel
   {
@@ -106,14 +109,23 @@ void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, floa
       auto epilogue = [=](const float* row, float* to) {
         for (Index z = 0; z < W; z++, row += CHANNELS, to += C) {
           if (n == CHANNELS)
-            for (int i = 0; i < CHANNELS; i += L) store(to + i, gelu(load(row + i)));
+            for (int i = 0; i < CHANNELS; i += L) store(to + i, activation(load(row + i)));
           else
-            for (int i = 0; i < n; i += L) store(to + i, gelu(load(row + i)), std::min(L, n - i));
+            for (int i = 0; i < n; i += L) store(to + i, activation(load(row + i)), std::min(L, n - i));
         }
       };
       depthwise({x + image, C}, {out + image, C}, H, W, n, {conv.weight + c, conv.bias + c}, C, rows.data(), epilogue);
     }
   }
+}
+
+}  // namespace
+
+void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, float* out, int is_short) {
+  if (is_short)
+    depthwise_activation(grid, x, conv, out, [](vec v) { return gelu_short(v); });
+  else
+    depthwise_activation(grid, x, conv, out, [](vec v) { return gelu(v); });
 }
 
 void sgformer_depthwise_add(const Grid& grid, ConstView x, Affine conv, float* out) {

@@ -73,13 +73,33 @@ extern "C" void sgformer_winograd(const Grid& grid, const float* x, const float*
 extern "C" void sgformer_winograd_gradient(const Grid& grid, const float* x, const float* grad, float* out,
                                            Index width);
 
+// -- linear maps of 16 and 8 bits (narrow.cpp) ----------------------------------------------------------------------
+//
+// `kind` says how operands are rounded and multiplied: 0 not rounded, float32 as above; 1 bfloat16, by an instruction
+// for pairs; 2 bfloat16, by float32's; 3 integers of 8 bits. What comes in and goes out is float32. The bias is as of
+// sgformer_linear, the weight as ops.py packs it for the kind.
+
+// Whether this processor has what a kind needs.
+extern "C" int sgformer_has(Index kind);
+
+// Whether kind 1 is quicker than kind 2: not on Intel, which multiplies pairs in four times the time of float32.
+extern "C" int sgformer_pairs_are_quick();
+
+// sgformer_linear; sgformer_conv; and LayerNorm of x (rows, n), contiguous, then sgformer_linear, with memory for
+// rows * n floats where kind is 0.
+extern "C" void sgformer_narrow_linear(Index kind, ConstView x, Affine map, ConstView add, View out, Index rows,
+                                       Index n, Index width);
+extern "C" void sgformer_narrow_conv(Index kind, const Conv& conv, const float* x, Affine map, float* out);
+extern "C" void sgformer_narrow_norm_linear(Index kind, const float* x, Affine norm, float eps, Affine map, View out,
+                                            Index rows, Index n, Index width, float* memory);
+
 // -- 3 x 3 depthwise convolutions (depthwise.cpp), zero padding; weight (9, C) --------------------------------------
 
 // Stride 2: x (B, H, W, C) to out (B, ceil(H / 2), ceil(W / 2), C), contiguous.
 extern "C" void sgformer_depthwise_stride2(const Grid& grid, const float* x, const float* weight, float* out);
 
-// out = GELU(convolution of x), contiguous; out may be x.
-extern "C" void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, float* out);
+// out = GELU(convolution of x), contiguous; out may be x. `is_short`: with an error of up to 1e-4.
+extern "C" void sgformer_depthwise_gelu(const Grid& grid, const float* x, Affine conv, float* out, int is_short);
 
 // out += convolution of x; out contiguous.
 extern "C" void sgformer_depthwise_add(const Grid& grid, ConstView x, Affine conv, float* out);
@@ -151,8 +171,8 @@ extern "C" void sgformer_aggregate_backward(const Groups& groups, const float* x
 // written; `scratch` holds intermediate results. Linear maps are packed, weights of depthwise convolutions (9, C).
 
 struct Block {
-  Index B, H, W, C, hidden, heads;
-  float eps;  // of LayerNorm
+  Index B, H, W, C, hidden, heads, kind;  // kind: of the linear maps, see there
+  float eps;                              // of LayerNorm
 };
 
 // The end of every block: the local term, the output projection, the MLP with its norm and convolution.

@@ -9,6 +9,7 @@
 #include "convolution.cpp"
 #include "depthwise.cpp"
 #include "norms.cpp"
+#include "narrow.cpp"
 #include "attention.cpp"
 #include "groups.cpp"
 #include "blocks.cpp"

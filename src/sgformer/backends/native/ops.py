@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgformer.backends.native.build import library
+from sgformer.backends.native.build import UnavailableError, library
 from sgformer.backends.native.interface import STRUCTS
+from sgformer.ops.reference import quantize_columns
 
 CHUNK = 1 << 21  # floats: if tensors exceed these 8 MiB, callers take fewer images at a time
 
@@ -95,7 +96,12 @@ def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
 
 def conv_panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight (width, C, k, k) and bias of a convolution in the layout of :func:`conv`."""
-    return panels(weight.detach().permute(0, 2, 3, 1).flatten(1), bias)
+    return panels(conv_matrix(weight), bias)
+
+
+def conv_matrix(weight: Tensor) -> Tensor:
+    """Weight (width, C, k, k) of a convolution as that of a linear map of patches, (width, k * k * C)."""
+    return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, padding: int) -> Tensor:
@@ -156,6 +162,103 @@ def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("ri,rcox,cj->oxij", g, matrices, g)
 
 
+# -- linear maps of 16 and 8 bits -------------------------------------------------------------------------------
+
+#: Names of precisions, and what a processor must have for them.
+PRECISIONS = {"fp32": "", "bf16": "AVX512-BF16", "int8": "AVX512-VNNI"}
+
+#: Kinds of linear maps, as interface.h lists them: bfloat16 multiplied in pairs, or by float32's instructions.
+FLOAT32, BF16_PAIRS, BF16_SINGLE, INT8 = range(4)
+
+
+def kind(precision: str) -> int:
+    """The kernels' number for a precision, as interface.h lists them.
+
+    Raises:
+        UnavailableError: this processor cannot, or there are no kernels.
+    """
+    number = {
+        "fp32": FLOAT32,
+        "bf16": BF16_PAIRS if library().sgformer_pairs_are_quick() else BF16_SINGLE,
+        "int8": INT8,
+    }[precision]
+    if not library().sgformer_has(number):
+        raise UnavailableError(f"this processor, or its compiler, has no {PRECISIONS[precision]}")
+    return number
+
+
+def narrow_panels(weight: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias (out,) of a linear map, as :func:`narrow_linear` reads them."""
+    if not kind:
+        return panels(weight, bias)
+    width = len(weight := weight.detach())
+    group = 4 if kind == INT8 else 2
+    heads: list[Tensor] = []
+    if kind == INT8:
+        weight, scales = quantize_columns(weight)
+        sums = weight.sum(1, dtype=torch.float32)
+        heads = [padded(each, width).view(torch.uint8) for each in (scales, sums)]
+    else:
+        weight = weight.bfloat16()
+    weight = F.pad(weight, (0, -weight.shape[1] % group, 0, -width % lanes()))
+    cut = [part.unflatten(1, (-1, group)).transpose(0, 1).flatten() for part in weight.split(4 * lanes())]
+    packed = torch.cat([*heads, torch.cat(cut).view(torch.uint8)])
+    return packed, padded(bias, width)
+
+
+def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, kind: int, add: Tensor | None = None) -> Tensor:
+    """:func:`linear` with rounded operands: x (B, H, W, n) float32 to (B, H, W, width) float32.
+
+    ``weight`` and ``bias`` come from :func:`narrow_panels`.
+    """
+    B, H, W, n = _checked(x).shape
+    out = x.new_empty(B, H, W, width)
+    library().sgformer_narrow_linear(
+        kind,
+        ConstView(x.data_ptr(), n),
+        Affine(weight.data_ptr(), bias.data_ptr()),
+        ConstView(None if add is None else _checked(add).data_ptr(), width),
+        View(out.data_ptr(), width),
+        B * H * W,
+        n,
+        width,
+    )
+    return out
+
+
+def narrow_norm_linear(
+    x: Tensor, norm: tuple[Tensor, Tensor], eps: float, weight: Tensor, bias: Tensor, width: int, kind: int
+) -> Tensor:
+    """:func:`narrow_linear` of the LayerNorm of x, whose weight and bias are ``norm``."""
+    B, H, W, n = _checked(x).shape
+    out, memory = x.new_empty(B, H, W, width), x.new_empty(0 if kind else x.numel())
+    library().sgformer_narrow_norm_linear(
+        kind,
+        x.data_ptr(),
+        Affine(norm[0].data_ptr(), norm[1].data_ptr()),
+        eps,
+        Affine(weight.data_ptr(), bias.data_ptr()),
+        View(out.data_ptr(), width),
+        B * H * W,
+        n,
+        width,
+        memory.data_ptr(),
+    )
+    return out
+
+
+def narrow_conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, kind: int) -> Tensor:
+    """:func:`conv` without padding and with rounded operands; its weight is that of :func:`conv_matrix`, packed."""
+    B, H, W, C = _checked(x).shape
+    rows, cols = -(-H // stride), -(-W // stride)
+    out = x.new_empty(B, rows, cols, width)
+    shape = Conv(B, H, W, C, kernel, stride, 0, rows, cols, width)
+    library().sgformer_narrow_conv(
+        kind, shape, x.data_ptr(), Affine(weight.data_ptr(), bias.data_ptr()), out.data_ptr()
+    )
+    return out
+
+
 # -- 3 x 3 depthwise convolutions -------------------------------------------------------------------------------
 
 
@@ -182,12 +285,17 @@ def depthwise_stride2(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """GELU of the depthwise convolution of (B, H, W, C); weight (9, C), bias (C,). ``out`` may be x."""
+def depthwise_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, is_short: bool = False
+) -> Tensor:
+    """GELU of the depthwise convolution of (B, H, W, C); weight (9, C), bias (C,). ``out`` may be x.
+
+    ``is_short``: a quicker GELU with an error of up to 1e-4.
+    """
     B, H, W, C = _checked(x).shape
     out = x.new_empty(B, H, W, C) if out is None else _checked(out)
     taps = Affine(weight.data_ptr(), bias.data_ptr())
-    library().sgformer_depthwise_gelu(Grid(B, H, W, C), x.data_ptr(), taps, out.data_ptr())
+    library().sgformer_depthwise_gelu(Grid(B, H, W, C), x.data_ptr(), taps, out.data_ptr(), is_short)
     return out
 
 
@@ -404,8 +512,8 @@ class Weights:
 
     Args:
         struct: ``TailWeights`` or another of interface.h that holds only weights and biases.
-        parts: weight and bias by the struct's names, linear maps of :func:`panels`, 3 x 3 kernels of
-            :func:`tap_major`.
+        parts: weight and bias by the struct's names, linear maps of :func:`narrow_panels` for the block's kind, 3 x 3
+            kernels of :func:`tap_major`.
     """
 
     def __init__(self, struct: str, **parts: tuple[Tensor, Tensor]):
@@ -434,6 +542,7 @@ def hybrid_block(
     is_global: bool,
     eps: float,
     reduce_eps: float,
+    kind: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:class:`~sgformer.models.backbone.HybridBlock`: (B, H, W, C) to the same, and two significance maps (B, H, W)."""
     B, H, W, C = _checked(x).shape
@@ -441,7 +550,7 @@ def hybrid_block(
     out, coarse, fine = x.new_empty(x.shape), x.new_empty(B, H, W), x.new_empty(B, H, W)
     scratch = x.new_empty(B * H * W * (2 * C + max(hidden, 3 * C)) + 2 * reduced * C)
     library().sgformer_hybrid_block(
-        Block(B, H, W, C, hidden, heads, eps),
+        Block(B, H, W, C, hidden, heads, kind, eps),
         HybridOptions(reduction, window, is_global, reduce_eps),
         parts.addresses(),
         tail.addresses(),
@@ -464,6 +573,7 @@ def guided_block(
     heads: int,
     regions: Sequence[tuple[int, int]],
     eps: float,
+    kind: int = 0,
 ) -> Tensor:
     """:class:`~sgformer.models.backbone.GuidedBlock`: (B, H, W, C) to the same, with significance (B, H, W).
 
@@ -476,7 +586,7 @@ def guided_block(
     out = x.new_empty(x.shape)
     scratch = x.new_empty(B * H * W * (2 * C + max(hidden, 2 * C)) + 3 * B * pooled * C)
     library().sgformer_guided_block(
-        Block(B, H, W, C, hidden, heads, eps),
+        Block(B, H, W, C, hidden, heads, kind, eps),
         parts.addresses(),
         tail.addresses(),
         (Region * len(regions)).from_buffer_copy(pack_bytes(f"{2 * len(regions)}q", *itertools.chain(*regions))),
@@ -490,12 +600,12 @@ def guided_block(
     return out
 
 
-def plain_block(x: Tensor, parts: Weights, tail: Weights, hidden: int, heads: int, eps: float) -> Tensor:
+def plain_block(x: Tensor, parts: Weights, tail: Weights, hidden: int, heads: int, eps: float, kind: int = 0) -> Tensor:
     """:class:`~sgformer.models.backbone.PlainBlock`: (B, H, W, C) to the same."""
     B, H, W, C = _checked(x).shape
     out, scratch = x.new_empty(x.shape), x.new_empty(B * H * W * (2 * C + max(hidden, 4 * C)))
     library().sgformer_plain_block(
-        Block(B, H, W, C, hidden, heads, eps),
+        Block(B, H, W, C, hidden, heads, kind, eps),
         parts.addresses(),
         tail.addresses(),
         x.data_ptr(),

@@ -15,7 +15,7 @@ class Classify(Task):
     example = "--data photos --run runs/photos"
     data_help = "the folder with val/CLASS/*, or folder or URL of shards"
     eval_options = frozenset({"crop_pct"})
-    predict_options = frozenset({"top", "batch_size"})
+    predict_options = frozenset({"top", "batch_size", "precision"})
     score = "top1"
     pictures = (("Confusion", "validation/confusion.png"),)
     written = "per class and confusion"

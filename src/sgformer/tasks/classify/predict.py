@@ -37,6 +37,7 @@ def predict(
     top: int = 5,
     batch_size: int = 32,
     image_size: int | tuple[int, int] | None = None,
+    precision: str = "fp32",
     device: str = "auto",
 ) -> Iterator[tuple[Prediction, Image.Image]]:
     """See `Task.predict`. On a CPU, many images run through :func:`sgformer.optimize`.
@@ -47,6 +48,7 @@ def predict(
         top: number of classes per image.
         batch_size: images per batch.
         image_size: pixels, or (height, width); by default as trained.
+        precision: "fp32", or "bf16" or "int8" on a CPU, see :func:`sgformer.optimize`.
         device: "auto", "cpu", "cuda" ...
 
     Raises:
@@ -56,7 +58,9 @@ def predict(
     where = find_device(device)
     model.to(where)
     refuse_size(weights, model, image_size)
-    if where.type == "cpu" and isinstance(model, SGFormer) and len(images) >= WORTH_PREPARING:
+    if precision != "fp32":
+        model = narrowed(weights, model, precision)
+    elif where.type == "cpu" and isinstance(model, SGFormer) and len(images) >= WORTH_PREPARING:
         from sgformer.backends import optimize
 
         model = optimize.optimize(model)
@@ -74,6 +78,21 @@ def predict(
             yield Prediction(name, labels), image
 
 
+def narrowed(weights: Weights, model: Any, precision: str) -> Any:
+    """A network on its device, prepared for another precision than float32.
+
+    Raises:
+        UserError: the network, its device or the processor does not support it.
+    """
+    from sgformer.backends.optimize import optimize
+
+    if not isinstance(model, SGFormer):
+        raise UserError(f"--precision {precision} is for SG-Former; {weights.path} is of {weights.model}")
+    if (device := next(model.parameters()).device.type) != "cpu":
+        raise UserError(f"--precision {precision} is for the CPU (got --device {device})")
+    return optimize(model, precision=precision)
+
+
 def evaluate(
     weights: Weights,
     data: str | os.PathLike[str],
@@ -84,6 +103,7 @@ def evaluate(
     crop_pct: float | None = None,
     bad_images: str = "stop",
     out: Any = None,
+    precision: str = "fp32",
     **machine: Any,
 ) -> Any:
     """Top-1, top-5 and confusion on `data/split/CLASS/*`; every image counts exactly once.
@@ -96,7 +116,8 @@ def evaluate(
         image_size, crop_pct: by default those of the training.
         bad_images: "stop" at an unreadable image, or "skip" and list them.
         out: unused; a classifier draws no example images.
-        machine: `workers`, `device`, `devices`, `precision`, see `training.validate.validate`.
+        precision: "fp32"; mixed "bf16" or "fp16"; or "int8" on a CPU, see :func:`sgformer.optimize`.
+        machine: `workers`, `device`, `devices`, see `training.validate.validate`.
 
     Raises:
         UserError: weights or data are invalid, or do not match.
@@ -118,11 +139,14 @@ def evaluate(
     refuse_size(weights, model, image_size)
     transform = eval_transform(**reading(weights.metadata, image_size, crop_pct))
     dataset = ImageFolderDataset(listing, transform, bad_images=bad_images)
+    if precision == "int8":
+        model = narrowed(weights, model.to(find_device(machine.get("device", "auto"))), precision)
+        precision = "fp32"
     module = ClassificationModule(model, class_names=listing.classes)
     notes = [*left_out(listing), *absent(listing)]
     if "classes" not in weights.metadata:
         notes.append(f"{weights.path} names no classes: class i is the i-th folder in sorted order")
-    return validate(module, dataset, collate, batch_size=batch_size, notes=notes, **machine)[0]
+    return validate(module, dataset, collate, batch_size=batch_size, precision=precision, notes=notes, **machine)[0]
 
 
 def open_named(data: Any, split: str, metadata: Mapping[str, Any]) -> Any:
