@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the weights of sgformer_n that come with the package, as they were made: four parts, some four hours of one core.
+# Make the weights of sgformer_n that come with the package, as they were made: five parts, some six hours of one core.
 #
 #   sh benchmarks/weights_of_n.sh TINY NAMES.tsv RUNS
 #
@@ -30,4 +30,5 @@ part 1-48 --config "$small"
 part 2-64 --config "$large" --weights "$runs/1-48"
 part 3-48 --config "$small" --weights "$runs/2-64" --epochs 12 --min-lr 1.44e-2 --color-jitter 0
 part 4-64 --config "$large" --weights "$runs/3-48" --epochs 5 --lr 1.44e-2 --color-jitter 0
-python "$here/package_weights.py" "$runs/4-64" "$names" 96
+part 5-96 --config "$large" --weights "$runs/4-64" --image-size 96 --epochs 6 --lr 1e-2 --warmup-epochs .1 --color-jitter 0
+python "$here/package_weights.py" "$runs/5-96" "$names" 128

@@ -14,14 +14,14 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # of weight
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sgformer_n": {
         "num_classes": 200,
-        "input_size": (3, 96, 96),
-        "pool_size": (3, 3),
+        "input_size": (3, 128, 128),
+        "pool_size": (4, 4),
         "crop_pct": 1.0,
         "license": "other",  # of the photographs: ImageNet's terms, research (docs/models.md)
     }
 }
 
-TRAINED_AT = {"sgformer_n": (64, 64)}  # pixels of the files' position tables; images of other sizes resize them
+TRAINED_AT = {"sgformer_n": (96, 96)}  # pixels of the files' position tables; images of other sizes resize them
 
 
 def pretrained_file(name: str) -> Path | None:
