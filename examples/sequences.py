@@ -271,7 +271,8 @@ def draw(network: Classifier, data: Data, file: Path, rows: int = 6) -> None:
 
     chosen = list({data.test.labels[i]: i for i in reversed(range(len(data.test)))}.values())
     chosen = (chosen + [i for i in range(len(data.test)) if i not in chosen])[:rows]
-    figure, axes = plt.subplots(rows, 1, figsize=(10, 0.9 * rows + 0.8), constrained_layout=True, squeeze=False)
+    high = 0.45 if data.vocabulary else 0.9
+    figure, axes = plt.subplots(rows, 1, figsize=(10, high * rows + 0.8), constrained_layout=True, squeeze=False)
     scale = plt.Normalize(0, 1)
     for axis, i in zip(axes[:, 0], sorted(chosen, key=lambda i: data.test.labels[i]), strict=True):
         values = data.test.values[i]
@@ -284,7 +285,7 @@ def draw(network: Classifier, data: Data, file: Path, rows: int = 6) -> None:
         if data.vocabulary:
             axis.axis("off")
             axis.text(0, 0.5, said, va="center", fontsize=10, color="0.4")
-            at = 0.07
+            at = 0.25
             for word, value in zip(data.test.shown[i], share, strict=True):
                 box = {"facecolor": plt.cm.viridis(scale(value)), "edgecolor": "none", "boxstyle": "round,pad=.25"}
                 text = axis.text(at, 0.5, word.replace("$", r"\$"), va="center", bbox=box, fontsize=10)
@@ -365,6 +366,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("kind", choices=("digits", "text"))
     options.add_argument("data", type=Path, nargs="+", help="the folder of recordings, or TRAIN TEST [VAL]")
+    options.add_argument("--names", nargs="+", help="of the classes of texts, to show; by default their numbers")
     options.add_argument("--out", type=Path, required=True, help="a folder for the table and the picture")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
@@ -377,6 +379,9 @@ def main() -> None:
         data = texts(given.data[0], given.data[1], given.data[2] if len(given.data) == 3 else None)
     else:
         options.error("text takes TRAIN TEST, or TRAIN TEST VAL")
+    if given.names and len(given.names) != len(data.classes):
+        options.error(f"--names: {len(given.names)} names for {len(data.classes)} classes")
+    data.classes = given.names or data.classes
     rows = compare(data, given.out, given.seeds, given.epochs, given.lr, given.networks)
     (given.out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
     print(table(rows))
