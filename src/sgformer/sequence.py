@@ -14,6 +14,7 @@ Legend: B batch, N tokens of the longest sequence, C channels, M pooled tokens, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,9 +142,15 @@ class SelfGuidedAttention1d(nn.Module):
         self.source: Any = make_source(significance, dim) if isinstance(significance, str) else significance
         self.named = isinstance(significance, str)
         self.attn = SelfGuidedAttention(dim, heads, cut, aggregation, attention, LocalConv1d, convolve_sequence)
-        self.tokens: Tokens | None = None
+        self._grouped: Callable[[], Tokens] | None = None
         self.apply(init_module)
         init_convolutions(self)
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """See the class. Described when asked for, as only few passes are looked at."""
+        with torch.no_grad():
+            return self._grouped() if self._grouped else None
 
     def forward(self, x: Tensor, significance: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Attend.
@@ -175,8 +182,7 @@ class SelfGuidedAttention1d(nn.Module):
         x = gate(x, significance) if gated else x
         if lengths is None or valid is None:
             out, grouped = self.attn(x, significance)
-            with torch.no_grad():
-                self.tokens = self.attn.describe(grouped, (x.shape[1],))
+            self._grouped = functools.partial(self.attn.describe, grouped, (x.shape[1],))
             return out
         return self._attend_unequal(x, significance, lengths, valid)
 
@@ -195,15 +201,17 @@ class SelfGuidedAttention1d(nn.Module):
         k, v = attn.kv(pooled).chunk(2, dim=-1)
         q, k, v = (ops.split_heads(t, attn.heads) for t in (q, k, v))
         out = ops.join_heads(attn.attend(q, k, v, torch.cat(real, dim=1)))
-        with torch.no_grad():
-            self.tokens = [self._of_one(groups, real, i, int(n)) for i, n in enumerate(lengths)]
+        self._grouped = functools.partial(self._of_each, groups, real, lengths)
         return without_padding(attn.proj(out + convolve_sequence(attn.local, without_padding(local, valid))), valid)
 
-    def _of_one(self, groups: list[Tensor], real: list[Tensor], i: int, length: int) -> TokenGroups:
-        own = [g[i : i + 1, : int(r[i].sum())] for g, r in zip(groups, real, strict=True)]
-        described = self.attn.describe(own, (length,))
-        assert isinstance(described, TokenGroups)
-        return described
+    def _of_each(self, groups: list[Tensor], real: list[Tensor], lengths: Tensor) -> list[TokenGroups]:
+        each = []
+        for i, length in enumerate(lengths.tolist()):
+            own = [g[i : i + 1, : int(r[i].sum())] for g, r in zip(groups, real, strict=True)]
+            described = self.attn.describe(own, (length,))
+            assert isinstance(described, TokenGroups)
+            each.append(described)
+        return each
 
 
 class HybridScaleAttention1d(nn.Module):
@@ -402,32 +410,36 @@ class SGFormer1d(nn.Module):
         Raises:
             ValueError: lengths are not from 1 to N.
         """
-        return self.inspect(x, lengths).logits
+        return self._classify(self.forward_features(x, lengths), lengths)
 
     def forward_features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, N, C) -> the last block's tokens, normalised, (B, N, C), zero at padding."""
-        return self._features(x, lengths, SequenceInspection(x))
+        return self._features(x, lengths)
 
-    def inspect(self, x: Tensor, lengths: Tensor | None = None) -> SequenceInspection:
-        """As ``forward``, with what the blocks looked at."""
-        seen = SequenceInspection(x)
-        total = self._features(x, lengths, seen).sum(1)
-        pooled = total / (x.shape[1] if lengths is None else lengths[:, None].to(total.dtype))
-        seen.logits = self.head(self.drop(pooled))
-        return seen
-
-    def _features(self, x: Tensor, lengths: Tensor | None, seen: SequenceInspection) -> Tensor:
+    def _features(self, x: Tensor, lengths: Tensor | None, inspection: SequenceInspection | None = None) -> Tensor:
         valid = valid_tokens(x, lengths)
         x = without_padding(x, valid)
         for pair in self.pairs:
             assert isinstance(pair, Pair)
             x, significance, coarse, fine = pair(x, lengths, valid)
-            seen.significance.append(significance.detach())
-            seen.coarse.append(coarse)
-            seen.fine.append(fine)
-            assert pair.guided.tokens is not None
-            seen.tokens.append(pair.guided.tokens)
+            if inspection is not None:
+                assert pair.guided.tokens is not None
+                inspection.significance.append(significance.detach())
+                inspection.coarse.append(coarse)
+                inspection.fine.append(fine)
+                inspection.tokens.append(pair.guided.tokens)
         return without_padding(self.norm(x), valid)
+
+    def inspect(self, x: Tensor, lengths: Tensor | None = None) -> SequenceInspection:
+        """As ``forward``, with what the blocks looked at."""
+        inspection = SequenceInspection(x)
+        inspection.logits = self._classify(self._features(x, lengths, inspection), lengths)
+        return inspection
+
+    def _classify(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """The mean over each sequence's tokens, and the classifier."""
+        total = x.sum(1)
+        return self.head(self.drop(total / (x.shape[1] if lengths is None else lengths[:, None].to(total.dtype))))
 
 
 class Stem1d(nn.Module):

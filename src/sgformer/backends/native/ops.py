@@ -62,18 +62,7 @@ def linear(
 
     ``out``: memory for the result; ``add``: a tensor of its shape to add.
     """
-    B, H, W, n = _checked(x).shape
-    out = x.new_empty(B, H, W, width) if out is None else _checked(out)
-    library().sgformer_linear(
-        ConstView(x.data_ptr(), n),
-        Affine(weight.data_ptr(), bias.data_ptr()),
-        ConstView(None if add is None else _checked(add).data_ptr(), width),
-        View(out.data_ptr(), width),
-        B * H * W,
-        n,
-        width,
-    )
-    return out
+    return narrow_linear(x, weight, bias, width, 0, add, out)
 
 
 def linear_gradient(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool = False) -> None:
@@ -206,13 +195,21 @@ def narrow_panels(weight: Tensor, bias: Tensor | None, kind: int) -> tuple[Tenso
     return packed, padded(bias, width)
 
 
-def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor, width: int, kind: int, add: Tensor | None = None) -> Tensor:
-    """:func:`linear` with rounded operands: x (B, H, W, n) float32 to (B, H, W, width) float32.
+def narrow_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    width: int,
+    kind: int,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`linear` with rounded operands, but for kind 0: x (B, H, W, n) float32 to (B, H, W, width) float32.
 
     ``weight`` and ``bias`` come from :func:`narrow_panels`.
     """
     B, H, W, n = _checked(x).shape
-    out = x.new_empty(B, H, W, width)
+    out = x.new_empty(B, H, W, width) if out is None else _checked(out)
     library().sgformer_narrow_linear(
         kind,
         ConstView(x.data_ptr(), n),
