@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from reliance import photographs, preparation
 from scipy import ndimage
 from torch import Tensor
 
 import sgformer
-from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.load import find_weights
-from sgformer.tasks.classify.predict import open_named
 
 LEVELS = np.arange(0.05, 1, 0.05)
 SIDE = 64  # maps are compared at the photographs' own size
@@ -89,17 +88,14 @@ def overlap(a: Any, b: Any) -> float:
     return wide * high / (sum(area) - wide * high)
 
 
-def photographs(
-    model: Any, data: str, limit: int | None, size: int | None
-) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+def batches(model: Any, data: str, limit: int | None, size: int | None) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """File names, images and classes, batch by batch, in random order."""
-    listing = open_named(data, "val", model.metadata)
-    transform = eval_transform(**preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {}))
-    order = torch.randperm(len(listing), generator=torch.Generator().manual_seed(0))[:limit].tolist()
+    listing, order, classes = photographs(model, data, "val", limit)
+    prepare = preparation(model, size)
     for start in range(0, len(order), 50):
         part = order[start : start + 50]
-        images = torch.stack([transform(image) for image in listing.read_many(part)])
-        yield [Path(listing.paths[i]).name for i in part], images, torch.tensor([listing.targets[i] for i in part])
+        images = torch.stack([prepare(image) for image in listing.read_many(part)])
+        yield [Path(listing.paths[i]).name for i in part], images, classes[start : start + 50]
 
 
 def main() -> None:
@@ -115,7 +111,7 @@ def main() -> None:
     truth = annotated(given.boxes)
     hits: dict[str, np.ndarray] = {}
     count = 0
-    for names, images, _ in photographs(model, given.aside, min(given.limit or 2000, 2000), given.image_size):
+    for names, images, _ in batches(model, given.aside, min(given.limit or 2000, 2000), given.image_size):
         for kind, maps in maps_of(model, images)[0].items():
             for values, name in zip(maps.numpy(), names, strict=True):
                 right = [overlap(box_around(values, level), truth[name]) >= 0.5 for level in LEVELS]
@@ -125,7 +121,7 @@ def main() -> None:
     aside = {kind: 100 * right.max() / count for kind, right in hits.items()}
     rows = {kind: [0, 0, 0] for kind in [*levels, "the whole image"]}
     count = 0
-    for names, images, classes in photographs(model, given.data, given.limit, given.image_size):
+    for names, images, classes in batches(model, given.data, given.limit, given.image_size):
         maps, logits = maps_of(model, images)
         known = (logits.argmax(1) == classes).tolist()
         for i, name in enumerate(names):

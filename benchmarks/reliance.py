@@ -51,19 +51,30 @@ def changes(model: Any) -> Iterator[str]:
             hook.remove()
 
 
+def photographs(model: Any, data: str, split: str, limit: int | None) -> tuple[Any, list[int], Tensor]:
+    """The listing of a split, which of its images are taken, in random order, and their classes."""
+    from sgformer.tasks.classify.predict import open_named
+
+    listing = open_named(data, split, model.metadata)
+    order = torch.randperm(len(listing), generator=torch.Generator().manual_seed(0))[:limit]  # neighbours of any class
+    return listing, order.tolist(), torch.tensor(listing.targets)[order]
+
+
+def preparation(model: Any, size: int | None) -> Callable[[Any], Tensor]:
+    """Makes an image what the network takes, at its own size unless one is given."""
+    from sgformer.data.preparing import eval_transform, preprocessing
+
+    return eval_transform(**preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {}))
+
+
 def classifier(weights: str, data: str, batch: int, size: int | None, limit: int | None) -> tuple[Any, Measure]:
     """The network, and what measures it: top-1 in percent, and which images are right."""
     from sgformer.data.imagefolder import ImageFolderDataset
-    from sgformer.data.preparing import eval_transform, preprocessing
-    from sgformer.tasks.classify.predict import open_named
 
     model = sgformer.load_model(weights)
-    listing = open_named(data, "val", model.metadata)
-    about = preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {})
-    dataset = ImageFolderDataset(listing, eval_transform(**about))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]  # neighbours of any class
-    images = torch.stack([dataset[i].image for i in order.tolist()])
-    classes = torch.tensor(listing.targets)[order]
+    listing, order, classes = photographs(model, data, "val", limit)
+    dataset = ImageFolderDataset(listing, preparation(model, size))
+    images = torch.stack([dataset[i].image for i in order])
 
     def score() -> tuple[float, Tensor]:
         right = torch.cat([model(x).argmax(1) for x in images.split(batch)]) == classes

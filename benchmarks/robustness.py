@@ -17,12 +17,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from reliance import paired
+from reliance import paired, photographs, preparation
 
 import sgformer
-from sgformer.data.preparing import eval_transform, preprocessing
 from sgformer.models.load import find_weights
-from sgformer.tasks.classify.predict import open_named
 
 
 def turned(image: Image.Image, degrees: float) -> Image.Image:
@@ -57,11 +55,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many images, drawn at random")
     given = parser.parse_args()
     model = sgformer.load_model(str(find_weights(given.weights)))
-    listing = open_named(given.data, "val", model.metadata)
-    size = {"image_size": (given.image_size,) * 2} if given.image_size else {}
-    transform = eval_transform(**preprocessing(model.metadata) | size)
-    order = torch.randperm(len(listing), generator=torch.Generator().manual_seed(0))[: given.limit].tolist()
-    targets = torch.tensor([listing.targets[i] for i in order])
+    listing, order, targets = photographs(model, given.data, "val", given.limit)
+    transform = preparation(model, given.image_size)
     fast = sgformer.optimize(model)
     print(
         f"{len(order)} images\n\n| Change | Top-1, % | Against none, points ± standard error of the paired difference |"

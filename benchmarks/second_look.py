@@ -19,15 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reliance import paired
+from reliance import paired, photographs, preparation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import sgformer
 from sgformer.data.image import height_and_width
-from sgformer.data.preparing import eval_transform, preprocessing
+from sgformer.data.preparing import preprocessing
 from sgformer.models.load import find_weights
-from sgformer.tasks.classify.predict import open_named
 
 CELLS = 32  # maps are searched on a grid of so many rows and columns
 
@@ -71,14 +70,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many photographs, drawn at random")
     given = parser.parse_args()
     model = sgformer.load_model(str(find_weights(given.weights))).eval()
-    listing = open_named(given.data, given.split, model.metadata)
-    about = preprocessing(model.metadata)
-    side = given.image_size or max(height_and_width(about["image_size"]))
-    prepare = eval_transform(**about | {"image_size": (side, side)})
+    listing, order, targets = photographs(model, given.data, given.split, given.limit)
+    side = given.image_size or max(height_and_width(preprocessing(model.metadata)["image_size"]))
     larger = 32 * round(side * math.sqrt(2) / 32)
-    prepare_larger = eval_transform(**about | {"image_size": (larger, larger)})
-    order = torch.randperm(len(listing), generator=torch.Generator().manual_seed(0))[: given.limit].tolist()
-    targets = torch.tensor([listing.targets[i] for i in order])
+    prepare, prepare_larger = preparation(model, side), preparation(model, larger)
     draw = torch.Generator().manual_seed(1)
     room = 1 - given.crop
 
