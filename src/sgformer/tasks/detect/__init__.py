@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from sgformer.training.task import Task
 
@@ -24,7 +24,7 @@ class Detect(Task):
     written = "per class, results, curves and examples"
     quantity = "confidence"
     extras = (("pycocotools", "detect"),)
-    needs: tuple[str, ...] = ("classes", "category_ids", "image_size")
+    needs: ClassVar[tuple[str, ...]] = ("classes", "category_ids", "image_size")
 
     def scores(self, module: Any) -> tuple[str, ...]:
         return ("mask_ap", "box_ap") if module.model.masks else ("box_ap", "box_ap50")
