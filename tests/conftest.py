@@ -9,3 +9,8 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Bytes are named by their argument: what is compressed holds the second it was made in, and workers must agree."""
+    return argname if isinstance(val, bytes) else None
