@@ -7,9 +7,9 @@ import torch.nn as nn
 import sgformer
 from sgformer import ops
 from sgformer.models.backbone import attend_scale, pad_grid
-from sgformer.models.config import VARIANTS
+from sgformer.models.config import Region
 from sgformer.models.layers import resize_table
-from sgformer.ops import regroup
+from sgformer.models.significance import AGGREGATIONS
 from sgformer.ops.sizes import ceil_to, known
 from sgformer.ops.windows import merge_heads, partition_heads
 
@@ -66,12 +66,28 @@ def test_what_is_known_of_plain_numbers():
     assert [ceil_to(n, 4) for n in (1, 4, 5)] == [4, 4, 8]
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_regions_in_whole_numbers_are_the_same(name):
-    for stage, least in zip(VARIANTS[name].stages, (64, 16, 4), strict=False):
-        shares = [region.share for region in stage.regions]
-        for tokens in range(least, 3200, 7):
-            assert regroup._symbolic_lengths(tokens, shares) == ops.region_lengths(tokens, shares)
+def test_regions_end_at_exact_halves_rounded_up():
+    assert ops.region_lengths(15, (0.6, 0.3, 0.1)) == [9, 5, 1]  # 13.5, which is 13.499999999999998 in floating point
+    assert ops.region_lengths(45, (0.3, 0.4, 0.3)) == [14, 18, 13]
+
+
+@pytest.mark.parametrize("aggregation", ["linear", "mean", "weighted"])
+def test_compiled_for_all_sizes_regions_are_those_of_each_size(aggregation):
+    torch._dynamo.reset()
+    pool = AGGREGATIONS[aggregation]([Region(0.6, 8), Region(0.3, 4), Region(0.1, 1)])
+    seen = []
+
+    def keep(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(pool, dynamic=True, backend=keep)
+    for batch, tokens in ((2, 100), (3, 135), (2, 77)):
+        x, significance = torch.randn(batch, tokens, 8), torch.randn(batch, tokens)
+        for got, expected in zip(compiled(x, significance)[1], pool(x, significance)[1], strict=True):
+            assert torch.equal(got, expected)
+    sizes = [node.meta["example_value"] for node in seen[0].graph.nodes if node.op == "placeholder"]
+    assert len(seen) == 1 and not any(isinstance(size, torch.SymFloat) for size in sizes)
 
 
 @pytest.mark.slow

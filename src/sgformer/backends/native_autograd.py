@@ -147,7 +147,7 @@ class FastGuided(_FastBlock, GuidedBlock):
         attn: Any = self.attn
         significance = self.source(x, coarse, fine)
         order = ops.sort_tokens(significance.expand(x.shape[:-1]).flatten(1))
-        groups = ops.group_tokens(order, attn.aggregate.shares, attn.aggregate.rates)
+        groups = ops.group_at(order, attn.aggregate.ends, attn.aggregate.rates)
         parameters = [*_pair(self.norm1), *_pair(attn.proj_in), *_pair(attn.local), *_pair(attn.proj)]
         parameters += [*_pair(attn.kv), *attn.aggregate.weights(), *(m.bias for m in attn.aggregate)]
         x = GuidedFunction.apply(x, self._scale(x), (self.norm1.eps, attn.heads), groups, *parameters)

@@ -163,7 +163,7 @@ class NativeGuided(GuidedBlock):
 
     def forward(self, x: Tensor, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         significance = self.source(x, coarse, fine).float().expand(x.shape[:-1]).contiguous()
-        lengths = ops.region_lengths(x.shape[1] * x.shape[2], self.attn.aggregate.shares)
+        lengths = ops.lengths_at(x.shape[1] * x.shape[2], self.attn.aggregate.ends)
         regions = list(zip(lengths, self.attn.aggregate.rates, strict=True))
         weights = (self.parts, self.tail, self.attn.maps())
         out = native.guided_block(x, significance, *weights, *self.options, regions, self.eps, self.kind)
@@ -188,7 +188,7 @@ class NativeGroups(nn.Module):
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:
         order = native.argsort(grouped[0].flatten(1))
-        return self.aggregate.describe(ops.group_tokens(order, self.aggregate.shares, self.aggregate.rates), grid)
+        return self.aggregate.describe(ops.group_at(order, self.aggregate.ends, self.aggregate.rates), grid)
 
 
 class NativePlain(PlainBlock):

@@ -11,8 +11,6 @@ Legend: B batch, H x W token grid, N = H * W, C channels, h heads, n windows, M 
 from __future__ import annotations
 
 import copy
-from fractions import Fraction
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -210,8 +208,6 @@ class Aggregation(nn.Module):
     def __init__(self, inner: Any, ties: str, fixed: bool):
         super().__init__()
         self.inner, self.ties, self.fixed = inner, ties, fixed
-        ends = [Fraction(end).limit_denominator(1 << 20) for end in accumulate(inner.shares)]
-        self.ends = [(end.numerator, end.denominator) for end in ends]
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.ties == "topk":
@@ -226,8 +222,8 @@ class Aggregation(nn.Module):
         """See ``ops.group_tokens``: region ends are cumulative shares of N, rounded half up; positions are even."""
         B, N = order.shape[0], int(order.shape[1]) if self.fixed else order.shape[1]
         groups, start = [], 0
-        for i, ((above, below), rate) in enumerate(zip(self.ends, self.inner.rates, strict=True)):
-            end = N if i == len(self.ends) - 1 else (2 * above * N + below) // (2 * below)
+        for i, ((above, below), rate) in enumerate(zip(self.inner.ends, self.inner.rates, strict=True)):
+            end = N if i == len(self.inner.ends) - 1 else (2 * above * N + below) // (2 * below)
             length = end - start
             count = (length + rate - 1) // rate
             places = (2 * torch.arange(count * rate, device=order.device) + 1) * length // (2 * count * rate) + start

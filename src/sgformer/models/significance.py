@@ -150,9 +150,9 @@ def _random_order(tokens: int) -> list[int]:
 
 
 @fx.wrap
-def group(significance: Tensor, shares: list[float], rates: list[int]) -> list[Tensor]:
+def group(significance: Tensor, ends: list[tuple[int, int]], rates: list[int]) -> list[Tensor]:
     """(B, N) -> one (B, G_i, r_i) int64 tensor per region: the tokens of each group."""
-    return ops.group_tokens(ops.sort_tokens(significance), shares, rates)
+    return ops.group_at(ops.sort_tokens(significance), ends, rates)
 
 
 @fx.wrap
@@ -166,12 +166,15 @@ class Budgeted:
 
     Attributes:
         shares: fraction of the tokens in each region, least significant first.
+        ends: the cumulative shares in whole numbers (:func:`sgformer.ops.regroup.cumulative`), which a compiler takes
+            as they are; real numbers become symbols to it.
         rates: tokens per key/value token of each region, at the present budget.
         token_budget: 1 as built and trained; .5 makes half as many key/value tokens, 2 twice as many.
     """
 
     def divide(self, regions: Sequence[Region]) -> None:
         self.shares, self._rates = [r.share for r in regions], [r.rate for r in regions]
+        self.ends = ops.cumulative(self.shares)
         self.set_token_budget(1.0)
 
     def set_token_budget(self, budget: float) -> None:
@@ -243,7 +246,7 @@ class LinearAggregation(Budgeted, nn.ModuleList):
         return [region.spread(rate) for region, rate in zip(self, self.rates, strict=True)]
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = group(significance, self.shares, self.rates)
+        groups = group(significance, self.ends, self.rates)
         return self.pool(x, groups), groups
 
     def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
@@ -259,7 +262,7 @@ class MeanAggregation(Aggregation):
     """The mean of each group."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = group(significance, self.shares, self.rates)
+        groups = group(significance, self.ends, self.rates)
         return self.pool(x, groups), groups
 
     def pool(self, x: Tensor, groups: list[Tensor]) -> Tensor:
@@ -281,7 +284,7 @@ class WeightedAggregation(Aggregation):
         return _weighted_mean(x, scaled, groups)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups = group(significance, self.shares, self.rates)
+        groups = group(significance, self.ends, self.rates)
         return self.pool(x, groups, standardise(significance)), groups
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> TokenGroups:

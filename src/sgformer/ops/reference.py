@@ -69,11 +69,11 @@ def aggregate(
     for tokens, score in zip(x, significance, strict=True):
         N = len(score)
         order = sorted(range(N), key=lambda i, s=score: float(s[i]))  # Python's sort is stable
-        out, start, share_so_far = [], 0, 0.0
-        for i, (share, r) in enumerate(zip(shares, rates, strict=True)):
-            share_so_far += share
+        out, start = [], 0
+        for i, r in enumerate(rates):
             left = len(shares) - i - 1
-            end = N if left == 0 else min(max(math.floor(share_so_far * N + 0.5), start + 1), N - left)
+            so_far = Fraction(sum(shares[: i + 1])).limit_denominator(1 << 20)
+            end = N if left == 0 else min(max(math.floor(so_far * N + Fraction(1, 2)), start + 1), N - left)
             region = order[start:end]
             L = len(region)
             G = math.ceil(L / r)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgformer.ops.sizes import known
+from sgformer.ops.sizes import fixed, known
 
 
 def sort_tokens(significance: Tensor) -> Tensor:
@@ -31,26 +32,38 @@ def sort_tokens(significance: Tensor) -> Tensor:
     return significance.argsort(dim=1, stable=True)
 
 
+def cumulative(shares: Sequence[float]) -> list[tuple[int, int]]:
+    """The end of each region as a fraction of all tokens, in whole numbers: (numerator, denominator).
+
+    So regions end at the same token on every machine, for every compiler and in every exported graph, which round real
+    numbers differently or not at all.
+    """
+    ends = (Fraction(end).limit_denominator(1 << 20) for end in accumulate(shares))
+    return [(end.numerator, end.denominator) for end in ends]
+
+
 def region_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
     """The number of sorted tokens in each region.
 
     The cumulative shares are rounded, half up; no region is left empty unless there are fewer tokens than regions.
     """
-    ends = [0]
-    if isinstance(tokens, torch.SymInt):
-        return _symbolic_lengths(tokens, shares)
-    for i, share in enumerate(accumulate(shares), start=1):
-        end = int(share * tokens + 0.5)
-        ends.append(max(ends[-1], min(max(end, i), tokens - (len(shares) - i))))
-    ends[-1] = tokens
-    return [end - start for start, end in pairwise(ends)]
+    return lengths_at(tokens, cumulative(shares))
 
 
-def _symbolic_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
-    """`region_lengths` in whole numbers, for a number of tokens that is a symbol."""
-    parts = [Fraction(end).limit_denominator(1 << 20) for end in accumulate(shares)]
-    ends = [(2 * part.numerator * tokens + part.denominator) // (2 * part.denominator) for part in parts[:-1]]
-    return [end - start for start, end in pairwise([0, *ends, tokens])]
+def lengths_at(tokens: int, ends: Sequence[tuple[int, int]]) -> list[int]:
+    """:func:`region_lengths` for the ends of :func:`cumulative`. A symbol is taken to be large enough for all."""
+    if not fixed(tokens):
+        places = [_share_of(tokens, end) for end in ends[:-1]]
+        return [end - start for start, end in pairwise([0, *places, tokens])]
+    tokens, places = int(tokens), [0]
+    for i, end in enumerate(ends, start=1):
+        places.append(max(places[-1], min(max(_share_of(tokens, end), i), tokens - (len(ends) - i))))
+    return [end - start for start, end in pairwise(places)]
+
+
+def _share_of(tokens: Any, end: tuple[int, int]) -> Any:
+    above, below = end
+    return (2 * above * tokens + below) // (2 * below)
 
 
 def group_positions(length: int, rate: int, device: torch.device) -> Tensor:
@@ -116,7 +129,12 @@ def group_tokens(order: Tensor, shares: Sequence[float], rates: Sequence[int]) -
     Returns:
         One (B, G_i, r_i) int64 tensor per region: token indices.
     """
-    lengths = region_lengths(order.shape[1], shares)
+    return group_at(order, cumulative(shares), rates)
+
+
+def group_at(order: Tensor, ends: Sequence[tuple[int, int]], rates: Sequence[int]) -> list[Tensor]:
+    """:func:`group_tokens` for the ends of :func:`cumulative`."""
+    lengths = lengths_at(order.shape[1], ends)
     regions = order.split(lengths, dim=1)
     return [
         region.unflatten(1, (length // rate, rate))
@@ -157,9 +175,9 @@ def group_sequences(
 def _region_ends(lengths: Tensor, shares: Sequence[float]) -> list[Tensor]:
     """0 and the cumulative :func:`region_lengths` of every sequence, each (B,)."""
     ends = [torch.zeros_like(lengths)]
-    for i, share in enumerate(accumulate(shares), start=1):
-        end = (share * lengths.double() + 0.5).long().clamp(min=i)
-        ends.append(torch.maximum(ends[-1], torch.minimum(end, lengths - (len(shares) - i))))
+    for i, end in enumerate(cumulative(shares), start=1):
+        place = _share_of(lengths, end).clamp(min=i)
+        ends.append(torch.maximum(ends[-1], torch.minimum(place, lengths - (len(shares) - i))))
     return [*ends[:-1], lengths]
 
 

@@ -20,6 +20,15 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def fixed(size: int) -> bool:
+    """Whether a size is a number, not the symbol of a compiler or an exporter."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
+
+
 def ceil_to(size: int, step: int) -> int:
     """The smallest multiple of `step` that is not below a size, also a symbol.
 
