@@ -37,13 +37,13 @@ def data_from(
 ) -> int:
     """Write a data set of another tool in a layout that training reads.
 
-    Reads COCO, PASCAL VOC XML, YOLO labels, labelme JSON, colour-coded masks, CSV lists and Open Images CSV.
+    Reads COCO, PASCAL VOC XML, YOLO labels, labelme JSON, VIA, colour-coded masks, CSV lists and Open Images CSV.
 
     Args:
         source: file or folder.
         out: folder to create.
         layout: coco (detection), ade20k (segmentation) or imagenet (classification).
-        format: coco, voc, yolo, labelme, colours, csv, openimages or predictions; default: what it looks like.
+        format: coco, voc, yolo, labelme, via, colours, csv, openimages or predictions; default: what it looks like.
         images: folder of the images, if they are not below SOURCE.
         table: file of class names or colours, if it is not below SOURCE.
         bad_images: on a missing or unreadable image: stop, or skip and count.
