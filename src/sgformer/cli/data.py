@@ -8,20 +8,21 @@ from typing import Literal
 from sgformer.core.terminal import say
 
 
-def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
+def data_check(dir: str, json: bool = False, workers: int = 0, images: str | None = None) -> int:
     """Check a data set before training on it: classes, sizes, image formats and every unreadable file.
 
     Args:
         dir: image folder, COCO, label maps, shards, or what `data from` converts
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
+        images: folder of the images, if annotation files name another.
 
     Returns:
         0 if the report lists no problem, 1 otherwise, also for files that have to be converted first.
     """
     from sgformer.data.checks import check_data
 
-    report = check_data(dir, workers=workers)
+    report = check_data(dir, workers, images)
     say(*(report.to_json() if json else report.to_text()).split("\n"))
     return 1 if report.problems else 0
 
