@@ -75,7 +75,5 @@ def validate(
             trainer.validate(module, build_loader(dataset, sampler, workers, collate), verbose=False)
         evaluation = module.evaluation(sorted(skipped.lines))
         if trainer.is_global_zero and math.isnan(getattr(evaluation, "loss", 0.0)):
-            log.warning(
-                "note: the loss is not a number (NaN): the network's outputs are not, and the scores mean nothing"
-            )
+            log.warning("note: the loss is not a number: the network's outputs are not, and the scores mean nothing")
     return evaluation, trainer.is_global_zero
