@@ -186,14 +186,14 @@ def test_a_batch_norm_of_one_image_is_a_line(photos, tmp_path):
 
 
 def test_scores_of_outputs_that_are_no_numbers_are_said_to_mean_nothing(run, photos, tmp_path, caplog):
-    model = sgformer.load_model(run.path)
+    model = sgformer.load_model(run)
     with torch.no_grad():
         model.stages[3].norm.weight.fill_(3e38)
     sgformer.save_model(model, tmp_path / "w.safetensors", model.metadata)
     assert np.isnan(evaluate(tmp_path / "w.safetensors", photos, workers=0).loss)
     assert "the loss is not a number: the network's outputs are not, and the scores mean nothing" in caplog.text
     caplog.clear()
-    assert evaluate(run.path, photos, workers=0).loss > 0 and "not a number" not in caplog.text
+    assert evaluate(run, photos, workers=0).loss > 0 and "not a number" not in caplog.text
 
 
 def test_drop_path_zero_is_zero(photos, tmp_path):
