@@ -414,12 +414,11 @@ def exif(*entries: bytes) -> bytes:
 
 
 TURNED = struct.pack("<HHIHxx", 0x0112, 3, 1, 6)
-NO_RESOLUTION = struct.pack("<HHII", 0x011A, 5, 0, 0) + struct.pack("<HHIHxx", 0x0128, 3, 1, 2)
+NO_RESOLUTION = struct.pack("<HHIB3x", 0x011A, 7, 1, 72) + struct.pack("<HHIHxx", 0x0128, 3, 1, 2)
 LONG_TEXT = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21)))
 #: What Pillow refuses a JPEG or PNG for, though no pixel depends on it; and whether the image is turned.
 METADATA = {
-    "resolution without a value": ("JPEG", segment(0xE1, exif(TURNED, NO_RESOLUTION)), True),
-    "in two parts": ("JPEG", segment(0xE1, exif(TURNED, NO_RESOLUTION)[:20]) + segment(0xE1, exif(TURNED)), False),
+    "resolution of one byte": ("JPEG", segment(0xE1, exif(TURNED, NO_RESOLUTION)), True),
     "short JFIF": ("JPEG", segment(0xE0, b"JFIF\0"), False),
     "short Adobe": ("JPEG", segment(0xEE, b"Adobe"), False),
     "short Adobe in an image to turn": ("JPEG", segment(0xE1, exif(TURNED)) + segment(0xEE, b"Adobe"), True),
