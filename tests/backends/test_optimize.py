@@ -33,6 +33,23 @@ def model():
     return model.train()
 
 
+@pytest.mark.parametrize("way", [pytest.param(None, id="plain"), *WAYS])
+def test_a_batch_of_none(model, way):
+    network = copy.deepcopy(model) if way is None else sgformer.optimize(model, **way)
+    none = torch.zeros(0, 3, 75, 64)
+    out = network(none)
+    assert out.shape == (0, 5)
+    assert [tuple(m.shape) for m in network.forward_intermediates(none, intermediates_only=True)] == [
+        (0, 32, 19, 16),
+        (0, 64, 10, 8),
+        (0, 128, 5, 4),
+        (0, 256, 3, 2),
+    ]
+    if way is None:
+        out.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
+
+
 @pytest.mark.parametrize("size", [(224, 224), (75, 130)])
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()

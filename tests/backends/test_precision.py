@@ -200,6 +200,11 @@ def test_every_part_is_its_twin(model, precision, grid):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_batch_of_none(model, precision):
+    assert sgformer.optimize(model, precision=precision)(torch.zeros(0, 3, 75, 64)).shape == (0, model.num_classes)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
 def test_results_depend_on_the_image_alone(model, precision, monkeypatch):
     fast = sgformer.optimize(model, precision=precision)

@@ -133,6 +133,11 @@ def test_an_image_in_memory_gets_the_prediction_of_its_file(kind, request, tmp_p
         (["export", "WEIGHTS", "--out", "file/w.onnx"], "file/w.onnx"),
         (["export", "WEIGHTS", "--out", "/proc/w.onnx"], "/proc/w.onnx"),
         (["localization", "WEIGHTS", "--data", "nowhere", "--out", "file"], "file"),
+        (["train", "classify", "--data", "nowhere", "--run", "file/run"], "file/run"),
+        (["train", "segment", "--data", "nowhere", "--minutes", "1", "--run", "n" * 256], "n" * 256),
+        (["data", "from", "nowhere", "file/out", "--layout", "coco"], "file/out"),
+        (["data", "shards", "nowhere", "n" * 256], "n" * 256),
+        (["data", "scenes", "/proc/out"], "/proc/out"),
     ],
 )
 def test_output_places_are_tried_before_the_work(arguments, place, weights, folder, capsys, monkeypatch):

@@ -172,3 +172,22 @@ def test_nothing_at_all(tmp_path):
         check_data(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         check_data(tmp_path / "nowhere")
+
+
+def test_images_of_another_folder_are_named(tmp_path, capsys):
+    """As `sgformer predict --json` writes them, from photographs elsewhere."""
+    pytest.importorskip("pycocotools")
+    write_coco(tmp_path / "whole", content([thing(10, 3, BOX)]))
+    (old,) = (tmp_path / "whole/annotations").glob("*train*.json")
+    told = json.loads(old.read_text())
+    photos = next(path for path in (tmp_path / "whole").rglob("*") if path.suffix in (".png", ".jpg")).parent
+    for entry in told["images"]:
+        entry["file_name"] = f"/another/machine/{entry['file_name']}"
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart/seen.json").write_text(json.dumps(told))
+    command = ["data", "check", str(tmp_path / "apart/seen.json")]
+    assert main(command) == 2 and "name the folder of the images with --images" in capsys.readouterr().err
+    assert main([*command, "--images", str(photos)]) == 0
+    assert "no problem found" in capsys.readouterr().out
+    assert main(["data", "check", str(photos), "--images", str(photos)]) == 2
+    assert "--images is for annotation files" in capsys.readouterr().err

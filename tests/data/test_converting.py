@@ -1,6 +1,7 @@
 """Every format of another tool is read with the right pixels, classes and splits, and what is wrong in it is named."""
 
 import base64
+import csv
 import io
 import json
 
@@ -278,6 +279,82 @@ def test_labelme_with_its_image_inside_and_flags_as_classes(tmp_path):
     convert(tmp_path / "in", tmp_path / "out", "imagenet")
     assert files(tmp_path / "out") == ["train/dog/0.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out/train/dog/0.png")), pixels)
+
+
+# -- VIA --------------------------------------------------------------------------------------------------------------
+
+
+def region(shape, attributes, **values):
+    return {"shape_attributes": {"name": shape, **values}, "region_attributes": attributes}
+
+
+def via(*regions, name="0.png"):
+    return {f"{name}99": {"filename": name, "size": 99, "regions": list(regions), "file_attributes": {}}}
+
+
+SQUARE = {"all_points_x": [2, 12, 12, 2], "all_points_y": [2, 2, 8, 8]}
+
+
+@pytest.mark.parametrize("kind", ["exported", "project", "first version", "table"])
+def test_via_shapes(tmp_path, kind):
+    image(tmp_path / "in/0.png")
+    about = via(
+        region("polygon", {"name": "cat"}, **SQUARE),
+        region("rect", {"color": "red", "Class": "dog"}, x=20, y=10, width=20, height=16.5),
+        region("circle", {"name": {"dog": True, "cat": False}}, cx=32, cy=24, r=10),
+        region("ellipse", {"name": "dog"}, cx=32, cy=24, rx=20, ry=5, theta=np.pi / 2),
+        region("point", {"name": "dog"}, cx=3, cy=3),
+        region("rect", {}, x=0, y=0, width=5, height=5),
+    )
+    if kind == "project":
+        about = {"_via_settings": {}, "_via_img_metadata": about, "_via_attributes": {}}
+    if kind == "first version":
+        about["0.png99"]["regions"] = {str(i): one for i, one in enumerate(about["0.png99"]["regions"])}
+    if kind == "table":
+        rows = [["filename", "file_size", "region_shape_attributes", "region_attributes"]]
+        rows += [["0.png", "99", *map(json.dumps, one.values())] for one in about["0.png99"]["regions"]]
+        rows.append(["1.png", "99", "{}", "{}"])
+        image(tmp_path / "in/1.png")
+        with open(tmp_path / "in/via.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    else:
+        text(tmp_path / "in/via.json", json.dumps(about))
+    assert sources.recognize(tmp_path / "in") == "via"
+    _, found = convert(tmp_path / "in", tmp_path / "out", "coco")
+    things = coco(tmp_path / "out")["0.png"]
+    assert [name for name, _, _ in things] == ["cat", "dog", "dog", "dog", "object"]
+    assert things[0][2] == [[2, 2, 12, 2, 12, 8, 2, 8]]
+    assert things[1][1] == [20, 10, 40, 26.5]
+    assert np.allclose(things[2][1], [22, 14, 42, 34])
+    assert np.allclose(things[3][1], [27, 4, 37, 44])
+    assert sorted(found.notes.values()) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        (
+            via(region("rect", {"size": "s", "kind": "k"}, x=0, y=0, width=5, height=5)),
+            "which of its attributes size, kind",
+        ),
+        (via(region("rect", {"name": ""}, x=0, y=0, width=5, height=5)), "its attributes have no value"),
+        (via(region("rect", {"name": "cat"}, x=0, y="b", width=5, height=5)), "region 0: y must be a number"),
+        (via(region("cube", {"name": "cat"})), "shape 'cube' is not known"),
+        (via(region("polygon", {"name": "cat"}, all_points_x=[1, 2], all_points_y=[1])), "lacks its points"),
+        (via("no region"), "region 0 needs shape_attributes"),
+        (via(name="1.png"), "1 images are not below"),
+        ({**via(), "b": {**via()["0.png99"]}}, "has annotations already"),
+        ({"a": {"shape_attributes": {}}}, "needs a filename"),
+        ({"project": {"data_format_version": "3.1"}, "metadata": {"1": {"vid": "1"}}, "view": {}}, "VIA 3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_in_via_is_named(tmp_path, about, words):
+    image(tmp_path / "in/0.png")
+    text(tmp_path / "in/via.json", json.dumps(about))
+    with pytest.raises(UserError, match=words) as error:
+        convert(tmp_path / "in", tmp_path / "out", "coco", "via")
+    assert "via.json" in str(error.value) or "in: 1 images" in str(error.value)
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------

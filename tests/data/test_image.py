@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sgformer.core.errors import UserError
+from sgformer.data.ade20k import read_label_map
 from sgformer.data.image import (
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
@@ -398,3 +399,73 @@ def test_a_small_part_of_a_very_large_image_is_resized_alone(monkeypatch, size, 
     monkeypatch.setattr("sgformer.data.image.MAX_PIXELS", 1000)
     part = centre(image, size, crop_pct)
     assert resized == [size[::-1]] and np.abs(part - whole).max() <= 3
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def exif(*entries: bytes) -> bytes:
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+TURNED = struct.pack("<HHIHxx", 0x0112, 3, 1, 6)
+NO_RESOLUTION = struct.pack("<HHIB3x", 0x011A, 7, 1, 72) + struct.pack("<HHIHxx", 0x0128, 3, 1, 2)
+LONG_TEXT = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21)))
+#: What Pillow refuses a JPEG or PNG for, though no pixel depends on it; and whether the image is turned.
+METADATA = {
+    "resolution of one byte": ("JPEG", segment(0xE1, exif(TURNED, NO_RESOLUTION)), True),
+    "short JFIF": ("JPEG", segment(0xE0, b"JFIF\0"), False),
+    "short Adobe": ("JPEG", segment(0xEE, b"Adobe"), False),
+    "short Adobe in an image to turn": ("JPEG", segment(0xE1, exif(TURNED)) + segment(0xEE, b"Adobe"), True),
+    "long text": ("PNG", LONG_TEXT, False),
+    "long text in an image to turn": ("PNG", LONG_TEXT + chunk(b"eXIf", exif(TURNED)[6:]), True),
+    "text with a wrong checksum": ("PNG", chunk(b"tEXt", b"a\0b")[:-1] + b"?", False),
+    "unknown compression": ("PNG", chunk(b"iCCP", b"name\0\7abc"), False),
+    "short resolution": ("PNG", chunk(b"pHYs", b"abc"), False),
+}
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_cost_no_image(name, at_end, tmp_path):
+    format, odd, turned = METADATA[name]
+    whole = encoded(NOISE.resize((24, 16)), format)
+    start = {"JPEG": 2, "PNG": 33}[format]  # behind the mark of the file, and the image's size
+    if at_end:
+        start = whole.rindex(b"\xff\xda") if format == "JPEG" else len(whole) - 12  # before the pixels; behind them
+    data = whole[:start] + odd + whole[start:]
+    expected = np.rot90(pixels(whole), -1) if turned else pixels(whole)
+    np.testing.assert_array_equal(pixels(data), expected)
+    (tmp_path / "odd").write_bytes(data)
+    for source in (tmp_path / "odd", io.BytesIO(data)):
+        np.testing.assert_array_equal(np.asarray(open_image(source)), expected)
+    if not at_end or not turned:  # a header is read up to the pixels
+        assert probe_image(tmp_path / "odd")[:2] == expected.shape[1::-1]
+    if format == "PNG":
+        np.testing.assert_array_equal(read_label_map(labels_with(odd, at_end, tmp_path)), np.eye(8))
+
+
+def labels_with(odd: bytes, at_end: bool, folder: Path) -> Path:
+    whole = encoded(Image.fromarray(np.eye(8, dtype=np.uint8)), "PNG")
+    start = len(whole) - 12 if at_end else 33
+    (folder / "labels.png").write_bytes(whole[:start] + odd + whole[start:])
+    return folder / "labels.png"
+
+
+def test_without_metadata_colours_are_the_same():
+    """An Adobe segment tells that a JPEG holds RGB, and a PNG's transparency is no metadata."""
+    rgb = encoded(NOISE, "JPEG", keep_rgb=True)
+    np.testing.assert_array_equal(pixels(rgb[:2] + segment(0xE0, b"JFIF\0") + rgb[2:]), pixels(rgb))
+    clear = encoded(Image.new("P", (4, 4)), "PNG", transparency=0)
+    np.testing.assert_array_equal(pixels(clear[:33] + LONG_TEXT + clear[33:]), np.full((4, 4, 3), 255))
+
+
+def test_a_broken_file_with_odd_metadata_is_refused_for_what_is_broken():
+    whole = encoded(NOISE, "PNG")
+    with pytest.raises(UserError, match=r"truncated|damaged"):
+        pixels((whole[:33] + LONG_TEXT + whole[33:])[:-500])

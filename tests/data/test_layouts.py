@@ -58,6 +58,11 @@ def labelme(root):
     text(root / "0.json", json.dumps({"version": "5", "shapes": [], "imagePath": "0.jpg"}))
 
 
+def via(root):
+    image(root / "train/0.jpg")
+    text(root / "train/via.json", json.dumps({"0.jpg9": {"filename": "0.jpg", "regions": [{"shape_attributes": {}}]}}))
+
+
 def table(root):
     image(root / "0.jpg")
     text(root / "train.csv", "file,label\n0.jpg,cat\n")
@@ -104,6 +109,8 @@ CONVERTED = "it looks like {}: `sgformer data from {{root}} OUT --layout {}` con
         (voc, classes, "PASCAL VOC XML, which `sgformer data from {root} OUT --layout coco` converts, but not"),
         (labelme, objects, CONVERTED.format("labelme JSON", "coco")),
         (labelme, labels, CONVERTED.format("labelme JSON", "ade20k")),
+        (via, objects, CONVERTED.format("VIA annotations", "coco")),
+        (via, labels, CONVERTED.format("VIA annotations", "ade20k")),
         (table, classes, CONVERTED.format("a CSV list of files and labels", "imagenet")),
         (painted, labels, CONVERTED.format("colour-coded masks with a colour table", "ade20k")),
         (coco, labels, CONVERTED.format("COCO annotations", "ade20k")),

@@ -343,5 +343,24 @@ def test_other_networks_of_timm_have_no_significance(tmp_path):
     assert sgformer.export(tmp_path / "r.safetensors", tmp_path / "r.onnx", image_size=64).largest < 1e-4
 
 
+def test_a_network_of_one_size_is_exported_at_that_size(tmp_path):
+    """Which need not be a multiple of 32."""
+    import timm
+
+    from sgformer.models.load import save_weights
+
+    about = {"task": "classify", "classes": ["a", "b"], "image_size": 80}
+    model = timm.create_model("test_vit", num_classes=2, img_size=80)
+    save_weights(model, tmp_path / "v.safetensors", about)
+    with pytest.raises(UserError, match=r"--image-size is needed: .* \(trained at 80x80\)$"):
+        sgformer.export(tmp_path / "v.safetensors", tmp_path / "v.onnx")
+    with pytest.raises(UserError, match="multiples of 32 pixels, got 48"):
+        sgformer.export(tmp_path / "v.safetensors", tmp_path / "v.onnx", image_size=48)
+    assert sgformer.export(tmp_path / "v.safetensors", tmp_path / "v.onnx", image_size=80).largest < 1e-4
+    photo = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    (told,), (expected,) = (sgformer.predict(tmp_path / f"v.{kind}", photo) for kind in ("onnx", "safetensors"))
+    assert np.allclose([p for _, p in told.labels], [p for _, p in expected.labels], atol=1e-4)
+
+
 def test_small_is_the_published_kind():
     assert [stage.regions for stage in SMALL.stages] == [s.regions for s in sgformer.VARIANTS["sgformer_s"].stages]

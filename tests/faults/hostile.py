@@ -419,6 +419,10 @@ def tool_files() -> dict[str, tuple[str, str, dict[str, bytes]]]:
         "mask": base64.b64encode(palette).decode(),
     }
     labelme = {"version": "5", "flags": {}, "shapes": [polygon, mask], "imagePath": "a.png", "imageData": None}
+    square = {"shape_attributes": {"name": "rect", "x": 1, "y": 1, "width": 9, "height": 9}}
+    star = {"shape_attributes": {"name": "polygon", "all_points_x": [1, 9, 9], "all_points_y": [1, 1, 9]}}
+    regions = [{**shape, "region_attributes": {"name": "cat"}} for shape in (square, star)]
+    via = {"a.png9": {"filename": "a.png", "size": 9, "regions": regions, "file_attributes": {}}}
     yaml = b"path: .\ntrain: images/train\nval: images/train\nnames: {0: cat, 1: dog}\nnc: 2\n"
     table = b"ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf\na,x,/m/01,1,0.1,0.5,0.2,0.4,0\n"
     labels = b"0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.5 0.1 0.5 0.5\n"
@@ -432,6 +436,7 @@ def tool_files() -> dict[str, tuple[str, str, dict[str, bytes]]]:
         "yolo labels": ("coco", "labels/train/a.txt", yolo),
         "yolo settings": ("coco", "data.yaml", yolo),
         "labelme": ("coco", "a.json", {"a.png": picture, "a.json": json.dumps(labelme).encode()}),
+        "via": ("coco", "a.json", {"a.png": picture, "a.json": json.dumps(via).encode()}),
         "csv": ("imagenet", "train.csv", {"a.png": picture, "train.csv": b"file,label\na.png,cat\n"}),
         "openimages": ("coco", "train-annotations-bbox.csv", {"a.png": picture, "train-annotations-bbox.csv": table}),
         "predictions": ("imagenet", "told.json", {"a.png": picture, "told.json": json.dumps(told).encode()}),

@@ -389,6 +389,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "ablation": ("a.yaml", lambda p: read_ablation(p, "nowhere")),
     "data.yaml": ("data.yaml", lambda p: convert(p.parent, p.parent / "out", "coco", "yolo")),
     "labelme": ("a.json", lambda p: convert(p.parent, p.parent / "out", "coco", "labelme")),
+    "via": ("a.json", lambda p: convert(p.parent, p.parent / "out", "coco", "via")),
     "csv": ("train.csv", lambda p: convert(p.parent, p.parent / "out", "imagenet", "csv")),
     "coco": ("a.json", lambda p: read_coco(p, p.parent, check_files=False)),
     "shards": (INDEX, lambda p: Index.read(p.parent)),

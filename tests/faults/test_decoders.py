@@ -19,6 +19,7 @@ from PIL import EpsImagePlugin, Image
 import sgformer
 from sgformer.cli import main
 from sgformer.core.errors import UserError
+from sgformer.data import sharding, shards
 from sgformer.data.image import FORMATS, MAX_PIXELS, open_image, probe_image, read_image
 
 SOURCE = Path(sgformer.__file__).parent
@@ -123,8 +124,8 @@ def test_training_runs_no_program_for_an_image(photos, ghostscript, tmp_path):
         "classify", data=str(photos), run=str(tmp_path / "run"), max_steps=1, bad_images="skip", **QUICK
     )
     assert "not an image" in (run.path / "log.txt").read_text()
-    out = sgformer.data.sharding.make_shards(photos, tmp_path / "shards")
-    listing = sgformer.data.shards.open_split(out, "val")
+    out = sharding.make_shards(photos, tmp_path / "shards")
+    listing = shards.open_split(out, "val")
     assert [sum(isinstance(got, UserError) for got in _read_all(listing))] == [3]
     assert not ghostscript.exists()
 

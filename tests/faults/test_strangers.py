@@ -5,6 +5,7 @@ bear out. `make torture` tries more of them.
 import copy
 import io
 import json
+import math
 import socket
 import zipfile
 from itertools import islice
@@ -127,8 +128,9 @@ def test_small_checkpoints_of_large_tensors(warm):
 @pytest.mark.filterwarnings("ignore")
 def test_texts_of_large_values(warm):
     outcomes = {}
+    step = next(n for n in (3, 4, 5, 7) if math.gcd(n, len(strangers.READERS)) == 1)  # else it would pass some over
     with within(SPARE):
-        for reader, data in islice(strangers.mutated_texts(), 0, len(strangers.TEXTS) * len(strangers.READERS), 3):
+        for reader, data in islice(strangers.mutated_texts(), 0, len(strangers.TEXTS) * len(strangers.READERS), step):
             outcomes.setdefault(reader, set()).add(strangers.try_text(reader, data, warm))
     assert set(outcomes) == set(strangers.READERS)
     assert all("refused" in found for reader, found in outcomes.items() if reader != "environment")

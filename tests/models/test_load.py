@@ -123,6 +123,24 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
             sgformer.load_model(tmp_path / name)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_weights_that_are_no_numbers_are_refused_before_they_give_some(value, tmp_path, capsys):
+    model = sgformer.create_model("sgformer_n", num_classes=2)
+    with torch.no_grad():
+        model.head.fc.weight[1] = value
+    about = {"task": "classify", "classes": ["a", "b"], "image_size": 32}
+    sgformer.save_model(model, tmp_path / "w.safetensors", about)
+    if value == 3e38:  # large, and a number
+        assert torch.equal(sgformer.load_model(tmp_path / "w.safetensors").head.fc.weight, model.head.fc.weight)
+        return
+    for command in (["predict", "PATH", "a.png"], ["eval", "PATH", "--data", "d"], ["explain", "PATH", "a.png"]):
+        (tmp_path / "a.png").write_bytes(b"")
+        arguments = [str(tmp_path / "w.safetensors") if word == "PATH" else word for word in command]
+        assert main([word.replace("a.png", str(tmp_path / "a.png")) for word in arguments]) == 2
+        error = capsys.readouterr().err
+        assert "w.safetensors: NaN or infinite values in head.fc.weight: " in error and error.count("\n") == 1
+
+
 def test_predicting_with_a_plain_state_dict_uses_its_own_normalisation(network, tmp_path, capsys):
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     pixels = np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)

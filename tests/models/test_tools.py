@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_backbone import lively, small
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -189,6 +190,19 @@ def test_vmap_and_gradients_of_each_image():
     F.cross_entropy(model(x), target, reduction="sum").backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_second_and_forward_derivatives():
+    """torch's fused attention on a CPU has neither, its plain one has."""
+    model, x = lively(small()), torch.randn(1, 3, 64, 64)
+    weight = model.stages[0].blocks[0].mlp.fc1.weight
+    with sdpa_kernel(SDPBackend.MATH):
+        _, slope = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), weight, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+    expected = torch.autograd.functional.jacobian(model, x).sum((2, 3, 4, 5))
+    torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert second.isfinite().all() and second.any()
 
 
 @pytest.mark.parametrize(

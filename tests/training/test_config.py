@@ -41,6 +41,10 @@ def test_rates_scale_with_the_batch():
         ({"image_size": (64, 16)}, "--image-size must be 32"),
         ({"smoothing": 1.5}, "--smoothing"),
         ({"batch_size": 10, "accumulate": 4}, "--accumulate 4"),
+        ({"seed": 2**40}, "--seed must be below 2\\^32.* got 1099511627776"),
+        ({"seed": 2**64}, "--seed must be below 2\\^32"),
+        ({"seed": -1}, "--seed must be 0 or more, got -1"),
+        ({"split_seed": -1}, "--split-seed must be 0 or more, got -1"),
         ({"bath_size": 10}, "did you mean batch_size"),
     ],
 )

@@ -179,6 +179,23 @@ def test_accumulation_equals_the_whole_batch(photos, tmp_path):
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-4)
 
 
+def test_a_batch_norm_of_one_image_is_a_line(photos, tmp_path):
+    options = {**QUICK, "model": "resnet10t", "drop_path": 0.0, "batch_size": 1, "max_steps": 1}
+    with pytest.raises(UserError, match=r"a batch norm of this network needs more than one value.* raise --batch-size"):
+        sgformer.train("classify", data=str(photos), run=str(tmp_path / "run"), **options)
+
+
+def test_scores_of_outputs_that_are_no_numbers_are_said_to_mean_nothing(run, photos, tmp_path, caplog):
+    model = sgformer.load_model(run)
+    with torch.no_grad():
+        model.stages[3].norm.weight.fill_(3e38)
+    sgformer.save_model(model, tmp_path / "w.safetensors", model.metadata)
+    assert np.isnan(evaluate(tmp_path / "w.safetensors", photos, workers=0).loss)
+    assert "the loss is not a number: the network's outputs are not, and the scores mean nothing" in caplog.text
+    caplog.clear()
+    assert evaluate(run, photos, workers=0).loss > 0 and "not a number" not in caplog.text
+
+
 def test_drop_path_zero_is_zero(photos, tmp_path):
     settings = {**QUICK, "drop_path": 0.0}
     run = train("classify", data=str(photos), run=str(tmp_path / "run"), max_steps=1, **settings).path

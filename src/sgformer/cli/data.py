@@ -8,20 +8,21 @@ from typing import Literal
 from sgformer.core.terminal import say
 
 
-def data_check(dir: str, json: bool = False, workers: int = 0) -> int:
+def data_check(dir: str, json: bool = False, workers: int = 0, images: str | None = None) -> int:
     """Check a data set before training on it: classes, sizes, image formats and every unreadable file.
 
     Args:
         dir: image folder, COCO, label maps, shards, or what `data from` converts
         json: print JSON instead of text.
         workers: processes that read images; 0 reads in this one.
+        images: folder of the images, if annotation files name another.
 
     Returns:
         0 if the report lists no problem, 1 otherwise, also for files that have to be converted first.
     """
     from sgformer.data.checks import check_data
 
-    report = check_data(dir, workers=workers)
+    report = check_data(dir, workers, images)
     say(*(report.to_json() if json else report.to_text()).split("\n"))
     return 1 if report.problems else 0
 
@@ -37,13 +38,13 @@ def data_from(
 ) -> int:
     """Write a data set of another tool in a layout that training reads.
 
-    Reads COCO, PASCAL VOC XML, YOLO labels, labelme JSON, colour-coded masks, CSV lists and Open Images CSV.
+    Reads COCO, PASCAL VOC XML, YOLO labels, labelme JSON, VIA, colour-coded masks, CSV lists and Open Images CSV.
 
     Args:
         source: file or folder.
         out: folder to create.
         layout: coco (detection), ade20k (segmentation) or imagenet (classification).
-        format: coco, voc, yolo, labelme, colours, csv, openimages or predictions; default: what it looks like.
+        format: coco, voc, yolo, labelme, via, colours, csv, openimages or predictions; default: what it looks like.
         images: folder of the images, if they are not below SOURCE.
         table: file of class names or colours, if it is not below SOURCE.
         bad_images: on a missing or unreadable image: stop, or skip and count.

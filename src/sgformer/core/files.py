@@ -142,16 +142,23 @@ def fitting(stem: str, folder: str | os.PathLike[str], spare: int = 32) -> str:
     return encoded[: limit - spare].decode("utf-8", "ignore")  # without the half of a last character
 
 
-def try_folder(path: str | os.PathLike[str], option: str = "--out") -> None:
+def try_folder(path: str | os.PathLike[str], option: str | None = "--out", beside: str | None = None) -> None:
     """Try to create a folder and to write in it, before work whose results go there; nothing is left behind.
+
+    Args:
+        path: the folder.
+        option: what names it on the command line; None: an argument without a name.
+        beside: the name of the temporary folder beside it, if it is written there and renamed.
 
     Raises:
         UserError: that fails; names the folder and the option.
     """
+    place = Path(path)
     try:
-        _try_to_write(Path(path))
+        _try_to_write(place if beside is None else place.parent, beside)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({_why(error)}): name another folder with {option}") from None
+        advice = f"name another folder with {option}" if option else "name another folder"
+        raise UserError(f"{path}: cannot be written ({_why(error)}): {advice}") from None
 
 
 def try_file(path: str | os.PathLike[str], option: str = "--out") -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from sgformer.core.errors import StalledError, UserError
@@ -25,7 +26,7 @@ from sgformer.core.parse import MAX_SMALL, read_bytes
 from sgformer.core.progress import track
 from sgformer.data.dense_transforms import DenseTransform
 from sgformer.data.identity import class_differences
-from sgformer.data.image import IMAGE_EXTENSIONS, in_time, opened, read_image
+from sgformer.data.image import IMAGE_EXTENSIONS, in_time, looked_at, read_image
 from sgformer.data.imagefolder import EpochSampler, bad_image, place_of, seeded, walk
 from sgformer.data.layouts import hint
 
@@ -283,10 +284,13 @@ def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:
 
 def _stored_values(path: str | os.PathLike[str]) -> tuple[str, str, np.ndarray]:
     """The file's raw mode, Pillow's mode, and the pixel values."""
-    with opened(path, None) as image:
-        rawmode = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]
-        image.load()
-        return rawmode if isinstance(rawmode, str) else "", image.mode, np.asarray(image)
+    return looked_at(_values, path, None)
+
+
+def _values(image: Image.Image) -> tuple[str, str, np.ndarray]:
+    rawmode = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]
+    image.load()
+    return rawmode if isinstance(rawmode, str) else "", image.mode, np.asarray(image)
 
 
 class DenseSample(NamedTuple):

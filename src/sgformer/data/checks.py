@@ -27,12 +27,16 @@ SPLITS = ("train", "val")
 LABEL_SPLITS = {"train": "training", "val": "validation"}
 
 
-def check_data(root: str | os.PathLike[str], workers: int = 0) -> CheckReport:
+Place = str | os.PathLike[str]
+
+
+def check_data(root: Place, workers: int = 0, images: Place | None = None) -> CheckReport:
     """Check a data set of any layout, read every image, and report.
 
     Args:
         root: folder, file or URL.
         workers: reading processes; 0 reads in this process.
+        images: the folder of the images, if annotation files say another or none.
 
     Raises:
         UserError: it is in no layout and no format that can be converted, or not even one split can be listed.
@@ -45,13 +49,15 @@ def check_data(root: str | os.PathLike[str], workers: int = 0) -> CheckReport:
     known = {kind: find_format(kind, root) for kind in ("classes", "objects")}
     found = sources.recognize(path)
     if known["objects"] is not None and (known["objects"].name != "coco" or found == "coco"):
-        return check_objects(path, workers)
+        return check_objects(path, workers, images)
+    if images is not None and found is None:
+        raise UserError(f"--images is for annotation files, which {root} is not")
     if known["classes"] is not None and (known["classes"].name != "image-folder" or class_folders(path / "train")):
         return check_imagefolder(root, workers=workers)
     if found is None and (path / "images").is_dir() and next(walk(path / "annotations", (".png",)), None):
         return check_label_maps(path, workers)
     if found is not None:
-        return check_source(path, found, workers)
+        return check_source(path, found, workers, images)
     return check_imagefolder(root, workers=workers)
 
 
@@ -74,7 +80,7 @@ def _files(folder: Path, split: str, classes: tuple[str, ...], names: list[str],
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 
-def check_objects(root: Path, workers: int = 0) -> CheckReport:
+def check_objects(root: Path, workers: int = 0, images: Place | None = None) -> CheckReport:
     """Of COCO annotations, and other registered formats of objects.
 
     Raises:
@@ -87,7 +93,7 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
     for split in ("train",) if single else SPLITS:
         classes = listings["train"].categories if "train" in listings else None
         try:
-            listings[split] = _read(single or root, split, classes, failures)
+            listings[split] = _read(single or root, split, classes, failures, images)
         except UserError as error:
             failures.append(error)
     if not listings:
@@ -127,10 +133,12 @@ def check_objects(root: Path, workers: int = 0) -> CheckReport:
     return report
 
 
-def _read(root: Path, split: str, classes: tuple | None, failures: list[UserError]) -> CocoListing:
+def _read(
+    root: Path, split: str, classes: tuple | None, failures: list[UserError], images: Place | None
+) -> CocoListing:
     """A listing; if only images are missing, that is added to `failures`, and they are a problem each."""
     found = find_format("objects", root)
-    options = {"masks": None, "drop_empty": False, "images": None}
+    options = {"masks": None, "drop_empty": False, "images": images}
     options |= {"keypoints": None} if found and found.name == "coco" else {}
     try:
         return open_data("objects", root, split, classes, check_files=True, **options)
@@ -211,7 +219,7 @@ def check_label_maps(root: Path, workers: int = 0) -> CheckReport:
 # -- files of other tools ---------------------------------------------------------------------------------------------
 
 
-def check_source(root: Path, form: str, workers: int = 0) -> CheckReport:
+def check_source(root: Path, form: str, workers: int = 0, images: Place | None = None) -> CheckReport:
     """Of files that `sgformer data from` converts, in the first layout that they have enough for.
 
     Raises:
@@ -221,7 +229,7 @@ def check_source(root: Path, form: str, workers: int = 0) -> CheckReport:
     failures = []
     for layout in CONVERTS[form]:
         try:
-            found = sources.read(root, layout, form, bad_images="skip")
+            found = sources.read(root, layout, form, images, bad_images="skip")
         except UserError as error:
             failures.append(error)
             continue

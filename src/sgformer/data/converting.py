@@ -23,7 +23,7 @@ from sgformer.data import sources
 from sgformer.data.coco import bounds, decode_mask, make_listing, mask_of_box
 from sgformer.data.layouts import OWN, own_layout
 from sgformer.data.sources.base import Found, Picture
-from sgformer.data.store import appearing
+from sgformer.data.store import appearing, new_folder
 
 #: Folder names of the splits.
 FOLDERS = {
@@ -58,9 +58,7 @@ def convert(
     """
     if layout not in FOLDERS:
         raise UserError(f"--layout is one of {', '.join(FOLDERS)}, got {layout}")
-    out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: not an empty folder; pass another one")
+    out = new_folder(out)
     if form is None and sources.recognize(source) is None and (own := own_layout(Path(source))) is not None:
         raise UserError(f"{source}: this is {OWN[own]} as it is; it does not become another layout")
     found = sources.read(source, layout, form, images, table, bad_images)

@@ -22,6 +22,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sgformer.core.errors import StalledError, UserError
 from sgformer.data.addons import ADDONS, HEAD, addon_of
+from sgformer.data.metadata import orientation_in, without_metadata
 
 #: File name extensions (lower case) of images in listed folders.
 IMAGE_EXTENSIONS = frozenset(
@@ -350,8 +351,44 @@ def _small_file(path: str | os.PathLike[str]) -> bytes | None:
 
 
 def _read(source: ImageSource, name: str | None, formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
-    with opened(source, name, formats, max_pixels) as image:
-        return _decoded(image)
+    return looked_at(_decoded, source, name, formats, max_pixels)
+
+
+def looked_at(
+    look: Callable[[Image.Image], T],
+    source: ImageSource,
+    name: str | None,
+    formats: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> T:
+    """What `look` makes of an opened image; if that fails, of the same without the metadata that it may have failed on.
+
+    Raises:
+        UserError: as `read_image`; also for whatever else fails in `look`.
+    """
+    try:
+        with _opened(source, name, formats, max_pixels) as image:
+            return look(image)
+    except UserError:
+        bare = without_metadata(_content(source) or b"")
+        if bare is not None:
+            with contextlib.suppress(UserError), _opened(bare, name, formats, max_pixels) as image:
+                return look(image)
+        raise
+
+
+def _content(source: ImageSource) -> bytes | None:
+    """The bytes of an image's file; None if they are too many, or cannot be read."""
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _small_file(source)
+    try:
+        source.seek(0)
+        content = source.read(SMALL_FILE + 1)
+    except (OSError, ValueError):
+        return None
+    return content if len(content) <= SMALL_FILE else None
 
 
 def _decoded(image: Image.Image) -> Image.Image:
@@ -368,13 +405,16 @@ def probe_image(source: ImageSource, name: str | None = None) -> ImageHeader:
     Raises:
         UserError: as `read_image`, as far as detectable without decoding.
     """
-    with opened(source, name) as image:
-        orientation = _orientation(image)
-        width, height = image.size
-        # Pillow already swaps the sides of a rotated TIFF on opening, and rotates it on loading.
-        if orientation >= 5 and image.format != "TIFF":
-            width, height = height, width
-        return ImageHeader(width, height, image.mode, orientation)
+    return looked_at(_header, source, name)
+
+
+def _header(image: Image.Image) -> ImageHeader:
+    orientation = _orientation(image)
+    width, height = image.size
+    # Pillow already swaps the sides of a rotated TIFF on opening, and rotates it on loading.
+    if orientation >= 5 and image.format != "TIFF":
+        width, height = height, width
+    return ImageHeader(width, height, image.mode, orientation)
 
 
 def in_time(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
@@ -440,7 +480,7 @@ class _Reader(threading.Thread):
 
 
 @contextmanager
-def opened(
+def _opened(
     source: ImageSource, name: str | None, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Image.Image]:
     """Open an image lazily within the pixel limit; any failure in the block becomes a UserError that names it."""
@@ -509,13 +549,8 @@ def _reason(error: Exception, formats: Sequence[str], max_pixels: int) -> str:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 if missing or unreadable."""
     try:
-        value = image.getexif().get(0x0112, 1)
+        return orientation_in(image.getexif())
     except Exception:  # viewers ignore broken EXIF data
-        return 1
-    value = value[0] if isinstance(value, tuple) and value else value  # some programs write a list, or a fraction
-    try:
-        return int(value) if 1 <= int(value) <= 8 else 1
-    except (TypeError, ValueError, ArithmeticError):
         return 1
 
 

@@ -17,6 +17,7 @@ CONVERTS = {
     "voc": ("coco",),
     "yolo": ("coco", "ade20k"),
     "labelme": ("coco", "ade20k", "imagenet"),
+    "via": ("coco", "ade20k"),
     "csv": ("imagenet", "coco"),
     "openimages": ("coco", "imagenet"),
     "colours": ("ade20k",),

@@ -38,7 +38,7 @@ from sgformer.core.parse import read_json
 from sgformer.core.processes import end_with_parent
 from sgformer.core.progress import track
 from sgformer.data.image import read_image
-from sgformer.data.store import appearing
+from sgformer.data.store import appearing, new_folder
 
 #: Start of each copied form in `load_digits()`, and the end.
 DIGIT_FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
@@ -175,8 +175,7 @@ def make_scenes(
     for split, count in counts.items():
         if count < (least := 10 if layout == "imagenet" else 1):
             raise UserError(f"{split} must be {least} scenes or more in the {layout} layout, got {count}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another, or remove it")
+    out = new_folder(out)
 
     sources = {split: load_sources(split, sprites) for split in SPLITS}
     with appearing(out) as part:

@@ -26,7 +26,7 @@ from sgformer.data.image import IMAGE_EXTENSIONS
 from sgformer.data.imagefolder import ImageFolder, left_out, scan_splits
 from sgformer.data.shards import COLUMNS, INDEX, LONGEST_NAME, SPLITS, tars_in, write_index
 from sgformer.data.splitting import open_whole, unsplit
-from sgformer.data.store import Store, appearing, unreadable
+from sgformer.data.store import Store, appearing, new_folder, unreadable
 
 log = logging.getLogger("sgformer")
 BLOCK = tarfile.BLOCKSIZE
@@ -80,9 +80,7 @@ def make_shards(source: str | os.PathLike, out: str | os.PathLike, shard_size: i
         raise UserError(f"--shard-size must be above 0, got {shard_size}")
     if is_address(out):
         raise UserError(f"{out}: shards are written to a local folder; copy it to its destination afterwards")
-    out = Path(out).absolute()  # `.` has no name for the temporary folder beside it
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: not an empty folder; pass another one")
+    out = new_folder(out)
     listings: Sequence[Any] = [open_whole(source)] if unsplit(source, "imagenet") else scan_splits(source)
     for line in (line for listing in listings for line in left_out(listing)):
         log.warning(f"note: {line}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sgformer.core.errors import MissingError, StalledError, UserError, first_line, require
-from sgformer.core.files import replacing
+from sgformer.core.files import replacing, try_folder
 from sgformer.core.names import is_address, without_login
 from sgformer.data.image import in_time
 
@@ -195,15 +195,32 @@ class Store:
                     os.close(handle)
 
 
+def new_folder(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder that `appearing` will create, before the work whose results go there.
+
+    Raises:
+        UserError: it is a file or holds something, or cannot be written.
+    """
+    path = Path(out).absolute()  # `.` has no name for the temporary folder beside it
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{out}: not an empty folder; pass another one")
+    try_folder(out, option=None, beside=_part(path).name)
+    return path
+
+
+def _part(out: Path) -> Path:
+    return out.with_name(f".{out.name}.part-{os.getpid()}")
+
+
 @contextlib.contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`, renamed to `out` when the block succeeds, otherwise removed.
 
     Args:
-        out: must not exist, or be an empty folder.
+        out: of `new_folder`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    part = _part(out)
     try:
         part.mkdir()
         yield part

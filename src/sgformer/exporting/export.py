@@ -20,6 +20,7 @@ from sgformer.core.names import printable
 from sgformer.data.image import height_and_width
 from sgformer.exporting.formats import FORMATS, ExportFormat, Runner
 from sgformer.exporting.graphs import Graph
+from sgformer.models.backbone import SGFormer
 
 #: (exported file, PIL image) -> (1, 3, H, W) float32, the file's input.
 Prepare = Callable[[Any, Any], Any]
@@ -235,16 +236,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def _fixed_size(graph: Graph, requested: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """The fixed size of a file; None if it is open."""
+    trained = graph.about["image_size"]
     if requested is None and not graph.whole_image:
         if reason := graph.why_fixed_size():
-            raise UserError(f"--image-size is needed: {reason}, so the file takes one size only")
+            shown = "x".join(map(str, height_and_width(trained)))
+            raise UserError(f"--image-size is needed: {reason}, so the file takes one size only (trained at {shown})")
         return None
     if requested is None:
-        trained = graph.about["image_size"]
         requested = trained if isinstance(trained, int) else max(trained)
         requested = -(-requested // 32) * 32
     height, width = map(int, height_and_width(requested))
-    if min(height, width) < 32 or height % 32 or width % 32:
+    patches = not any(isinstance(module, SGFormer) for module in graph.modules())  # which need not divide 32
+    if (not patches or (height, width) != height_and_width(trained)) and (
+        min(height, width) < 32 or height % 32 or width % 32
+    ):
         raise UserError(f"--image-size must be multiples of 32 pixels, got {requested}")
     return height, width
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sgformer.core.errors import UserError, first_line, first_sentence
 from sgformer.core.files import distrust_run, to_json
-from sgformer.core.names import nearest, printable
+from sgformer.core.names import nearest, printable, some
 from sgformer.models import checkpoint
 from sgformer.models.backbone import SGFormer
 from sgformer.models.config import VARIANTS, SGFormerConfig
@@ -119,7 +119,7 @@ def read_weights(source: Source, model: str | None = None) -> Weights:
         model: the network's name, required if the file does not state it; must match if it does.
 
     Raises:
-        UserError: the file is unreadable, or holds an unknown network or another one than `model`.
+        UserError: the file is unreadable, or holds NaN, infinity, an unknown network or another one than `model`.
     """
     path = find_weights(source)
     if path.suffix == ".safetensors":
@@ -137,7 +137,24 @@ def read_weights(source: Source, model: str | None = None) -> Weights:
         raise UserError(f"{source} holds {weights.model}, not --model {model}")
     if model is not None and weights.model is None and not model.startswith("sgformer"):
         raise UserError(f"{source} holds an SG-Former, not --model {model}")
+    _refuse_broken(weights)
     return weights
+
+
+def _refuse_broken(weights: Weights) -> None:
+    """Raise UserError for weights with which every result means nothing."""
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    broken = [
+        name
+        for name, t in weights.tensors.items()
+        # The sum is a third of the work, and finite unless values are very large.
+        if t.dtype in floats and not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all()
+    ]
+    if broken:
+        raise UserError(
+            f"{weights.path}: NaN or infinite values in {some(broken, 3)}: its training diverged, or the file is "
+            "damaged; take the weights of an earlier step"
+        )
 
 
 def _of_file(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Weights | None:

@@ -40,7 +40,7 @@ from typing import Any
 
 from sgformer.core import parse
 from sgformer.core.errors import UserError
-from sgformer.core.files import appending, distrust_links, make_folder, refuse_links, replacing, write_text
+from sgformer.core.files import appending, distrust_links, make_folder, refuse_links, replacing, try_folder, write_text
 from sgformer.core.names import is_address, nearest, without_login
 from sgformer.core.names import markdown as escaped
 from sgformer.tasks.registry import TASKS, get_task
@@ -169,6 +169,7 @@ def run_ablation(ablation: Ablation, out: str | os.PathLike[str], minutes: float
         UserError: the folder holds a run with other settings, a run failed (its log is named) or was stopped.
     """
     folder = Path(out)
+    try_folder(folder)
     distrust_links(make_folder(folder))
     make_folder(folder / "runs")
     runs, start = ablation.runs(), time.monotonic()

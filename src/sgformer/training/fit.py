@@ -53,6 +53,8 @@ def run_training(config: RunConfig, task: Task, resume: str | os.PathLike[str] |
     refuse_reentry()
     began = time.monotonic()
     is_main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if is_main and not resume:
+        RunFolder.try_place(config.run)
     trainer = build_trainer(**machine_options(config))
     world, device = trainer.world_size, trainer.strategy.root_device
     config = config.with_weights()

@@ -26,6 +26,7 @@ from sgformer.core.files import (
     open_to_append,
     refuse_links,
     to_json,
+    try_folder,
     write_text,
 )
 from sgformer.core.names import dashed, printable, some, without_login
@@ -70,21 +71,34 @@ class RunFolder:
         """The names in the data that the run began with, see `data.identity`."""
         return self.path / "data.json.gz"
 
+    @staticmethod
+    def try_place(run: str | os.PathLike[str] | None) -> None:
+        """Whether a run can be written at a place, by default in `runs`, before the work for it; creates nothing.
+
+        Raises:
+            UserError: the folder is not empty, or is a file, or cannot be written.
+        """
+        folder = Path(run or ("runs" if os.path.isdir("runs") else "."))
+        if run is not None:
+            leftover = f"{CONFIG}.tmp"  # of a run that was killed while writing its first file
+            there = os.path.exists(folder)  # of a name too long, Path.exists raises
+            if there and not folder.is_dir():
+                raise UserError(f"{folder}: not a folder; pass another --run")
+            if there and any(file.name != leftover for file in folder.iterdir()):
+                raise UserError(f"{folder}: not empty; pass another --run, or --resume {folder} to continue")
+        try_folder(folder, "--run")
+
     @classmethod
     def create(cls, config: RunConfig, task: str, writes: bool = True) -> RunFolder:
         """Create the folder `config.run`, by default `runs/TASK-MODEL-TIME`, and write `config.yaml`.
 
         Raises:
-            UserError: the folder is not empty, or is a file.
+            UserError: see `try_place`; another run may have taken the place meanwhile.
         """
         name = f"{task}-{config.model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = cls(config.run or (_own_folder(Path("runs") / name) if writes else Path("runs") / name), writes)
         if writes:
-            leftover = f"{CONFIG}.tmp"  # of a run that was killed while writing its first file
-            if folder.path.exists() and not folder.path.is_dir():
-                raise UserError(f"{folder.path}: not a folder; pass another --run")
-            if folder.path.exists() and any(file.name != leftover for file in folder.path.iterdir()):
-                raise UserError(f"{folder.path}: not empty; pass another --run, or --resume {folder.path} to continue")
+            cls.try_place(folder.path)
             make_folder(folder.path)
             distrust_links(folder.path)
             folder.write(CONFIG, to_yaml(config.to_dict()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -72,4 +73,7 @@ def validate(
             log.warning(f"note: {note}")
         with worker_errors():
             trainer.validate(module, build_loader(dataset, sampler, workers, collate), verbose=False)
-    return module.evaluation(sorted(skipped.lines)), trainer.is_global_zero
+        evaluation = module.evaluation(sorted(skipped.lines))
+        if trainer.is_global_zero and math.isnan(getattr(evaluation, "loss", 0.0)):
+            log.warning("note: the loss is not a number: the network's outputs are not, and the scores mean nothing")
+    return evaluation, trainer.is_global_zero

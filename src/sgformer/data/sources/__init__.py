@@ -26,6 +26,7 @@ FORMATS = {
     "openimages": "Open Images CSV",
     "voc": "PASCAL VOC XML",
     "labelme": "labelme JSON",
+    "via": "VIA annotations",
     "yolo": "YOLO labels",
     "csv": "a CSV list of files and labels",
     "colours": "colour-coded masks with a colour table",

@@ -28,6 +28,7 @@ SPLIT_WORDS = {
 }
 #: Annotation files beyond this size are refused before parsing; COCO's own are read elsewhere.
 MAX_XML = 2**22  # a tree takes some sixty times as much
+SIDES = 64  # of the polygon that stands for a circle
 #: What is left out with `--bad-images skip`, and is an error without.
 UNREADABLE, ABSENT = LOST = ("images that cannot be read, left out", "images that are not there, left out")
 
@@ -211,6 +212,15 @@ def split_named(*words: str) -> str:
             if word.lower() in names:
                 return split
     return ""
+
+
+def ellipse(x: float, y: float, along: float, across: float, turned: float = 0.0) -> list[float]:
+    """A flat polygon for an ellipse, or a circle: its centre, half axes, and turn in radians."""
+    cos, sin = math.cos(turned), math.sin(turned)
+    points = [
+        (along * math.cos(2 * math.pi * i / SIDES), across * math.sin(2 * math.pi * i / SIDES)) for i in range(SIDES)
+    ]
+    return [v for u, w in points for v in (x + u * cos - w * sin, y + u * sin + w * cos)]
 
 
 def first_files(folder: Path, *suffixes: str, count: int = 3) -> list[Path]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sgformer.core.errors import UserError
 from sgformer.data.ade20k import read_label_map
-from sgformer.data.image import opened
+from sgformer.data.image import looked_at
 from sgformer.data.sources.base import Found, Picture, Reading, read_csv, read_json, read_text, split_named
 
 TABLES = ("labelmap.txt", "class_dict.csv", "class_dict_seg.csv", "_classes.csv", "colors.txt", "colours.txt",
@@ -169,9 +169,8 @@ def _pixels(path: Path, channels: int) -> np.ndarray:
     """A mask as integers: its values, or its colours as r * 65536 + g * 256 + b."""
     if channels == 1:
         return read_label_map(path).astype(np.int64)
-    with opened(path, str(path)) as image:
-        # Not `read_image`, which puts transparent pixels on white: they keep their colour here.
-        pixels = np.asarray(image.convert("RGB")).astype(np.int64)
+    # Not `read_image`, which puts transparent pixels on white: they keep their colour here.
+    pixels = looked_at(lambda image: np.asarray(image.convert("RGB")).astype(np.int64), path, None)
     return pixels[..., 0] * 65536 + pixels[..., 1] * 256 + pixels[..., 2]
 
 

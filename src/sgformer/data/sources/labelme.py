@@ -14,10 +14,9 @@ from PIL import Image
 
 from sgformer.core.errors import UserError, require
 from sgformer.data.image import read_image
-from sgformer.data.sources.base import Found, Picture, Reading, Thing, first_files, head, number, read_json
+from sgformer.data.sources.base import Found, Picture, Reading, Thing, ellipse, first_files, head, number, read_json
 
 LINES = "points and lines, which have no area, left out"
-SIDES = 64  # of the polygon that stands for a circle
 EMBEDDED = "images taken from the JSON files themselves"
 
 
@@ -138,9 +137,8 @@ def _outline(shape: dict[str, Any], where: str, size: tuple[int, int], reading: 
         y1, y2 = min(y for _, y in xy), max(y for _, y in xy)
         return [[x1, y1, x2, y1, x2, y2, x1, y2]]
     if kind == "circle" and len(xy) == 2:
-        (x, y), radius = xy[0], math.dist(*xy)
-        turns = [2 * math.pi * i / SIDES for i in range(SIDES)]
-        return [[v for a in turns for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]
+        radius = math.dist(*xy)
+        return [ellipse(*xy[0], radius, radius)]
     if kind == "mask" and len(xy) == 2 and isinstance(shape.get("mask"), str):
         pixels = reading.readable(lambda: _mask_pixels(shape["mask"], f"{where}: its mask"))
         if pixels is None:
