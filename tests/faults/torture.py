@@ -57,11 +57,13 @@ class Count:
 
 def _try_all(make: Callable[..., Any], attempt: Callable[..., str], seed: int, start: int, stop: int, folder: str,
              report: Any) -> None:  # fmt: skip
-    """In a process of its own: inputs `start` to `stop`, each announced before it is tried."""
+    """In a process of its own: inputs `start` to `stop`, each announced before it is tried; making them is no hang."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.chdir(folder)
-    for number, given in enumerate(islice(make(seed), start, stop), start):
-        report.send(("trying", number, None))
+    for number, given in enumerate(islice(make(seed), stop)):
+        report.send(("making" if number < start else "trying", max(number, start), None))
+        if number < start:
+            continue
         before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         try:
             outcome = attempt(given, Path(folder))
@@ -93,7 +95,7 @@ def try_inputs(what: str, make: Callable[..., Any], attempt: Callable[..., str],
                     problem = f"hang of more than {HANG} s"
                 else:
                     outcome, now, used = heard.recv()
-                    if outcome == "trying":
+                    if outcome in ("making", "trying"):
                         continue
                     worst_memory, worst_time = max(worst_memory, used[0]), max(worst_time, used[1])
                     if outcome.startswith("lost"):
