@@ -1,0 +1,34 @@
+"""Kernels for GPUs, in Triton: attention with the attention received, and aggregation, forward and backward.
+
+They stand in for operations of :mod:`sgformer.ops`. Nothing uses them unless it is asked to, with
+``sgformer.optimize(model, triton=True)`` or ``sgformer.accelerate(model, triton=True)``: they have not been measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from sgformer.core.errors import UserError
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels, on CPU tensors: slow, for tests. Triton reads it when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_available() -> None:
+    """Raise UserError unless the kernels run on this machine."""
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("triton=True needs the package triton, which comes with torch's builds for Linux; leave it out")
+    if not (interpreted() or torch.cuda.is_available()):
+        raise UserError("triton=True needs a CUDA device, and torch finds none here; leave it out")
+
+
+def check_device(device: torch.device) -> None:
+    """Raise UserError unless the kernels run on this device."""
+    check_available()
+    if device.type != ("cpu" if interpreted() else "cuda"):
+        raise UserError(f"triton=True is for networks on a CUDA device (got one on {device}); call model.cuda() first")
