@@ -19,14 +19,14 @@ from sgformer.backends.triton import interpreted, kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: Blocks hold this many channels of a head at most; networks here have 16 to 32. Attention of wider heads is torch's.
-WIDEST_HEAD = 128
+#: Blocks with more channels need more shared memory than many GPUs have; networks here have 16 to 32 in a head.
+WIDEST_HEAD = 64
 
 #: Where there are fewer blocks of keys than this, the queries are divided among several programs each.
 PROGRAMS = 512
 
-#: Up to this many keys are one block: their column sums need no second pass.
-ONE_BLOCK = 128
+#: Up to this many keys are one block in the forward pass, whose column sums need no second one.
+ONE_BLOCK = 64
 
 
 def serve(*tensors: Tensor) -> bool:
@@ -77,12 +77,14 @@ def _flags(mask: Tensor | None, spare: Tensor) -> Tensor:
     return spare if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _blocks(d: int, M: int) -> tuple[dict[str, Any], int]:
-    """Sizes of blocks; BLOCK_M for the forward pass, where up to `ONE_BLOCK` keys are one."""
+def _blocks(q: Tensor, M: int) -> tuple[dict[str, Any], int, int]:
+    """Sizes of blocks of queries; BLOCK_M, for the forward pass and for others."""
+    d = q.shape[-1]
     D = max(16, triton.next_power_of_2(d))
-    sizes = {"d": d, "D": D, "BLOCK_N": 64 if D <= 64 else 32, "PRECISION": _precision()}
+    most = 64 if D * q.element_size() <= 128 else 32
     whole = max(16, triton.next_power_of_2(M))
-    return sizes, whole if whole <= ONE_BLOCK else 64 if D <= 64 else 32
+    sizes = {"d": d, "D": D, "BLOCK_N": most, "PRECISION": _precision()}
+    return sizes, whole if whole <= ONE_BLOCK else most, min(whole, most)
 
 
 def _parts(blocks: int, N: int, block: int) -> tuple[int, int]:
@@ -97,7 +99,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output (B, h, N, d), the attention received (B, M), and the log-sum-exp (B, h, N) in base 2."""
     (B, h, N, d), M = q.shape, k.shape[2]
-    sizes, block = _blocks(d, M)
+    sizes, block, _ = _blocks(q, M)
     whole = block >= M
     queries = triton.cdiv(N, sizes["BLOCK_N"])
     out = q.new_empty(B, N, h, d).transpose(1, 2)  # so that heads join without a copy
@@ -127,8 +129,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, h, N, d), M = q.shape, k.shape[2]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    sizes, _ = _blocks(d, M)
-    rows, block = sizes["BLOCK_N"], max(16, min(sizes["BLOCK_N"], triton.next_power_of_2(M)))
+    sizes, _, block = _blocks(q, M)
+    rows = sizes["BLOCK_N"]
     sizes |= {"BLOCK_M": block, "PADDED": valid is not None}
     factor, scale = d**-0.5, d**-0.5 * math.log2(math.e)
     mask, delta, dq = _flags(valid, lse), torch.empty_like(lse), q.new_empty(B, h, N, d)

@@ -9,11 +9,21 @@ No kernel holds more of the N x M matrix than one block of it, nor writes more t
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import triton
 import triton.language as tl
 
+SIZES = ("heads", "N", "M", "span", "G", "L", "r", "i_b")
+
 #: In place of minus infinity for keys that do not count, so that a block without any has no infinity minus infinity.
 NEVER = tl.constexpr(-1.0e30)
+
+
+def _jit(kernel: Any) -> Any:
+    """Compiled once for all sizes, not again for those that are 1 or multiples of 16; strides are multiples anyway."""
+    return triton.jit(kernel, do_not_specialize=[n for n in SIZES if n in signature(kernel).parameters])
 
 
 @triton.jit
@@ -57,7 +67,7 @@ def _counted(rows, real, N, PARTIAL_QUERIES: tl.constexpr):
     return there
 
 
-@triton.jit
+@_jit
 def attend(
     Q, K, V, VALID, REAL, OUT, LSE, SUMS,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, heads, N, M, scale,
@@ -95,7 +105,7 @@ def attend(
     tl.store(LSE + image_head * N + rows, highest + tl.log2(total), mask=rows < N)
 
 
-@triton.jit
+@_jit
 def receive(
     Q, K, VALID, REAL, LSE, SUMS,
     q_b, q_h, q_n, k_b, k_h, k_n, heads, N, M, span, scale,
@@ -121,7 +131,7 @@ def receive(
     tl.store(SUMS + (image_head * tl.num_programs(2) + part) * M + keys, sums, mask=keys < M)
 
 
-@triton.jit
+@_jit
 def attend_backward_queries(
     Q, K, V, VALID, OUT, GRAD, LSE, DELTA, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, heads, N, M, scale, factor,
@@ -150,7 +160,7 @@ def attend_backward_queries(
     _put_rows(DQ + image_head * N * d, dq * factor, rows, d, N, d, D)
 
 
-@triton.jit
+@_jit
 def attend_backward_keys(
     Q, K, V, VALID, GRAD, LSE, DELTA, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, heads, N, M, span, scale, factor,
@@ -181,7 +191,7 @@ def attend_backward_keys(
     _put_rows(DV + place, dv, keys, d, M, d, D)
 
 
-@triton.jit
+@_jit
 def aggregate(
     X, INDEX, WEIGHT, BIAS, OUT, x_b, x_n, i_b, o_b, G, r, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -201,7 +211,7 @@ def aggregate(
     tl.store(OUT + image * o_b + group * C + channels, total.to(OUT.dtype.element_ty), mask=channels < C)
 
 
-@triton.jit
+@_jit
 def aggregate_backward(
     X, INDEX, WEIGHT, GRAD, DX, DWEIGHT, x_b, x_n, i_b, g_b, d_b, G, r, C,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TOKENS: tl.constexpr,
@@ -229,7 +239,7 @@ def aggregate_backward(
         tl.store(DWEIGHT + tl.program_id(0).to(tl.int64) * r + members, products, mask=there)
 
 
-@triton.jit
+@_jit
 def most_similar(
     X, SEEDS, CHOICE, x_b, s_b, L, G, C,
     BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
