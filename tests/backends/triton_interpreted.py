@@ -162,13 +162,16 @@ def small(**options):
 def calls(monkeypatch):
     """How often each kernel's function was called."""
     seen = {}
-    for name in ("attention_and_received", "aggregate", "most_similar"):
 
-        def count(*args, name=name, run=getattr(functions, name)):
+    def counted(name, run):
+        def count(*args):
             seen[name] = seen.get(name, 0) + 1
             return run(*args)
 
-        monkeypatch.setattr(functions, name, count)
+        return count
+
+    for name in ("attention_and_received", "aggregate", "most_similar"):
+        monkeypatch.setattr(functions, name, counted(name, getattr(functions, name)))
     return seen
 
 
@@ -179,7 +182,9 @@ def step(model, image):
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, {"aggregation": "mean", "second": {"scales": (2, 1)}}], ids=["paper", "others"])
+@pytest.mark.parametrize(
+    "options", [{}, {"aggregation": "mean", "second": {"scales": (2, 1)}}], ids=["paper", "others"]
+)
 def test_a_network_trains_the_same(options, calls):
     model, image = small(**options)
     keys = list(model.state_dict())

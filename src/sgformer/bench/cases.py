@@ -38,9 +38,9 @@ class Case:
         batch_size: images per step.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
         backend: "eager"; "optimize": SG-Former only, ``sgformer.optimize`` for inference, ``sgformer.accelerate`` for
-            training; "triton": the same with ``triton=True``, on a GPU; "compile": ``torch.compile``, and for inference with SG-Former
-            ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime", "openvino": inference
-            only, exported to ONNX.
+            training; "triton": these with ``triton=True``, on a GPU; "compile": ``torch.compile``, and for inference
+            with SG-Former ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime",
+            "openvino": inference only, exported to ONNX.
         coarse: reach of the coarse heads, for SG-Former and plain only; None: the size's own.
         grad_checkpointing: recompute each block in the backward pass instead of storing its activations.
         precision: "fp32"; "bf16"; "fp16"; "int8". For ``optimize`` in inference on the CPU that of its kernels; for

@@ -37,7 +37,7 @@ def bench(
         image_size: pixels, height and width
         batch_size: images per batch
         mode: infer; train is forward, loss, backward
-        backend: eager; optimize: ours, accelerate in training; triton: the same, GPU; compile; onnxruntime; openvino
+        backend: eager; optimize, triton: ours, accelerate in training; compile; onnxruntime; openvino (performance.md)
         coarse: reach of the coarse heads, sgformer and plain only [the model's default]
         tokens: key/value tokens of sgformer_*, as multiples of those it was built with: .25 to 4
         grad_checkpointing: less memory, more time

@@ -238,6 +238,6 @@ def most_similar(x: Tensor, seeds: Tensor) -> Tensor:
     choice = x.new_empty(B, L, dtype=torch.int64)
     kernels.most_similar[(B, triton.cdiv(L, 64))](
         *(x, seeds, choice, x.stride(0), seeds.stride(0), L, G, C),
-        **{"BLOCK_L": 64, "BLOCK_G": 32, "BLOCK_C": 32, "PRECISION": _precision()},
-    )
+        BLOCK_L=64, BLOCK_G=32, BLOCK_C=32, PRECISION=_precision(),
+    )  # fmt: skip
     return choice
