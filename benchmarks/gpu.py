@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 OURS, SWIN, PVT = "sgformer_s", "swin_tiny_patch4_window7_224", "pvt_v2_b2"
 TOTAL = 480.0
 RESERVE = 15.0  # seconds for table and picture, and for a part that is slow to stop
+LATE = "no time was left"
 WORDS = {"infer": "inference", "train": "training"}
 
 
@@ -89,11 +90,11 @@ PARTS = (
     Part("memory", 25, (OURS,), 1024, 2, "train", ("eager", "triton"), ("bf16",), memory=True),
 )
 TEST_SECONDS = 60.0
-TESTS = [sys.executable, *"-m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py".split()]  # all that have the mark
+TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]  # which has all tests with this mark
 
 
 def run_for(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """The exit status of a command; None if it was stopped after so many seconds: as by Ctrl-C, to write what it has."""
+    """The exit status of a command; None if it was stopped after so many seconds, as by Ctrl-C, with what it has."""
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -124,7 +125,7 @@ def measure(parts: Sequence[Part], device: str, folder: Path, deadline: float) -
         told = json.loads((out / "bench.json").read_text())["results"] if (out / "bench.json").is_file() else []
         for case in part.cases(device):
             here = [r for r in told if all(r[key] == value for key, value in vars(case).items())]
-            missing = "no time was left" if status is None else f"the bench failed: see {part.name}/log.txt"
+            missing = LATE if status is None else f"the bench failed: see {part.name}/log.txt"
             result = here[0] if here else {**vars(case), "median_s": None, "error": missing}
             found.append({**result, "part": part.name, "memory_only": part.memory})
     return found
@@ -155,7 +156,7 @@ def table(results: Sequence[dict[str, Any]], tests: str, machine: str) -> str:
     lines += ["", "| | pixels, batch | network | backend | precision | peak memory, MiB |", "|---|---|---|---|---|---|"]
     for r in (r for r in results if r["memory_only"]):
         peak = r.get("peak_memory_bytes")
-        lines.append(f"| {' | '.join([*words(r), f'{peak / 2**20:.0f}' if peak else r['error']])} |")
+        lines.append(f"| {' | '.join([*words(r), f'{peak / 2**20:.0f}' if peak else r['error'] or LATE])} |")
     return "\n".join([*lines, *(["", "Not measured:", "", *missing] if missing else [])]) + "\n"
 
 

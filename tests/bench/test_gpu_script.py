@@ -9,8 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 
 
@@ -34,7 +33,7 @@ def test_shares_make_eight_minutes_and_cover_what_is_asked():
 
 
 def test_every_test_with_the_mark_is_in_the_file_that_runs():
-    marked = [path for path in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", path.read_text())]
+    marked = [path for path in (gpu.ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", path.read_text())]
     assert [p.name for p in marked if p != Path(__file__)] == ["test_gpu.py"] and gpu.TESTS[-1] == "tests/test_gpu.py"
 
 
@@ -49,6 +48,7 @@ def test_a_command_that_takes_too_long_may_write_what_it_has(tmp_path):
 def test_table_and_picture_of_what_was_measured_and_names_of_what_was_not(tmp_path):
     modes, backends = ("infer", "train"), ("eager", "triton")
     parts = [gpu.Part(f"small-{m}", 300, ("sgformer_n", "resnet18"), 32, 2, m, backends, ("fp32",)) for m in modes]
+    parts.append(gpu.Part("memory", 0, ("sgformer_n",), 64, 2, "train", ("eager",), ("fp32",), memory=True))
     parts.append(gpu.Part("late", 0, ("sgformer_n",), 64, 2, "infer", ("eager",), ("bf16",)))
     before = time.monotonic()
     late = gpu.measure(parts[2:], "cpu", tmp_path, before)
@@ -59,6 +59,7 @@ def test_table_and_picture_of_what_was_measured_and_names_of_what_was_not(tmp_pa
     assert shown == 2 * [("sgformer_n", "eager"), ("resnet18", "eager")]
     assert all(row.endswith("| 1.00 |") for row in rows)
     assert "* inference, 32, 2, `sgformer_n`, triton, fp32: triton=True needs" in text
+    assert "| training | 64, 2 | `sgformer_n` | eager | fp32 | no time was left |" in text
     assert "* inference, 64, 2, `sgformer_n`, eager, bf16: no time was left" in text
     gpu.picture(results, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
