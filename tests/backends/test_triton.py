@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
@@ -38,6 +39,10 @@ def test_what_is_missing_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(sgformer.UserError, match=r"got one on cpu\); call model.cuda"):
         sgformer.optimize(model, triton=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(sgformer.UserError, match=r"compute capability 8.0 \(got Tesla T4\)"):
+        sgformer.accelerate(model, triton=True)
     with pytest.raises(ValueError, match="opaque to torch"):
         sgformer.optimize(model, triton=True, compile=True)
 

@@ -121,6 +121,14 @@ def test_aggregate(shares, N, C, dtype):
         assert a.dtype == dtype and (a.double() - b).norm() <= tolerance * b.norm() + 1e-6
 
 
+def test_regions_without_tokens():
+    groups, leaves, _ = regions((0.25, 0.5, 0.25), 2, 4, torch.float32)
+    assert 0 in [index.shape[1] for index in groups]
+    fast, slow = (run(leaves[0], groups, leaves[1:4], leaves[4:]) for run in (functions.aggregate, ops.aggregate))
+    for a, b in zip([fast, *gradients(fast, leaves)], [slow, *gradients(slow, leaves)], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_deterministic_gradients_are_the_same():
     groups, leaves, _ = regions((0.25, 0.5, 0.25), 37, 8, torch.float32)
     before = gradients(functions.aggregate(leaves[0], groups, leaves[1:4], leaves[4:]), leaves)

@@ -22,6 +22,7 @@ from sgformer.backends import native
 from sgformer.backends.eligibility import HOOKS, observed, plain, readable
 from sgformer.backends.native_convolutions import ChainFunction
 from sgformer.backends.native_functions import GuidedFunction, HybridFunction, MlpFunction, PlainFunction
+from sgformer.backends.triton import check
 from sgformer.models.backbone import (
     Block,
     GuidedBlock,
@@ -61,10 +62,8 @@ def accelerate(model: Network, triton: bool = False) -> Network:
         sgformer.backends.native.UnavailableError: the kernels cannot be compiled here.
     """
     if triton:
-        from sgformer.backends.triton import check_available
-
-        check_available()
-        from sgformer.backends.triton.modules import EAGER as by_triton
+        check()
+        from sgformer.backends.triton.modules import EAGER as by_triton  # imports triton
 
         kinds = {eager: fast for fast, eager in by_triton.items()}
     else:

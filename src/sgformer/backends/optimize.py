@@ -25,7 +25,7 @@ from sgformer.backends.native_modules import (
     PackedLinear,
     make_native,
 )
-from sgformer.backends.triton import check_device
+from sgformer.backends.triton import check
 from sgformer.core.errors import UserError
 from sgformer.models.backbone import SGFormer
 from sgformer.models.layers import ClassifierHead, ConvNorm, DropPath, Mlp
@@ -86,7 +86,7 @@ def optimize(
     if triton:
         if compile:
             raise ValueError("Triton's kernels are opaque to torch.compile (got triton=True and compile=True)")
-        check_device(next(model.parameters()).device)
+        check(next(model.parameters()).device)
         pack = False if pack is None else pack
     if dynamic and not compile:
         raise ValueError("dynamic is for compiled networks; others take any size anyway (got compile=False)")

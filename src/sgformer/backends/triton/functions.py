@@ -5,9 +5,10 @@ Legend as in ``kernels``.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from sgformer.backends.eligibility import observed
 from sgformer.backends.triton import interpreted, kernels
 
+Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Blocks with more channels need more shared memory than many GPUs have; networks here have 16 to 32 in a head.
@@ -42,6 +44,8 @@ def _precision() -> str:
     """How tensor cores multiply float32: once in 10 bits if torch may do so, else three times, which makes 21."""
     if interpreted():
         return "interpreted"
+    if torch.version.hip:
+        return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -56,6 +60,17 @@ def attention_and_received(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, valid, valid_queries)
     return _attend(q, k, v, valid, valid_queries)[:2]
+
+
+def _on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Triton starts kernels on the current device, whatever that of the tensors."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any) -> Result:
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return run
 
 
 class _Attention(torch.autograd.Function):
@@ -94,6 +109,7 @@ def _parts(blocks: int, N: int, block: int) -> tuple[int, int]:
     return triton.cdiv(N, span), span
 
 
+@_on_its_device
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, valid_queries: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +140,7 @@ def _attend(
     return out, sums.sum(2).mean(1), lse
 
 
+@_on_its_device
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,6 +197,7 @@ def _tiles(r: int, C: int) -> dict[str, int]:
     return {"BLOCK_R": min(32, triton.next_power_of_2(r)), "BLOCK_C": min(64, triton.next_power_of_2(C))}
 
 
+@_on_its_device
 def _aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
     (B, _, C), ends = x.shape, [0]
     for index in groups:
@@ -197,6 +215,7 @@ def _aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], b
     return out
 
 
+@_on_its_device
 def _aggregate_backward(
     grad: Tensor,
     x: Tensor,
@@ -231,6 +250,7 @@ def _aggregate_backward(
 # -- merging ------------------------------------------------------------------------------------------------------
 
 
+@_on_its_device
 def most_similar(x: Tensor, seeds: Tensor) -> Tensor:
     """See :func:`sgformer.ops.merging.most_similar`."""
     x, seeds = x.contiguous(), seeds.contiguous()
