@@ -58,19 +58,21 @@ def test_deterministic_training_gives_the_same_bits(tmp_path):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-# Images or windows, heads, queries, keys, channels; whether tokens are padded.
+# Images or windows, heads, queries, keys, channels; whether tokens are padded. Every line is compiled anew: few do.
 SHAPES = [
     (64, 1, 49, 49, 32, False),  # S at 224 pixels: windows of stage 1
     (2, 1, 3136, 49, 32, False),  # and coarse heads
-    (70_000, 1, 49, 49, 16, True),  # more windows than a GPU's grid has in its second dimension
+    (70_000, 1, 5, 9, 32, True),  # more windows than a GPU's grid has in its second dimension
     (2, 2, 4096, 1024, 24, False),  # many pixels: two passes
     (1, 3, 333, 77, 64, True),
-    (1, 1, 1, 1, 5, False),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)), (SHAPES[3], torch.float16)],
+    ids=str,
+)
 def test_triton_attention_equals_torch_s_in_float64(shape, dtype):
     pytest.importorskip("triton")
     from sgformer.backends.triton import functions

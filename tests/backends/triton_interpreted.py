@@ -211,6 +211,16 @@ def test_a_network_trains_the_same(options, calls):
     assert not {type(m) for m in model.modules()} & set(modules.EAGER)
 
 
+def test_changed_sums_of_a_region_are_called(calls):
+    model, image = small()
+    expected, seen = model.eval()(image), []
+    model.stages[0].blocks[1].attn.aggregate[2].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        logits = sgformer.accelerate(model, triton=True)(image)
+    assert seen and calls == {"attention_and_received": 6, "aggregate": 2}
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_optimize_infers_the_same_and_leaves_the_original(calls):
     model, image = small(aggregation="merge", coarse="window")
     fast, plain = sgformer.optimize(model, triton=True), copy.deepcopy(model).eval()
