@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install bench demo demo-dense demo-scenes demo-scenes-dense docs test test-fast torture fuzz interop oldest newest api licences audit lint format types clean
+.PHONY: help install bench gpu demo demo-dense demo-scenes demo-scenes-dense docs test test-fast torture fuzz interop oldest newest api licences audit lint format types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-fast: install  ## the quick part of it
 bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (23 minutes on 2 quiet cores)
 	$(BIN)/python benchmarks/standing.py --out bench
 
+gpu: install  ## on one GPU, in 8 minutes: its tests, then speed beside other networks, and what did not fit; in gpu/
+	$(BIN)/python benchmarks/gpu.py --out gpu
+
 docs: install  ## the documentation as a site, in site/; open site/index.html (search needs a server: python3 -m http.server -d site)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
@@ -132,4 +135,4 @@ format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-interop .venv-oldest .venv-newest torture demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-oldest .venv-newest torture gpu demo site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

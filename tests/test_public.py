@@ -15,7 +15,7 @@ import sgformer
 SOURCE = Path(sgformer.__file__).parent
 OPTIONAL = {  # packages of the extras, whose lack is no fault of a module
     *("lightning", "torchmetrics", "matplotlib", "rich", "fsspec", "skimage", "sklearn", "pycocotools", "onnx"),
-    *("onnxruntime", "openvino", "nicegui", "webdataset"),
+    *("onnxruntime", "openvino", "nicegui", "webdataset", "triton"),
 }
 
 

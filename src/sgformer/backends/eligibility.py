@@ -50,6 +50,16 @@ def plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu and x.layout == torch.strided
 
 
+def observed() -> bool:
+    """Whether torch's operations are recorded or transformed as they run, by what could not see those of kernels."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or bool(torch._C._functorch.peek_interpreter_stack())
+        or bool(torch._C._len_torch_dispatch_stack())
+    )
+
+
 def _usual(module: Any) -> bool:
     # From the module's own dict: a step of N checks 217 modules, and a loop over HOOKS takes twice as long.
     as_built, own = KNOWN.get(type(module)), vars(module)

@@ -8,6 +8,7 @@ functions, and what they save for the backward pass, are in
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -18,9 +19,10 @@ from torch.nn.modules import module as _modules
 
 from sgformer import ops
 from sgformer.backends import native
-from sgformer.backends.eligibility import HOOKS, plain, readable
+from sgformer.backends.eligibility import HOOKS, observed, plain, readable
 from sgformer.backends.native_convolutions import ChainFunction
 from sgformer.backends.native_functions import GuidedFunction, HybridFunction, MlpFunction, PlainFunction
+from sgformer.backends.triton import check
 from sgformer.models.backbone import (
     Block,
     GuidedBlock,
@@ -35,7 +37,7 @@ from sgformer.models.layers import ConvNorm, Downsample, DropPath, Mlp, Stem
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def accelerate(model: Network) -> Network:
+def accelerate(model: Network, triton: bool = False) -> Network:
     """Train a network on the CPU with native kernels: the same gradients, faster, in about half the memory.
 
     The network is changed in place and keeps its parameters and their names: it can be saved, copied, moved and wrapped
@@ -47,19 +49,29 @@ def accelerate(model: Network) -> Network:
 
     Args:
         model: an SGFormer, in any mode, or a module that contains some, e.g. a detector.
+        triton: on a CUDA device instead: attention that also counts what tokens receive, and aggregation, in Triton's
+            kernels, in float32, bfloat16 and float16. Off, because they have not been measured. Whatever was hooked or
+            replaced is called as before. On other devices, traced or compiled, the network runs in torch.
 
     Returns:
         The model.
 
     Raises:
         ValueError: the model contains no SGFormer.
+        UserError: ``triton`` without the package of this name, or without a CUDA device.
         sgformer.backends.native.UnavailableError: the kernels cannot be compiled here.
     """
-    native.library()
-    kinds = {eager: fast for fast, eager in EAGER.items()}
+    if triton:
+        check()
+        from sgformer.backends.triton.modules import EAGER as by_triton  # imports triton
+
+        kinds = {eager: fast for fast, eager in by_triton.items()}
+    else:
+        native.library()
+        kinds = {eager: fast for fast, eager in EAGER.items()}
     for module in model.modules():
         module.__class__ = kinds.get(type(module), type(module))
-    if not any(type(module) in EAGER for module in model.modules()):
+    if not any(type(module) in kinds.values() for module in model.modules()):
         raise ValueError(
             f"accelerate is for networks of sgformer, before they are wrapped (got {type(model).__name__})"
         )
@@ -68,8 +80,11 @@ def accelerate(model: Network) -> Network:
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`, in place."""
+    # Triton's modules are only known where something imported them.
+    by_triton = sys.modules.get("sgformer.backends.triton.modules")
+    eager = {**EAGER, **(by_triton.EAGER if by_triton else {})}
     for module in model.modules():
-        module.__class__ = EAGER.get(type(module), type(module))
+        module.__class__ = eager.get(type(module), type(module))
 
 
 def _served(x: Tensor, parts: Mapping[nn.Module, type[nn.Module]]) -> bool:
@@ -83,10 +98,7 @@ def _served(x: Tensor, parts: Mapping[nn.Module, type[nn.Module]]) -> bool:
     return (
         plain(x)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.peek_interpreter_stack()
-        and not torch._C._len_torch_dispatch_stack()
+        and not observed()
         and not any(getattr(_modules, f"_global_{hooks}") for hooks in HOOKS)
         and all(readable(part, kind) for part, kind in parts.items())
         and _available()

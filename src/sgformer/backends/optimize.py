@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgformer.backends import native as kernels
 from sgformer.backends.eligibility import intact, readable
-from sgformer.backends.native_autograd import restore
+from sgformer.backends.native_autograd import accelerate, restore
 from sgformer.backends.native_modules import (
     FoldedMlp,
     InplaceGELU,
@@ -25,6 +25,7 @@ from sgformer.backends.native_modules import (
     PackedLinear,
     make_native,
 )
+from sgformer.backends.triton import check
 from sgformer.core.errors import UserError
 from sgformer.models.backbone import SGFormer
 from sgformer.models.layers import ClassifierHead, ConvNorm, DropPath, Mlp
@@ -39,6 +40,7 @@ def optimize(
     dynamic: bool = False,
     native: bool | None = None,
     precision: str = "fp32",
+    triton: bool = False,
 ) -> SGFormer:
     """A copy of a network that infers faster and computes the same function. The original is not changed.
 
@@ -68,16 +70,24 @@ def optimize(
         native: whether packed networks use kernels that the machine's C++ compiler builds for its own processor, in a
             few seconds the first time, and caches in ``~/.cache/sgformer``. None: if weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
+        triton: on a CUDA device, attention that also counts what tokens receive, and aggregation, in Triton's kernels,
+            in float32, bfloat16 and float16; other dtypes stay in torch. Off, because they have not been measured.
 
     Raises:
         TypeError: not an SGFormer.
         UserError: a ``precision`` other than "fp32" that is unknown, or that this network or machine does not support.
+            Also ``triton`` without the package of this name, or for a network that is not on a CUDA device.
         ValueError: ``pack=True`` if not possible, or with ``compile``; ``dynamic`` without ``compile``, or for a
-            network that must know the size; ``native=True`` without packed weights.
+            network that must know the size; ``native=True`` without packed weights; ``triton`` with ``compile``.
         sgformer.backends.native.UnavailableError: ``native=True``, and the kernels cannot be compiled here.
     """
     if not isinstance(model, SGFormer):
         raise TypeError(f"optimize takes an SGFormer (got {type(model).__name__}); pass the network inside a wrapper")
+    if triton:
+        if compile:
+            raise ValueError("Triton's kernels are opaque to torch.compile (got triton=True and compile=True)")
+        check(next(model.parameters()).device)
+        pack = False if pack is None else pack
     if dynamic and not compile:
         raise ValueError("dynamic is for compiled networks; others take any size anyway (got compile=False)")
     fast: Any
@@ -107,6 +117,8 @@ def optimize(
         native = _use_kernels(required=bool(native))
     if native:
         make_native(fast, kind)
+    if triton:
+        accelerate(fast, triton=True)
     for module in list(fast.modules()):
         for name, child in module.named_children():
             if intact(child, Mlp):

@@ -23,7 +23,7 @@ import sgformer
 from sgformer.backends.native import UnavailableError
 from sgformer.core.errors import UserError, require
 
-BACKENDS = ("eager", "optimize", "compile", "onnxruntime", "openvino")
+BACKENDS = ("eager", "optimize", "triton", "compile", "onnxruntime", "openvino")
 EXPORTED = ("onnxruntime", "openvino")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,9 +38,9 @@ class Case:
         batch_size: images per step.
         mode: "infer": forward without gradients; "train": forward, cross entropy, backward.
         backend: "eager"; "optimize": SG-Former only, ``sgformer.optimize`` for inference, ``sgformer.accelerate`` for
-            training; "compile": ``torch.compile``, and for inference with SG-Former
-            ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime", "openvino": inference
-            only, exported to ONNX.
+            training; "triton": these with ``triton=True``, on a GPU; "compile": ``torch.compile``, and for inference
+            with SG-Former ``sgformer.optimize(compile=True)``, which compiles block by block; "onnxruntime",
+            "openvino": inference only, exported to ONNX.
         coarse: reach of the coarse heads, for SG-Former and plain only; None: the size's own.
         grad_checkpointing: recompute each block in the backward pass instead of storing its activations.
         precision: "fp32"; "bf16"; "fp16"; "int8". For ``optimize`` in inference on the CPU that of its kernels; for
@@ -140,6 +140,8 @@ def build(case: Case) -> Callable[[], Any]:
     device = torch.device(case.device)
     if case.threads:
         torch.set_num_threads(case.threads)
+    if case.backend in ("optimize", "triton") and not is_ours(case.model):
+        raise Unsupported("sgformer.optimize and sgformer.accelerate support SG-Former only")
     torch.manual_seed(0)
     model = create(case).to(device)
     image = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
@@ -184,9 +186,13 @@ def build(case: Case) -> Callable[[], Any]:
 
 
 def _prepare(model: nn.Module, case: Case) -> nn.Module:
+    if case.backend == "triton":
+        try:
+            prepare = sgformer.optimize if case.mode == "infer" else sgformer.accelerate
+            return prepare(model, triton=True)
+        except UserError as error:
+            raise Unsupported(str(error)) from error
     if case.backend == "optimize":
-        if not is_ours(case.model):
-            raise Unsupported("sgformer.optimize and sgformer.accelerate support SG-Former only")
         if case.mode == "infer":
             try:
                 return sgformer.optimize(model, precision=case.precision if case.device == "cpu" else "fp32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -108,16 +109,24 @@ def run(
 
 def _count(result: Result) -> None:
     """Count parameters and MACs on the meta device, without computing anything."""
-    case = dataclasses.replace(result.case, mode="infer", grad_checkpointing=False)
+    case = result.case
+    result.parameters, result.macs = _counts(
+        Case(case.model, case.image_size, coarse=case.coarse, tokens=case.tokens)  # what counts are the same for
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(case: Case) -> tuple[int | None, int | None]:
+    parameters = None
     try:
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model = create(case)
-            result.parameters = sum(p.numel() for p in model.parameters())
+            parameters = sum(p.numel() for p in model.parameters())
             with FlopCounterMode(display=False) as counter:
                 model(torch.empty(1, 3, case.image_size, case.image_size))
-        result.macs = counter.get_total_flops() // 2
+        return parameters, counter.get_total_flops() // 2
     except Exception:  # a network that fails on the meta device, or everywhere: then its first step reports the error
-        result.macs = None
+        return parameters, None
 
 
 def _time(results: list[Result], rounds: int, seconds: float, report: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ def bench(
     image_size: list[int] = [224],  # noqa: B006
     batch_size: list[int] = [1],  # noqa: B006
     mode: list[Literal["infer", "train"]] = ["infer"],  # noqa: B006
-    backend: list[Literal["eager", "optimize", "compile", "onnxruntime", "openvino"]] = ["eager"],  # noqa: B006
+    backend: list[Literal["eager", "optimize", "triton", "compile", "onnxruntime", "openvino"]] = ["eager"],  # noqa: B006
     coarse: list[Literal["global", "window"]] | None = None,
     tokens: list[float] = [1.0],  # noqa: B006
     grad_checkpointing: bool = False,
@@ -37,7 +37,7 @@ def bench(
         image_size: pixels, height and width
         batch_size: images per batch
         mode: infer; train is forward, loss, backward
-        backend: eager; optimize: ours, accelerate in training; compile; onnxruntime; openvino (docs/performance.md)
+        backend: eager; optimize, triton: ours, accelerate in training; compile; onnxruntime; openvino (performance.md)
         coarse: reach of the coarse heads, sgformer and plain only [the model's default]
         tokens: key/value tokens of sgformer_*, as multiples of those it was built with: .25 to 4
         grad_checkpointing: less memory, more time

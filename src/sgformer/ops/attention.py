@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgformer.ops.kernels import serving
 from sgformer.ops.sizes import known
 
 #: Attention matrices up to this many entries are held in memory at once; larger ones are computed in slices of queries.
@@ -52,6 +53,8 @@ def attention_and_received(
     Returns:
         out (B, h, N, d) in q's dtype; received (B, M), float32 (float64 for float64 input) in any autocast dtype.
     """
+    if (kernels := serving(q, k, v)) and q.shape[-1] <= kernels.WIDEST_HEAD:
+        return kernels.attention_and_received(q, k, v, valid, valid_queries)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     B, h, N, M = *q.shape[:3], k.shape[2]
     if not known(M <= KEPT_KEYS) and (needs_grad or known(B * h * N * M > SLICE_ENTRIES)):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgformer.ops.kernels import serving
 from sgformer.ops.regroup import region_lengths
 
 
@@ -46,6 +47,13 @@ class MergedTokens:
         return self.token.view(-1, *self.grid)
 
 
+def most_similar(x: Tensor, seeds: Tensor) -> Tensor:
+    """The seed with the highest product with each token: (B, L, C) and (B, G, C) -> (B, L) int64."""
+    if kernels := serving(x, seeds):
+        return kernels.most_similar(x, seeds)
+    return (x @ seeds.transpose(1, 2)).argmax(-1)
+
+
 def merge_similar(
     x: Tensor, order: Tensor, shares: Sequence[float], rates: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +80,7 @@ def merge_similar(
         length, groups = members.shape[1], -(-members.shape[1] // rate)
         here = direction.gather(1, members[..., None].expand(-1, -1, C))  # (B, L, C)
         seeds = torch.div((2 * torch.arange(groups, device=x.device) + 1) * length, 2 * groups, rounding_mode="floor")
-        choice = (here @ here[:, seeds].transpose(1, 2)).argmax(-1)  # (B, L)
+        choice = most_similar(here, here[:, seeds])
         choice[:, seeds] = torch.arange(groups, device=x.device)  # a seed joins itself, whatever the rounding
         joined.append(choice + start)
         regions.append(torch.full_like(members, i))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgformer.ops.kernels import serving
 from sgformer.ops.sizes import fixed, known
 
 
@@ -193,6 +194,8 @@ def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bi
     Returns:
         (B, sum of G_i, C).
     """
+    if kernels := serving(x, *weights, *bias):
+        return kernels.aggregate(x, groups, weights, bias)
     parts = zip(gather_groups(x, groups), weights, bias, strict=True)
     return torch.cat([weighted_sum(members, weight, b) for members, weight, b in parts], dim=1)
 

@@ -96,6 +96,48 @@ def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path
                 axes.legend(fontsize=7.5)
 
 
+def draw_sizes(panels: Mapping[str, Sequence[Mapping[str, Any]]], out: str | Path) -> None:
+    """Plot the time of an image against its size on logarithmic axes: a panel for each setting.
+
+    A network has a colour, a way of running it a line and a marker.
+
+    Args:
+        panels: title -> points, with "network", "way", "size" (side in pixels) and "ms".
+        out: the PNG to write.
+    """
+    ticker = require("matplotlib.ticker", extra="bench")
+    everything = [p for points in panels.values() for p in points]
+    networks, ways = (list(dict.fromkeys(p[key] for p in everything)) for key in ("network", "way"))
+    sizes = sorted({p["size"] for p in everything})
+    rows = math.ceil(len(panels) / 2)
+    with figure(out, 10, 3.8 * rows) as fig:
+        grid = fig.subplots(rows, min(2, len(panels)), squeeze=False, sharey=True).flatten()
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        for axes, (title, points) in zip(grid, panels.items(), strict=False):
+            for i, network in enumerate(networks):
+                for j, way in enumerate(ways):
+                    here = sorted((p["size"], p["ms"]) for p in points if (p["network"], p["way"]) == (network, way))
+                    if here:
+                        style = {
+                            "color": COLOURS[i % 5],
+                            "marker": MARKERS[j % 5],
+                            "linestyle": ("-", "--", ":")[j % 3],
+                        }
+                        axes.plot(*zip(*here, strict=True), markersize=5, label=f"{network}, {way}", **style)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+            axes.yaxis.set_tick_params(labelleft=True)
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set_xticks([], minor=True)
+            axes.set_title(f"{title}: milliseconds per image")
+            axes.set_xlabel("image side, pixels")
+            axes.legend(fontsize=7.5)
+
+
 def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
     """The least-squares slope in log-log space; None for fewer than two distinct x."""
     if len(set(x)) < 2:
