@@ -32,6 +32,7 @@ def out(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a process once ended in malloc: say where
     command = [*launch, str(HERE / "sharded_run.py"), str(photos), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
