@@ -43,10 +43,25 @@ def traceable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn
     """
     result = copy.deepcopy(model).eval().requires_grad_(False)
     restore(result)
+    from sgformer.backends import fixed as fx
+    from sgformer.models.backbone import PlainAttention, SelfGuidedAttention
+    from sgformer.models.layers import ConvNorm
     for module in list(result.modules()):
         for name, child in module.named_children():
             if intact(child, Mlp):
-                setattr(module, name, FoldedMlp(child))
+                f = FoldedMlp(child)
+                setattr(module, name, fx.FixedMlp(f) if fixed else f)
+            elif fixed and intact(child, ConvNorm):
+                setattr(module, name, fx.FixedConvNorm(child))
+            elif fixed and type(child) is PositionTable:
+                setattr(module, name, fx.FixedPosition(child))
+            elif fixed and type(child) is PlainAttention:
+                setattr(module, name, fx.FixedPlain(child))
+            elif fixed and type(child) is SelfGuidedAttention:
+                child.aggregate = fx.FixedAggregation(child.aggregate, ties, Aggregation(child.aggregate, ties, fixed).groups)
+                setattr(module, name, fx.FixedGuided(child))
+            elif fixed and type(child) is HybridScaleAttention:
+                setattr(module, name, fx.FixedHybrid(child))
             elif type(child) is PositionTable:
                 setattr(module, name, Position(child, fixed))
             elif type(child) in (HybridScaleAttention, MultiScaleAttention):
