@@ -1,9 +1,11 @@
-"""Parts of the network at one image size, as runtimes compute them fastest: plain operators with constant shapes.
+"""Parts of the network at one image size, as runtimes compute them fastest: few operators, with constant shapes.
 
-:func:`sgformer.backends.traceable.traceable` puts them into its copy. No shape depends on a tensor (the batch is the -1
-of every reshape), linear maps see matrices, norms of images see rows, and windows are one transposition.
+:func:`sgformer.backends.traceable.traceable` puts them into its copy. The batch is the -1 of every reshape, so that no
+shape depends on a tensor. Linear maps see matrices, which makes the bias part of the product; norms of images see rows,
+in the order in which convolutions keep them; windows and heads are one transposition. Where tokens meet a
+convolution's image they are (B, N, C), because runtimes would keep four dimensions in the convolution's order.
 
-Legend: B batch, H x W token grid, N = H * W, C channels, h heads, s side of a window, M pooled tokens.
+Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d channels of a head, s side of a window.
 """
 
 from __future__ import annotations
@@ -14,19 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgformer.models.layers import ConvNorm, Mlp
+from sgformer.models.backbone import HybridScaleAttention, PlainAttention, SelfGuidedAttention
+from sgformer.models.layers import ConvNorm
+from sgformer.models.significance import LinearAggregation
 
 
-class Rows(nn.Module):
-    """A linear map of all tokens as one matrix, so that the bias is part of the product: (..., C_in) -> (..., C)."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = [int(n) for n in x.shape[1:-1]]
-        return self.linear(x.reshape(-1, int(x.shape[-1]))).reshape(-1, *inner, self.linear.out_features)
+def sizes(x: Tensor) -> list[int]:
+    """All sizes but the batch, as constants for a tracer."""
+    return [int(n) for n in x.shape[1:]]
 
 
 def image(x: Tensor) -> Tensor:
@@ -37,19 +34,31 @@ def tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
 
 
+class Rows(nn.Module):
+    """A linear map, of all tokens as one matrix: (B, ..., C_in) -> (B, ..., C)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        *grid, C = sizes(x)
+        return self.linear(x.reshape(-1, C)).reshape(-1, *grid, self.linear.out_features)
+
+
 class FixedMlp(nn.Module):
-    """The MLP with ``x + depthwise(x)`` as one convolution."""
+    """The MLP with ``x + depthwise(x)`` as one convolution, from :class:`~.native_modules.FoldedMlp`."""
 
     def __init__(self, folded: Any):
         super().__init__()
-        self.fc1, self.act, self.conv, self.fc2 = Rows(folded.fc1), folded.act, folded.conv, Rows(folded.fc2)
+        self.fc1, self.conv, self.act, self.fc2 = Rows(folded.fc1), folded.conv, folded.act, Rows(folded.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(tokens(self.act(self.conv(image(self.fc1(x))))))
 
 
 class FixedConvNorm(nn.Module):
-    """``ConvNorm`` with its norm over rows: the order of values does not matter to their mean and variance."""
+    """``ConvNorm``. Mean and variance are those of all values, in any order."""
 
     def __init__(self, part: ConvNorm):
         super().__init__()
@@ -57,133 +66,120 @@ class FixedConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = tokens(self.conv(x))
-        H, W, C = (int(n) for n in x.shape[1:])
-        one = x.new_ones(1)
-        row = F.instance_norm(x.reshape(-1, 1, H * W * C), weight=one, bias=0 * one, eps=self.norm.eps).reshape(-1, H, W, C)
-        return image(self.act(row * self.norm.weight + self.norm.bias))
-
-
-class FixedPosition(nn.Module):
-    """``PositionTable`` resized once."""
-
-    def __init__(self, position: Any):
-        super().__init__()
-        self.table = position.table
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = int(x.shape[1]), int(x.shape[2])
-        return x + resized(self.table, size)
-
-
-def resized(table: Tensor, size: tuple[int, int]) -> Tensor:
-    with torch.no_grad():
-        if tuple(table.shape[:2]) == size:
-            return table
-        return F.interpolate(table.permute(2, 0, 1)[None], size=size, mode="bicubic", align_corners=False)[0].permute(
-            1, 2, 0
-        )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, h, N, d), twice (B, h, M, d) -> (B, h, N, d) and the weights (B, h, N, M)."""
-    weights = (q @ (k * int(k.shape[-1]) ** -0.5).transpose(-2, -1)).softmax(-1)
-    return weights @ v, weights
+        H, W, C = sizes(x)
+        row = x.reshape(-1, 1, H * W * C)
+        row = F.instance_norm(row, weight=x.new_ones(1), bias=x.new_zeros(1), eps=self.norm.eps)
+        return image(self.act(row.reshape(-1, H, W, C) * self.norm.weight + self.norm.bias))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, ..., C) -> (B, h, N, d)."""
-    C = int(x.shape[-1])
-    return x.reshape(-1, count(x), heads, C // heads).transpose(1, 2)
+    N, C = sizes(x)
+    return x.reshape(-1, N, heads, C // heads).transpose(1, 2)  # (B, N, C) -> (B, h, N, d)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """(B, h, N, d) -> (B, N, C)."""
-    heads, N, d = (int(n) for n in x.shape[1:])
-    return x.transpose(1, 2).reshape(-1, N, heads * d)
+    h, N, d = sizes(x)
+    return x.transpose(1, 2).reshape(-1, N, h * d)  # (B, h, N, d) -> (B, N, C)
 
 
-def count(x: Tensor) -> int:
-    n = 1
-    for side in x.shape[1:-1]:
-        n *= int(side)
-    return n
-
-
-def cut(x: Tensor, s: int, heads: int) -> Tensor:
-    """(B, H, W, D) -> (B n, h, s s, d): windows that tile the grid."""
-    H, W, D = (int(n) for n in x.shape[1:])
+def split_windows(x: Tensor, s: int, heads: int) -> Tensor:
+    """(B, H, W, D) -> (B n, h, s s, d): n windows, which tile the grid."""
+    H, W, D = sizes(x)
     parts = x.reshape(-1, H // s, s, W // s, s, heads, D // heads).permute(0, 1, 3, 5, 2, 4, 6)
     return parts.reshape(-1, heads, s * s, D // heads)
 
 
-def uncut(x: Tensor, s: int, H: int, W: int) -> Tensor:
-    """(B n, h, s s, d) -> (B, H, W, D)."""
-    heads, d = int(x.shape[1]), int(x.shape[3])
-    parts = x.reshape(-1, H // s, W // s, heads, s, s, d).permute(0, 1, 4, 2, 5, 3, 6)
-    return parts.reshape(-1, H * W, heads * d)
+def join_windows(x: Tensor, s: int, H: int, W: int) -> Tensor:
+    """(B n, h, s s, d) -> (B, N, D): the inverse."""
+    h, _, d = sizes(x)
+    return x.reshape(-1, H // s, W // s, h, s, s, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, H * W, h * d)
 
 
-def local_term(conv: nn.Module, x: Tensor) -> Tensor:
-    return tokens(conv(image(x))).reshape(-1, count(x), int(x.shape[-1]))
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, h, N, d), and keys and values (B, h, M, d) -> the output (B, h, N, d) and the weights (B, h, N, M)."""
+    weights = (q @ (k * sizes(k)[-1] ** -0.5).transpose(-2, -1)).softmax(-1)
+    return weights @ v, weights
 
 
-class FixedPlain(nn.Module):
+class FixedAttention(nn.Module):
+    """What all kinds have in common: maps of rows, and the local term, (B, H, W, C) -> (B, N, C)."""
+
     def __init__(self, attn: Any):
         super().__init__()
-        self.heads, self.local = attn.heads, attn.local
-        self.proj_in, self.proj = Rows(attn.proj_in), Rows(attn.proj)
+        self.attn, self.proj_in, self.proj = attn, Rows(attn.proj_in), Rows(attn.proj)
+
+    def finish(self, out: Tensor, local: Tensor) -> Tensor:
+        """(B, N, C) and (B, H, W, C) -> (B, H, W, C)."""
+        H, W, C = sizes(local)
+        out = out + tokens(self.attn.local(image(local))).reshape(-1, H * W, C)
+        return self.proj(out).reshape(-1, H, W, C)
+
+
+class FixedPlain(FixedAttention):
+    """``PlainAttention``."""
+
+    attn: PlainAttention
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W, C = (int(n) for n in x.shape[1:])
-        q, k, v, local = self.proj_in(x).split((C,) * 4, dim=-1)
-        out, _ = attend(*(split_heads(t, self.heads) for t in (q, k, v)))
-        return self.proj(join_heads(out) + local_term(self.local, local)).reshape(-1, H, W, C)
+        H, W, C = sizes(x)
+        *qkv, local = self.proj_in(x).split((C,) * 4, dim=-1)
+        out, _ = attend(*(split_heads(t.reshape(-1, H * W, C), self.attn.heads) for t in qkv))
+        return self.finish(join_heads(out), local)
 
 
-class FixedHybrid(nn.Module):
-    def __init__(self, attn: Any):
-        super().__init__()
-        self.attn = attn
-        self.proj_in, self.proj, self.kv = Rows(attn.proj_in), Rows(attn.proj), Rows(attn.kv_coarse)
+class FixedGuided(FixedAttention):
+    """``SelfGuidedAttention``, with an aggregation that can be traced."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.attn
-        H, W, C = (int(n) for n in x.shape[1:])
-        D, r, s = C // 2, attn.reduction, attn.window
-        q_coarse, q, k, v, local = self.proj_in(x).split((D, D, D, D, C), dim=-1)
-        reduced = F.gelu(attn.reduce_norm(tokens(attn.reduce(image(x)))))
-        k_coarse, v_coarse = self.kv(reduced).split((D, D), dim=-1)
-        heads = attn.heads
-        out, weights = attend(*(split_heads(t, heads) for t in (q_coarse, k_coarse, v_coarse)))
-        received = weights.mean((1, 2))  # (B, M)
-        rows, cols = (torch.arange(n) // r for n in (H, W))
-        coarse = received.index_select(1, (rows[:, None] * (W // r) + cols).flatten()).reshape(-1, H, W)
-        out_fine, weights = attend(*(cut(t, s, heads) for t in (q, k, v)))
-        fine = weights.mean((1, 2)).reshape(-1, H // s, W // s, s, s).transpose(2, 3).reshape(-1, H, W)
-        both = torch.cat([join_heads(out), uncut(out_fine, s, H, W)], dim=-1)
-        return self.proj(both + local_term(attn.local, local)).reshape(-1, H, W, C), coarse, fine
+    attn: SelfGuidedAttention
 
-
-class FixedGuided(nn.Module):
-    def __init__(self, attn: Any):
-        super().__init__()
-        self.heads, self.local, self.aggregate = attn.heads, attn.local, attn.aggregate
-        self.proj_in, self.proj, self.kv = Rows(attn.proj_in), Rows(attn.proj), Rows(attn.kv)
+    def __init__(self, attn: SelfGuidedAttention, aggregate: nn.Module):
+        super().__init__(attn)
+        self.aggregate, self.kv = aggregate, Rows(attn.kv)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        H, W, C = (int(n) for n in x.shape[1:])
+        H, W, C = sizes(x)
         q, local = self.proj_in(x).split((C, C), dim=-1)
         pooled, grouped = self.aggregate(x.reshape(-1, H * W, C), significance.reshape(-1, H * W))
         k, v = self.kv(pooled).split((C, C), dim=-1)
-        out, _ = attend(*(split_heads(t, self.heads) for t in (q, k, v)))
-        return self.proj(join_heads(out) + local_term(self.local, local)).reshape(-1, H, W, C), grouped
+        out, _ = attend(*(split_heads(t, self.attn.heads) for t in (q.reshape(-1, H * W, C), k, v)))
+        return self.finish(join_heads(out), local), grouped
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> Any:
-        return self.aggregate.describe(grouped, grid)
+        return self.attn.describe(grouped, grid)
+
+
+class FixedHybrid(FixedAttention):
+    """``HybridScaleAttention`` with global coarse heads, on a grid that windows and the reducing convolution tile."""
+
+    attn: HybridScaleAttention
+
+    def __init__(self, attn: HybridScaleAttention):
+        super().__init__(attn)
+        self.kv = Rows(attn.kv_coarse)
+
+    def suits(self, x: Tensor) -> bool:
+        attn, (H, W, _) = self.attn, sizes(x)
+        return attn.coarse == "global" and not any(n % side for n in (H, W) for side in (attn.window, attn.reduction))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn, (H, W, C) = self.attn, sizes(x)
+        D, s, r = C // 2, attn.window, attn.reduction
+        q_coarse, *fine, local = self.proj_in(x).split((D, D, D, D, C), dim=-1)
+        reduced = F.gelu(attn.reduce_norm(tokens(attn.reduce(image(x)))))  # (B, H / r, W / r, C)
+        reduced = reduced.reshape(-1, H * W // r**2, C)
+        parts = q_coarse.reshape(-1, H * W, D), *self.kv(reduced).split((D, D), dim=-1)
+        out_coarse, weights = attend(*(split_heads(t, attn.heads) for t in parts))
+        received = weights.mean((1, 2))  # (B, N / r / r)
+        rows, cols = (torch.arange(n, device=x.device) // r for n in (H, W))
+        coarse = received.index_select(1, (rows[:, None] * (W // r) + cols).flatten()).reshape(-1, H, W)
+        out_fine, weights = attend(*(split_windows(t, s, attn.heads) for t in fine))
+        received = weights.mean((1, 2)).reshape(-1, H // s, W // s, s, s)
+        out = torch.cat([join_heads(out_coarse), join_windows(out_fine, s, H, W)], dim=-1)
+        return self.finish(out, local), coarse, received.transpose(2, 3).reshape(-1, H, W)
 
 
 class GatherRows(torch.autograd.Function):
-    """x (B, N, C) and index (B, S) -> (B, S, C)."""
+    """x (B, N, C) and index (B, S) -> (B, S, C), one operator of ONNX, for which torch has none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -191,33 +187,20 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, index: Any) -> Any:
-        axis = g.op("Constant", value_t=torch.tensor([2]))
-        return g.op("GatherND", x, g.op("Unsqueeze", index, axis), batch_dims_i=1)
+        return g.op("GatherND", x, g.op("Unsqueeze", index, g.op("Constant", value_t=torch.tensor([2]))), batch_dims_i=1)
 
 
-class FixedAggregation(nn.Module):
-    def __init__(self, inner: Any, ties: str, groups: Any):
-        super().__init__()
-        self.inner, self.ties, self.ends = inner, ties, groups
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    gather = GatherRows.apply if torch.onnx.is_in_onnx_export() else lambda *args: GatherRows.forward(None, *args)
+    return gather(x, index)  # type: ignore[no-any-return,no-untyped-call]
 
-    def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        N, C = int(x.shape[1]), int(x.shape[2])
-        if self.ties == "topk":
-            order = significance.topk(N, dim=1, largest=False).indices
-        else:
-            order = significance.argsort(dim=1, stable=True)
-        grouped = self.ends(order)
-        sizes = [(int(g.shape[1]), int(g.shape[2])) for g in grouped]
-        index = torch.cat([g.reshape(-1, G * r) for g, (G, r) in zip(grouped, sizes, strict=True)], 1)
-        if sum(G * r for G, r in sizes) == N:
-            index = order  # FIXME
-        members = GatherRows.apply(x, index)
-        parts = members.split([G * r for G, r in sizes], dim=1)
-        pooled = []
-        for part, (G, r), w in zip(parts, sizes, self.inner, strict=True):
-            t = part.reshape(-1, G, r, C)
-            pooled.append((w.spread(r) @ t).reshape(-1, G, C) + w.bias)
-        return torch.cat(pooled, 1), grouped
 
-    def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> Any:
-        return self.inner.describe(grouped, grid)
+def pool(inner: LinearAggregation, x: Tensor, groups: list[Tensor]) -> Tensor:
+    """``inner.pool``: (B, N, C) and one (B, G, r) per region -> (B, M, C)."""
+    pooled = []
+    for region, group in zip(inner, groups, strict=True):
+        (G, r), C = sizes(group), sizes(x)[1]
+        members, weights = gather_rows(x, group.reshape(-1, G * r)), region.spread(r)
+        y = members * weights[0] if r == 1 else (weights @ members.reshape(-1, G, r, C)).reshape(-1, G, C)
+        pooled.append(y + region.bias)
+    return torch.cat(pooled, dim=1)
