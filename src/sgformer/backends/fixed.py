@@ -34,16 +34,8 @@ def tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
 
 
-class Rows(nn.Module):
-    """A linear map, of all tokens as one matrix: (B, ..., C_in) -> (B, ..., C)."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        *grid, C = sizes(x)
-        return self.linear(x.reshape(-1, C)).reshape(-1, *grid, self.linear.out_features)
+def rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, sizes(x)[-1])  # (B, ..., C) -> (B N, C)
 
 
 class FixedMlp(nn.Module):
@@ -51,10 +43,12 @@ class FixedMlp(nn.Module):
 
     def __init__(self, folded: Any):
         super().__init__()
-        self.fc1, self.conv, self.act, self.fc2 = Rows(folded.fc1), folded.conv, folded.act, Rows(folded.fc2)
+        self.fc1, self.conv, self.act, self.fc2 = folded.fc1, folded.conv, folded.act, folded.fc2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(tokens(self.act(self.conv(image(self.fc1(x))))))
+        H, W, C = sizes(x)
+        hidden = self.fc1(rows(x)).reshape(-1, H, W, self.fc1.out_features)
+        return self.fc2(rows(tokens(self.act(self.conv(image(hidden)))))).reshape(-1, H, W, C)
 
 
 class FixedConvNorm(nn.Module):
@@ -72,27 +66,26 @@ class FixedConvNorm(nn.Module):
         return image(self.act(row.reshape(-1, H, W, C) * self.norm.weight + self.norm.bias))
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    N, C = sizes(x)
-    return x.reshape(-1, N, heads, C // heads).transpose(1, 2)  # (B, N, C) -> (B, h, N, d)
+def split_heads(x: Tensor, N: int, heads: int) -> Tensor:
+    return x.reshape(-1, N, heads, sizes(x)[0] // heads).transpose(1, 2)  # (B N, C) -> (B, h, N, d)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    h, N, d = sizes(x)
-    return x.transpose(1, 2).reshape(-1, N, h * d)  # (B, h, N, d) -> (B, N, C)
-
-
-def split_windows(x: Tensor, s: int, heads: int) -> Tensor:
-    """(B, H, W, D) -> (B n, h, s s, d): n windows, which tile the grid."""
-    H, W, D = sizes(x)
-    parts = x.reshape(-1, H // s, s, W // s, s, heads, D // heads).permute(0, 1, 3, 5, 2, 4, 6)
-    return parts.reshape(-1, heads, s * s, D // heads)
-
-
-def join_windows(x: Tensor, s: int, H: int, W: int) -> Tensor:
-    """(B n, h, s s, d) -> (B, N, D): the inverse."""
     h, _, d = sizes(x)
-    return x.reshape(-1, H // s, W // s, h, s, s, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, H * W, h * d)
+    return x.transpose(1, 2).reshape(-1, h * d)  # (B, h, N, d) -> (B N, C)
+
+
+def split_windows(x: Tensor, grid: tuple[int, int], s: int, heads: int) -> Tensor:
+    """(B N, D) -> (B n, h, s s, d): n windows, which tile the grid (H, W)."""
+    d = sizes(x)[0] // heads
+    parts = x.reshape(-1, grid[0] // s, s, grid[1] // s, s, heads, d).permute(0, 1, 3, 5, 2, 4, 6)
+    return parts.reshape(-1, heads, s * s, d)
+
+
+def join_windows(x: Tensor, grid: tuple[int, int], s: int) -> Tensor:
+    """(B n, h, s s, d) -> (B N, D): the inverse."""
+    h, _, d = sizes(x)
+    return x.reshape(-1, grid[0] // s, grid[1] // s, h, s, s, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, h * d)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,61 +94,53 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ v, weights
 
 
-class FixedAttention(nn.Module):
-    """What all kinds have in common: maps of rows, and the local term, (B, H, W, C) -> (B, N, C)."""
-
-    def __init__(self, attn: Any):
-        super().__init__()
-        self.attn, self.proj_in, self.proj = attn, Rows(attn.proj_in), Rows(attn.proj)
-
-    def finish(self, out: Tensor, local: Tensor) -> Tensor:
-        """(B, N, C) and (B, H, W, C) -> (B, H, W, C)."""
-        H, W, C = sizes(local)
-        out = out + tokens(self.attn.local(image(local))).reshape(-1, H * W, C)
-        return self.proj(out).reshape(-1, H, W, C)
+def finish(attn: Any, out: Tensor, local: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The local term and the last map: twice (B N, C) -> (B, H, W, C)."""
+    C = sizes(out)[0]
+    local = attn.local(image(local.reshape(-1, *grid, C)))
+    return attn.proj(out + rows(tokens(local))).reshape(-1, *grid, C)  # type: ignore[no-any-return]
 
 
-class FixedPlain(FixedAttention):
+class FixedPlain(nn.Module):
     """``PlainAttention``."""
 
-    attn: PlainAttention
+    def __init__(self, attn: PlainAttention):
+        super().__init__()
+        self.attn = attn
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W, C = sizes(x)
-        *qkv, local = self.proj_in(x).split((C,) * 4, dim=-1)
-        out, _ = attend(*(split_heads(t.reshape(-1, H * W, C), self.attn.heads) for t in qkv))
-        return self.finish(join_heads(out), local)
+        attn, (H, W, C) = self.attn, sizes(x)
+        *qkv, local = attn.proj_in(rows(x)).split((C,) * 4, dim=-1)
+        out, _ = attend(*(split_heads(t, H * W, attn.heads) for t in qkv))
+        return finish(attn, join_heads(out), local, (H, W))
 
 
-class FixedGuided(FixedAttention):
+class FixedGuided(nn.Module):
     """``SelfGuidedAttention``, with an aggregation that can be traced."""
 
-    attn: SelfGuidedAttention
-
     def __init__(self, attn: SelfGuidedAttention, aggregate: nn.Module):
-        super().__init__(attn)
-        self.aggregate, self.kv = aggregate, Rows(attn.kv)
+        super().__init__()
+        self.attn, self.aggregate = attn, aggregate
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        H, W, C = sizes(x)
-        q, local = self.proj_in(x).split((C, C), dim=-1)
+        attn, (H, W, C) = self.attn, sizes(x)
+        q, local = attn.proj_in(rows(x)).split((C, C), dim=-1)
         pooled, grouped = self.aggregate(x.reshape(-1, H * W, C), significance.reshape(-1, H * W))
-        k, v = self.kv(pooled).split((C, C), dim=-1)
-        out, _ = attend(*(split_heads(t, self.attn.heads) for t in (q.reshape(-1, H * W, C), k, v)))
-        return self.finish(join_heads(out), local), grouped
+        k, v = attn.kv(rows(pooled)).split((C, C), dim=-1)
+        M = sizes(pooled)[0]
+        out, _ = attend(*(split_heads(t, n, attn.heads) for t, n in ((q, H * W), (k, M), (v, M))))
+        return finish(attn, join_heads(out), local, (H, W)), grouped
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> Any:
         return self.attn.describe(grouped, grid)
 
 
-class FixedHybrid(FixedAttention):
+class FixedHybrid(nn.Module):
     """``HybridScaleAttention`` with global coarse heads, on a grid that windows and the reducing convolution tile."""
 
-    attn: HybridScaleAttention
-
     def __init__(self, attn: HybridScaleAttention):
-        super().__init__(attn)
-        self.kv = Rows(attn.kv_coarse)
+        super().__init__()
+        self.attn = attn
 
     def suits(self, x: Tensor) -> bool:
         attn, (H, W, _) = self.attn, sizes(x)
@@ -164,18 +149,19 @@ class FixedHybrid(FixedAttention):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn, (H, W, C) = self.attn, sizes(x)
         D, s, r = C // 2, attn.window, attn.reduction
-        q_coarse, *fine, local = self.proj_in(x).split((D, D, D, D, C), dim=-1)
-        reduced = F.gelu(attn.reduce_norm(tokens(attn.reduce(image(x)))))  # (B, H / r, W / r, C)
-        reduced = reduced.reshape(-1, H * W // r**2, C)
-        parts = q_coarse.reshape(-1, H * W, D), *self.kv(reduced).split((D, D), dim=-1)
-        out_coarse, weights = attend(*(split_heads(t, attn.heads) for t in parts))
-        received = weights.mean((1, 2))  # (B, N / r / r)
-        rows, cols = (torch.arange(n, device=x.device) // r for n in (H, W))
-        coarse = received.index_select(1, (rows[:, None] * (W // r) + cols).flatten()).reshape(-1, H, W)
-        out_fine, weights = attend(*(split_windows(t, s, attn.heads) for t in fine))
-        received = weights.mean((1, 2)).reshape(-1, H // s, W // s, s, s)
-        out = torch.cat([join_heads(out_coarse), join_windows(out_fine, s, H, W)], dim=-1)
-        return self.finish(out, local), coarse, received.transpose(2, 3).reshape(-1, H, W)
+        M = H * W // r**2
+        q_coarse, *fine, local = attn.proj_in(rows(x)).split((D, D, D, D, C), dim=-1)
+        reduced = rows(F.gelu(attn.reduce_norm(tokens(attn.reduce(image(x))))))  # (B M, C)
+        k_coarse, v_coarse = attn.kv_coarse(reduced).split((D, D), dim=-1)
+        parts = ((q_coarse, H * W), (k_coarse, M), (v_coarse, M))
+        out_coarse, weights = attend(*(split_heads(t, n, attn.heads) for t, n in parts))
+        rows_of, cols_of = (torch.arange(n, device=x.device) // r for n in (H, W))
+        key = (rows_of[:, None] * (W // r) + cols_of).flatten()  # (N,) the reduced token of every token
+        coarse = weights.mean((1, 2)).index_select(1, key).reshape(-1, H, W)
+        out_fine, weights = attend(*(split_windows(t, (H, W), s, attn.heads) for t in fine))
+        fine_significance = weights.mean((1, 2)).reshape(-1, H // s, W // s, s, s).transpose(2, 3).reshape(-1, H, W)
+        out = torch.cat([join_heads(out_coarse), join_windows(out_fine, (H, W), s)], dim=-1)
+        return finish(attn, out, local, (H, W)), coarse, fine_significance
 
 
 class GatherRows(torch.autograd.Function):
