@@ -10,6 +10,7 @@ Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d channels of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,23 @@ def image(x: Tensor) -> Tensor:
 
 def tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+
+
+def divide(linear: nn.Linear, parts: Sequence[int], key: int, d: int) -> nn.ModuleList:
+    """The parts of a linear map's output as maps of their own; that of the keys, ``key``, with attention's scale."""
+    result = nn.ModuleList()
+    weights, biases = linear.weight.split(list(parts)), linear.bias.split(list(parts))
+    for i, values in enumerate(zip(weights, biases, strict=True)):
+        with torch.device("meta"):
+            part = nn.Linear(linear.in_features, parts[i])
+        scale = d**-0.5 if i == key else 1
+        part.weight, part.bias = (nn.Parameter(value * scale, requires_grad=False) for value in values)
+        result.append(part)
+    return result
+
+
+def apply(parts: nn.ModuleList, x: Tensor) -> list[Tensor]:
+    return [part(x) for part in parts]
 
 
 def rows(x: Tensor) -> Tensor:
@@ -89,16 +107,23 @@ def join_windows(x: Tensor, grid: tuple[int, int], s: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, h, N, d), and keys and values (B, h, M, d) -> the output (B, h, N, d) and the weights (B, h, N, M)."""
-    weights = (q @ (k * sizes(k)[-1] ** -0.5).transpose(-2, -1)).softmax(-1)
+    """(B, h, N, d), and scaled keys and values (B, h, M, d) -> the output (B, h, N, d) and the weights (B, h, N, M)."""
+    weights = (q @ k.transpose(-2, -1)).softmax(-1)
     return weights @ v, weights
 
 
-def finish(attn: Any, out: Tensor, local: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The local term and the last map: twice (B N, C) -> (B, H, W, C)."""
-    C = sizes(out)[0]
-    local = attn.local(image(local.reshape(-1, *grid, C)))
-    return attn.proj(out + rows(tokens(local))).reshape(-1, *grid, C)  # type: ignore[no-any-return]
+class Local(nn.Module):
+    """The local term, and the map of its sum with attention's output."""
+
+    def __init__(self, attn: Any):
+        super().__init__()
+        self.conv, self.proj = attn.local, attn.proj
+
+    def forward(self, out: Tensor, local: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Twice (B N, C) -> (B, H, W, C)."""
+        C = sizes(out)[0]
+        local = self.conv(image(local.reshape(-1, *grid, C)))
+        return self.proj(out + rows(tokens(local))).reshape(-1, *grid, C)  # type: ignore[no-any-return]
 
 
 class FixedPlain(nn.Module):
@@ -106,13 +131,15 @@ class FixedPlain(nn.Module):
 
     def __init__(self, attn: PlainAttention):
         super().__init__()
-        self.attn = attn
+        C = attn.proj.out_features
+        self.heads, self.finish = attn.heads, Local(attn)
+        self.proj_in = divide(attn.proj_in, (C,) * 4, 1, C // attn.heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        attn, (H, W, C) = self.attn, sizes(x)
-        *qkv, local = attn.proj_in(rows(x)).split((C,) * 4, dim=-1)
-        out, _ = attend(*(split_heads(t, H * W, attn.heads) for t in qkv))
-        return finish(attn, join_heads(out), local, (H, W))
+        H, W, _ = sizes(x)
+        *qkv, local = apply(self.proj_in, rows(x))
+        out, _ = attend(*(split_heads(t, H * W, self.heads) for t in qkv))
+        return self.finish(join_heads(out), local, (H, W))  # type: ignore[no-any-return]
 
 
 class FixedGuided(nn.Module):
@@ -120,19 +147,22 @@ class FixedGuided(nn.Module):
 
     def __init__(self, attn: SelfGuidedAttention, aggregate: nn.Module):
         super().__init__()
-        self.attn, self.aggregate = attn, aggregate
+        C = attn.proj.out_features
+        self.heads, self.finish, self.aggregate = attn.heads, Local(attn), aggregate
+        self.proj_in = divide(attn.proj_in, (C, C), -1, 1)
+        self.kv = divide(attn.kv, (C, C), 0, C // attn.heads)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        attn, (H, W, C) = self.attn, sizes(x)
-        q, local = attn.proj_in(rows(x)).split((C, C), dim=-1)
+        H, W, C = sizes(x)
+        q, local = apply(self.proj_in, rows(x))
         pooled, grouped = self.aggregate(x.reshape(-1, H * W, C), significance.reshape(-1, H * W))
-        k, v = attn.kv(rows(pooled)).split((C, C), dim=-1)
+        k, v = apply(self.kv, rows(pooled))
         M = sizes(pooled)[0]
-        out, _ = attend(*(split_heads(t, n, attn.heads) for t, n in ((q, H * W), (k, M), (v, M))))
-        return finish(attn, join_heads(out), local, (H, W)), grouped
+        out, _ = attend(*(split_heads(t, n, self.heads) for t, n in ((q, H * W), (k, M), (v, M))))
+        return self.finish(join_heads(out), local, (H, W)), grouped
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> Any:
-        return self.attn.describe(grouped, grid)
+        return self.aggregate.describe(grouped, grid)  # type: ignore[operator]
 
 
 class FixedHybrid(nn.Module):
@@ -140,28 +170,31 @@ class FixedHybrid(nn.Module):
 
     def __init__(self, attn: HybridScaleAttention):
         super().__init__()
-        self.attn = attn
+        C, heads = attn.proj.out_features, attn.heads
+        D = C // 2
+        self.heads, self.window, self.reduction, self.coarse = heads, attn.window, attn.reduction, attn.coarse
+        self.reduce, self.norm, self.finish = attn.reduce, attn.reduce_norm, Local(attn)
+        self.proj_in = divide(attn.proj_in, (D, D, D, D, C), 2, D // heads)
+        self.kv = divide(attn.kv_coarse, (D, D), 0, D // heads)
 
     def suits(self, x: Tensor) -> bool:
-        attn, (H, W, _) = self.attn, sizes(x)
-        return attn.coarse == "global" and not any(n % side for n in (H, W) for side in (attn.window, attn.reduction))
+        H, W, _ = sizes(x)
+        return self.coarse == "global" and not any(n % side for n in (H, W) for side in (self.window, self.reduction))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn, (H, W, C) = self.attn, sizes(x)
-        D, s, r = C // 2, attn.window, attn.reduction
+        H, W, _ = sizes(x)
+        s, r = self.window, self.reduction
+        q, *fine, local = apply(self.proj_in, rows(x))
+        k, v = apply(self.kv, rows(F.gelu(self.norm(tokens(self.reduce(image(x)))))))
         M = H * W // r**2
-        q_coarse, *fine, local = attn.proj_in(rows(x)).split((D, D, D, D, C), dim=-1)
-        reduced = rows(F.gelu(attn.reduce_norm(tokens(attn.reduce(image(x))))))  # (B M, C)
-        k_coarse, v_coarse = attn.kv_coarse(reduced).split((D, D), dim=-1)
-        parts = ((q_coarse, H * W), (k_coarse, M), (v_coarse, M))
-        out_coarse, weights = attend(*(split_heads(t, n, attn.heads) for t, n in parts))
-        rows_of, cols_of = (torch.arange(n, device=x.device) // r for n in (H, W))
-        key = (rows_of[:, None] * (W // r) + cols_of).flatten()  # (N,) the reduced token of every token
-        coarse = weights.mean((1, 2)).index_select(1, key).reshape(-1, H, W)
-        out_fine, weights = attend(*(split_windows(t, (H, W), s, attn.heads) for t in fine))
-        fine_significance = weights.mean((1, 2)).reshape(-1, H // s, W // s, s, s).transpose(2, 3).reshape(-1, H, W)
+        out_coarse, weights = attend(*(split_heads(t, n, self.heads) for t, n in ((q, H * W), (k, M), (v, M))))
+        i, j = (torch.arange(n, device=x.device) // r for n in (H, W))
+        reduced = (i[:, None] * (W // r) + j).flatten()  # (N,) the reduced token of every token
+        coarse = weights.mean((1, 2)).index_select(1, reduced).reshape(-1, H, W)
+        out_fine, weights = attend(*(split_windows(t, (H, W), s, self.heads) for t in fine))
+        received = weights.mean((1, 2)).reshape(-1, H // s, W // s, s, s)
         out = torch.cat([join_heads(out_coarse), join_windows(out_fine, (H, W), s)], dim=-1)
-        return finish(attn, out, local, (H, W)), coarse, fine_significance
+        return self.finish(out, local, (H, W)), coarse, received.transpose(2, 3).reshape(-1, H, W)
 
 
 class GatherRows(torch.autograd.Function):
