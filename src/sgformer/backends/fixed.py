@@ -2,10 +2,11 @@
 
 :func:`sgformer.backends.traceable.traceable` puts them into its copy. The batch is the -1 of every reshape, so that no
 shape depends on a tensor. Linear maps see matrices, which makes the bias part of the product; norms of images see rows,
-in the order in which convolutions keep them; windows and heads are one transposition. Where tokens meet a
-convolution's image they are (B, N, C), because runtimes would keep four dimensions in the convolution's order.
+in the order in which convolutions keep them; windows and heads are one transposition. A convolution's tokens are made
+rows before anything is added to them, because with four dimensions runtimes would keep the convolution's order.
 
-Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d channels of a head, s side of a window.
+Legend: B batch, H x W token grid, N = H * W, C channels, h heads, d channels of a head, n windows of s x s tokens,
+M pooled tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ def tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
 
 
-def divide(linear: nn.Linear, parts: Sequence[int], key: int, d: int) -> nn.ModuleList:
-    """The parts of a linear map's output as maps of their own; that of the keys, ``key``, with attention's scale."""
+def divide(linear: nn.Linear, parts: Sequence[int], key: int | None, d: int) -> nn.ModuleList:
+    """The parts of a linear map's output as maps of their own, which saves copying them out of it.
+
+    Part ``key`` is attention's keys, of heads of ``d`` channels: it includes the scale of the scores.
+    """
     result = nn.ModuleList()
     weights, biases = linear.weight.split(list(parts)), linear.bias.split(list(parts))
     for i, values in enumerate(zip(weights, biases, strict=True)):
@@ -149,7 +153,7 @@ class FixedGuided(nn.Module):
         super().__init__()
         C = attn.proj.out_features
         self.heads, self.finish, self.aggregate = attn.heads, Local(attn), aggregate
-        self.proj_in = divide(attn.proj_in, (C, C), -1, 1)
+        self.proj_in = divide(attn.proj_in, (C, C), None, 1)
         self.kv = divide(attn.kv, (C, C), 0, C // attn.heads)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -206,7 +210,8 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, index: Any) -> Any:
-        return g.op("GatherND", x, g.op("Unsqueeze", index, g.op("Constant", value_t=torch.tensor([2]))), batch_dims_i=1)
+        last = g.op("Constant", value_t=torch.tensor([2]))
+        return g.op("GatherND", x, g.op("Unsqueeze", index, last), batch_dims_i=1)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def traceable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn
         model: not changed.
         ties: how tokens of equal significance are ordered: "stable", by a stable sort; "topk", by a top-k operator,
             for runtimes whose operator (unlike torch's) puts the lower index first.
-        fixed: height and width are those of the example, and all indices constants.
+        fixed: height and width are those of the example, and all indices and shapes constants.
     """
     result = copy.deepcopy(model).eval().requires_grad_(False)
     restore(result)
