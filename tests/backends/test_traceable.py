@@ -36,6 +36,38 @@ def test_same_numbers(changes, size):
             torch.testing.assert_close(seen.significance[key], value, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", [224, 96])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stem.conv1.conv",
+        "stages.0.blocks.0.attn.proj_in",
+        "stages.1.downsample.mix",
+        "stages.1.blocks.0.mlp",
+        "stages.1.blocks.1.attn.kv",
+        "stages.2.blocks.1.attn",
+        "stages.3.blocks.0.attn",
+    ],
+)
+@torch.no_grad()
+def test_modified_parts_are_called_at_one_size_too(name, size):
+    model, image = small(), torch.randn(1, 3, size, size, dtype=torch.float64)
+    before = model(image)
+    model.get_submodule(name).register_forward_hook(
+        lambda module, given, out: (out[0] * 2, out[1]) if isinstance(out, tuple) else out * 2
+    )
+    expected = model(image)
+    assert not torch.allclose(expected, before, rtol=1e-6)
+    torch.testing.assert_close(traceable(model, fixed=True)(image), expected, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_token_budget_holds_at_one_size():
+    model, image = small(), torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    model.set_token_budget(0.5)
+    torch.testing.assert_close(traceable(model, fixed=True)(image), model(image), rtol=1e-10, atol=1e-12)
+
+
 def test_the_network_itself_is_left_alone():
     model = small().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

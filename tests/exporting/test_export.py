@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -20,7 +21,9 @@ from sgformer.core.errors import UserError
 from sgformer.exporting import export as exporting
 from sgformer.exporting.export import compare, difference
 from sgformer.exporting.formats import FORMATS
+from sgformer.models.backbone import HybridScaleAttention, SelfGuidedAttention
 from sgformer.models.pyramid import pyramid_backbone
+from sgformer.models.significance import LinearAggregation
 from sgformer.tasks.classify.export import ClassifierGraph
 from sgformer.tasks.segment.network import Segmenter
 
@@ -107,6 +110,28 @@ def test_a_fixed_size_of_any_multiple_of_32(weights, tmp_path):
     assert result.input_size == (96, 160) and result.largest < 1e-4
     assert "96 x 160 pixels only" in result.describe()
     assert run(tmp_path / "m.onnx", torch.zeros(3, 3, 96, 160))["logits"].shape == (3, 5)
+
+
+def test_a_file_of_one_size_has_no_computed_shapes_and_one_operator_per_step(weights, tmp_path):
+    """What runtimes fuse and what they stumble over: these operators must not come back."""
+    result = sgformer.export(weights, tmp_path / "m.onnx", image_size=224, features=True, significance=True)
+    assert result.largest < 1e-4
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    count = Counter(node.op_type for node in graph.node)
+    computed = {"Shape", "Range", "Mod", "Where", "Expand", "ConstantOfShape", "Cast", "Pad"}
+    copies = {"Split", "GatherElements", "ScatterElements", "Resize", "ReduceSum", "Sqrt", "Pow"}
+    assert not (computed | copies) & count.keys()
+    network = sgformer.load_model(weights)
+    modules = list(network.modules())
+    norms = sum(type(m) is torch.nn.LayerNorm for m in modules)
+    guided = sum(type(m) is SelfGuidedAttention for m in modules)
+    hybrid = sum(type(m) is HybridScaleAttention for m in modules)
+    assert count["LayerNormalization"] == norms and count["TopK"] == guided
+    assert count["InstanceNormalization"] == sum(type(m) is torch.nn.GroupNorm for m in modules)
+    assert count["Softmax"] == 2 * hybrid + guided + 1 and count["ReduceMean"] == 2 * hybrid
+    # A map of rows is one Gemm. Matrix products are attention's two, and the pooling of regions of several tokens.
+    pooled = sum(rate > 1 for m in modules if type(m) is LinearAggregation for rate in m.rates)
+    assert count["MatMul"] == 2 * count["Softmax"] + pooled
 
 
 @pytest.mark.parametrize("changes", [{"aggregation": "merge"}, {"aggregation": "weighted"}, {"significance": "random"}])

@@ -3,7 +3,8 @@
 An exporter traces one run and records how every size depends on the input's. The backbone branches on sizes (do
 windows tile the grid? is the matrix small enough to keep?), and each branch taken would be recorded for all images.
 There are no such branches here: windows, regions and enlarged maps are indices, computed from the sizes by integer
-arithmetic, and padding is always masked. Tests compare each part with the backbone's own.
+arithmetic, and padding is always masked. At a fixed size most parts are those of :mod:`~.fixed` instead. Tests compare
+each part with the backbone's own.
 
 Legend: B batch, H x W token grid, N = H * W, C channels, h heads, n windows, M keys of a window.
 """
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgformer import ops
+from sgformer.backends import fixed as at_one_size
 from sgformer.backends.eligibility import intact
 from sgformer.backends.native_autograd import restore
 from sgformer.backends.optimize import FoldedMlp
-from sgformer.models.backbone import HybridScaleAttention, MultiScaleAttention
+from sgformer.models.backbone import HybridScaleAttention, MultiScaleAttention, PlainAttention, SelfGuidedAttention
 from sgformer.models.config import SGFormerConfig
-from sgformer.models.layers import Mlp, PositionTable, convolve
+from sgformer.models.layers import ConvNorm, Mlp, PositionTable, convolve, resize_table
 from sgformer.models.significance import LinearAggregation, MeanAggregation
 
 #: Smallest token grid of a guided stage, in tokens, for images from 32 x 32 pixels: 8 x 8, 4 x 4, 2 x 2.
@@ -37,14 +39,21 @@ def traceable(model: nn.Module, ties: str = "stable", fixed: bool = False) -> nn
         model: not changed.
         ties: how tokens of equal significance are ordered: "stable", by a stable sort; "topk", by a top-k operator,
             for runtimes whose operator (unlike torch's) puts the lower index first.
-        fixed: height and width are those of the example, and all indices constants.
+        fixed: height and width are those of the example, and all indices and shapes constants.
     """
     result = copy.deepcopy(model).eval().requires_grad_(False)
     restore(result)
     for module in list(result.modules()):
         for name, child in module.named_children():
             if intact(child, Mlp):
-                setattr(module, name, FoldedMlp(child))
+                mlp = FoldedMlp(child)
+                setattr(module, name, at_one_size.FixedMlp(mlp) if fixed else mlp)
+            elif fixed and intact(child, ConvNorm):
+                setattr(module, name, at_one_size.FixedConvNorm(child))
+            elif fixed and intact(child, PlainAttention):
+                setattr(module, name, at_one_size.FixedPlain(child))
+            elif fixed and intact(child, SelfGuidedAttention):
+                setattr(module, name, at_one_size.FixedGuided(child, Aggregation(child.aggregate, ties, fixed)))
             elif type(child) is PositionTable:
                 setattr(module, name, Position(child, fixed))
             elif type(child) in (HybridScaleAttention, MultiScaleAttention):
@@ -149,8 +158,11 @@ class HybridScale(nn.Module):
     def __init__(self, attn: Any, fixed: bool):
         super().__init__()
         self.attn, self.fixed = attn, fixed
+        self.tiled = at_one_size.FixedHybrid(attn) if fixed and intact(attn, HybridScaleAttention) else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.tiled is not None and self.tiled.suits(x):
+            return self.tiled(x)  # type: ignore[no-any-return]
         attn, B, C, (H, W) = self.attn, x.shape[0], x.shape[3], sides(x, 1, self.fixed)
         if isinstance(attn, HybridScaleAttention):
             q_coarse, q_fine, kv_fine, local = attn.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
@@ -216,6 +228,8 @@ class Aggregation(nn.Module):
         else:
             order = significance.argsort(dim=1, stable=True)
         groups = self.groups(order)
+        if self.fixed and type(self.inner) is LinearAggregation:
+            return at_one_size.pool(self.inner, x, groups), groups
         return self.inner.pool(x, groups), groups
 
     def groups(self, order: Tensor) -> list[Tensor]:
@@ -226,8 +240,12 @@ class Aggregation(nn.Module):
             end = N if i == len(self.inner.ends) - 1 else (2 * above * N + below) // (2 * below)
             length = end - start
             count = (length + rate - 1) // rate
+            if self.fixed and length == count * rate:  # all of them, as they are
+                groups.append(order[:, start:end].reshape(-1, count, rate))
+                start = end
+                continue
             places = (2 * torch.arange(count * rate, device=order.device) + 1) * length // (2 * count * rate) + start
-            groups.append(order.index_select(1, places).view(B, count, rate))
+            groups.append(order.index_select(1, places).view(-1 if self.fixed else B, count, rate))
             start = end
         return groups
 
@@ -247,4 +265,6 @@ class Position(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         image, size = self.table.permute(2, 0, 1)[None], sides(x, 1, self.fixed)
+        if self.fixed:
+            return x + resize_table(self.table, size)
         return x + F.interpolate(image, size=size, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)

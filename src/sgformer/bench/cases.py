@@ -217,11 +217,12 @@ def _exported_step(model: nn.Module, image: Tensor, case: Case) -> Callable[[], 
         raise Unsupported(f"{case.backend} is measured for inference in {', '.join(known)} on the CPU")
     runtime = require(case.backend, extra="bench")
     require("onnx", extra="bench")
+    from sgformer.backends.traceable import traceable
     from sgformer.exporting.formats.onnx import onnx_session
     from sgformer.exporting.quiet import quiet
 
     if is_ours(case.model):
-        model = sgformer.optimize(model, pack=False)  # folded: the exporter cannot trace a computed kernel
+        model = traceable(model, "topk", fixed=True)  # what `sgformer export --image-size` writes
     file = io.BytesIO()
     with quiet(), torch.no_grad():
         torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], opset_version=17)
