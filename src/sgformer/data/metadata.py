@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from PIL import Image
 
@@ -14,10 +15,10 @@ EXIF = b"Exif\0\0"
 
 def orientation_in(tags: Mapping[int, object]) -> int:
     """The EXIF orientation, 1 to 8; 1 if missing or unreadable."""
-    value = tags.get(ORIENTATION, 1)
+    value: Any = tags.get(ORIENTATION, 1)
     value = value[0] if isinstance(value, tuple) and value else value  # some programs write a list, or a fraction
     try:
-        return int(value) if 1 <= int(value) <= 8 else 1  # type: ignore[call-overload]
+        return int(value) if 1 <= int(value) <= 8 else 1
     except (TypeError, ValueError, ArithmeticError):
         return 1
 
