@@ -71,7 +71,7 @@ test: install  ## the whole suite
 test-fast: install  ## the quick part of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
-bench: install  ## speed and memory of S, every target beside its figure; refreshes docs/results.md (23 minutes on 2 quiet cores)
+bench: install  ## speed and memory, every target beside its figure; refreshes docs/results.md (an hour on 2 quiet cores)
 	$(BIN)/python benchmarks/standing.py --out bench
 
 gpu: install  ## on one GPU, in 8 minutes: its tests, then speed beside other networks, and what did not fit; in gpu/
