@@ -94,10 +94,15 @@ TEST_SECONDS = 75.0
 TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-m", "gpu", "tests/test_gpu.py"]
 
 
+def _interruptible() -> None:
+    """In the child: what runs in the background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_for(command: Sequence[str], seconds: float, log: Path) -> int | None:
     """The exit status of a command; None if it was stopped after so many seconds, as by Ctrl-C, with what it has."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_interruptible)
         try:
             return process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:

@@ -3,9 +3,11 @@
 import builtins
 import os
 import pickle
+import tracemalloc
 from itertools import islice
 
 import hostile
+import numpy as np
 import pytest
 import torch
 
@@ -79,9 +81,14 @@ def test_commands_and_recipes(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bomb_in_a_comment_is_refused():
-    with pytest.raises(UserError, match=r"bomb\.png: the image is damaged"):
-        read_image(hostile.png_text_bomb(), "bomb.png")
+def test_a_bomb_in_a_comment_stays_packed():
+    bomb = hostile.png_text_bomb()
+    tracemalloc.start()
+    image = read_image(bomb, "bomb.png")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(image, read_image(hostile.seeds()["RGB.png"], "plain.png"))
+    assert peak < 2**24  # the comment has 64 MB
 
 
 # -- pickles ----------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def every_drawing(out):
         for i, name in enumerate(MATHS)
         for j in range(2)
     ]
+    sizes = [{"network": m, "way": MATHS[1], "size": 32 * j, "ms": 1.0 * j} for m in MATHS for j in (1, 2)]
     grown = [{MATHS[1]: 1, "rank_correlation": 0.5}, {MATHS[1]: 2, "rank_correlation": 0.6}]
     row = {"block": "1.1", "energy_inside": 0.4, "area": 0.2, "shuffled": 0.2, "p": 0.1}
     records = [(MATHS[0], {"1": noise.random((8, 8))}), (MATHS[1], {"1": noise.random((8, 8))})]
@@ -102,6 +103,7 @@ def every_drawing(out):
         "ablation.draw_ablation": lambda: ablation.draw_ablation([(m, [1.0, 2.0]) for m in MATHS], out, MATHS[0]),
         "ablation.draw_runs": lambda: ablation.draw_runs([(m, [(1, 2.0), (2, 3.0)]) for m in MATHS], out, MATHS[0]),
         "bench.draw_growth": lambda: bench.draw_growth(bench_points, MATHS[0], out),
+        "bench.draw_sizes": lambda: bench.draw_sizes({MATHS[0]: sizes}, out),
         "bench.draw_throughput": lambda: bench.draw_throughput(bench_points, MATHS[0], out),
         "confusion.draw_confusion": lambda: draw_confusion(np.eye(n, dtype=int), MATHS, out, MATHS[0]),
         "curves.draw_curves": lambda: curves.draw_curves(table, out, (MATHS[1],)),
