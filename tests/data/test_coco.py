@@ -188,14 +188,14 @@ def test_malformed_json_is_named_with_its_place(tmp_path, text, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", "C:\\b.png", "", "a\0b"]
+    "name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", "C:\\b.png", "", "a\0b", "half\ud800"]
 )
 def test_paths_out_of_the_image_folder_are_refused(tmp_path, name):
     data = content([])
     data["images"][0]["file_name"] = name
     file = tmp_path / "x.json"
     file.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"leaves the image folder|needs id"):
+    with pytest.raises(UserError, match=r"leaves the image folder|needs id|holds characters"):
         read_coco(file, tmp_path, check_files=False)
 
 

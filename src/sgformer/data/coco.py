@@ -773,9 +773,17 @@ def _inside(name: str) -> str | None:
     """A file name that stays below its folder, with forward slashes; None if it leads out or is an address."""
     clean = name.replace("\\", "/")
     path = PurePosixPath(clean)
-    if not path.parts or path.is_absolute() or ".." in path.parts or re.match(ADDRESS, clean) or "\0" in clean:
+    if not path.parts or path.is_absolute() or ".." in path.parts or re.match(ADDRESS, clean) or not _possible(clean):
         return None
     return str(path)
+
+
+def _possible(name: str) -> bool:
+    """Whether a file can have this name: no null, no half of a surrogate pair (but those that stand for raw bytes)."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _parts(name: str) -> list[str]:
@@ -805,6 +813,8 @@ def _last_part(name: str) -> str | None:
 
 def _safe(name: str, file: Path) -> str:
     """Check that a path stays below the image folder: an annotation file must not make us read other files."""
+    if not _possible(name):
+        raise UserError(f"{file}: file_name {_short(name)} holds characters that no file's name has: rejected")
     inner = _inside(name)
     if inner is None:
         raise UserError(

@@ -48,6 +48,9 @@ OPTIMISERS = {
 # need norms or products of full tensors.
 ELEMENTWISE = ("sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "rmsprop", "lion")
 
+LARGEST = 10**30  # of any whole number: Python refuses to print those of thousands of digits
+MOST_PROCESSES, MOST_IMAGES = 1024, 2**20
+
 # Options for fields of SGFormerConfig or its stages; None: as published, or as in --weights.
 GUIDANCE = ("significance", "aggregation", "attention", "pairs", "regions", "scales")
 
@@ -227,6 +230,11 @@ class RunConfig:
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if isinstance(self.epochs, float) and self.epochs.is_integer():
             object.__setattr__(self, "epochs", int(self.epochs))
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, int) and abs(part) >= LARGEST for part in parts):
+                raise UserError(f"--{dashed(spec.name)} is too large a number")
         for name in (
             "epochs",
             "minutes",
@@ -249,6 +257,9 @@ class RunConfig:
         for name in ("drop_path", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
         self._check("devices", lambda v: v == "auto" or v > 0, "must be auto or above 0")
+        for name in ("devices", "workers"):
+            self._check(name, lambda v: v == "auto" or v <= MOST_PROCESSES, f"must be at most {MOST_PROCESSES}")
+        self._check("batch_size", lambda v: v <= MOST_IMAGES, f"must be at most {MOST_IMAGES}")
         self._check("image_size", lambda v: min(self.image_hw) >= 32, "must be 32 pixels or more")
         self._check("image_size", lambda v: max(self.image_hw) <= MAX_SIDE, f"must be {MAX_SIDE} pixels or less")
         self._check_minutes("epochs")
