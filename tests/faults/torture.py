@@ -29,6 +29,8 @@ import hostile
 import killing
 import strangers
 
+from sgformer.tasks.classify.config import ClassifyConfig
+
 HANG = 60  # seconds after which an input counts as a hang
 MEMORY = 1024  # MiB that an ordinary input may add to the process
 FEW = 512  # MiB, for files that are small and well formed; the first of a process imports its libraries
@@ -240,7 +242,7 @@ def odd_trainings(tries: int, seed: int, out: Path) -> Count:
     course = killing.classification(out)
     numbers = ("0", "1", "2", "3", "7", "0.001", "0.5", "0.999", "1e-30", "1e30", "100000")
     no = ("data", "run", "weights", "epochs", "max_steps", "device", "devices", "model", "workers", "compile")
-    names = [f.name.replace("_", "-") for f in fields(hostile.ClassifyConfig) if f.name not in no]
+    names = [f.name.replace("_", "-") for f in fields(ClassifyConfig) if f.name not in no]
     count = Count("whole trainings with odd settings")
     folder = out / "odd"
     folder.mkdir()
