@@ -43,6 +43,12 @@ def test_table_json_and_plots(tmp_path, capsys):
     assert pictures >= {"growth-infer-batch-1.png", "throughput-train-batch-1-64.png"}
 
 
+def test_the_reach_of_coarse_heads_is_an_option(tmp_path):
+    options = ["--image-size", "32", "--coarse", "window", "global", *QUICK, "--out", str(tmp_path)]
+    assert main(["bench", "--models", "sgformer_n", *options]) == 0
+    assert [r["coarse"] for r in json.loads((tmp_path / "bench.json").read_text())["results"]] == ["window", "global"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

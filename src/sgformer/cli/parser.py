@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
@@ -91,9 +92,12 @@ def function_options(function: Callable[..., Any]) -> list[Option]:
     result = []
     for name, p in inspect.signature(function).parameters.items():
         default = REQUIRED if p.default is inspect.Parameter.empty else p.default
-        origin = get_origin(kinds[name])
+        kind = kinds[name]
+        if get_origin(kind) in (Union, UnionType):  # list[...] | None, which is None if left out
+            kind = next((k for k in get_args(kind) if get_origin(k) is list), kind)
+        origin = get_origin(kind)
         many = origin in (list, tuple)
-        kind = get_args(kinds[name])[0] if many else kinds[name]
+        kind = get_args(kind)[0] if many else kind
         result.append(Option(name, kind, default, helps.get(name, ""), many=many, positional=origin is tuple))
     return result
 

@@ -72,7 +72,7 @@ def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path
     """
     ticker = require("matplotlib.ticker", extra="bench")
     panels = {"seconds": ("milliseconds per step", 1e3), "memory": ("peak memory, MiB", 2**-20)}
-    with figure(out, 10, 4.2) as fig:
+    with figure(out, 10, 4.2 + 0.18 * len({p["label"] for p in points})) as fig:
         for axes, (name, (label, scale)) in zip(fig.subplots(1, 2), panels.items(), strict=True):
             for i, network in enumerate(dict.fromkeys(p["label"] for p in points)):
                 here = sorted((p["size"], p[name]) for p in points if p["label"] == network and p[name])
@@ -81,7 +81,8 @@ def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path
                 x, y = [size for size, _ in here], [value * scale for _, value in here]
                 slope = exponent([side * side for side in x], y)
                 legend = network if slope is None else f"{network}: pixels^{round(slope, 2) + 0:.2f}"
-                axes.plot(x, y, marker=MARKERS[i % 5], markersize=4, color=COLOURS[i % 5], label=legend)
+                line = {"color": COLOURS[i % 5], "linestyle": ("-", "--", ":")[i // 5 % 3]}
+                axes.plot(x, y, marker=MARKERS[i % 5], markersize=4, label=legend, **line)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -92,8 +93,8 @@ def draw_growth(points: Sequence[Mapping[str, Any]], title: str, out: str | Path
             axes.set_xticks([], minor=True)
             axes.set_title(f"{title}: {label}")
             axes.set_xlabel("image side, pixels")
-            if axes.lines:
-                axes.legend(fontsize=7.5)
+            if axes.lines:  # below: lines that rise to the right leave room for few names
+                axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def draw_sizes(panels: Mapping[str, Sequence[Mapping[str, Any]]], out: str | Path) -> None:
