@@ -82,7 +82,7 @@ def ways() -> dict[str, Way]:
 
     def similar(significance: Tensor, kv: Tensor, x: Tensor, grid: Any, pool: Any, groups: int) -> Tensor:
         order = significance.argsort(stable=True)[None]
-        return ops.merge_similar(x[None], order, pool.shares, pool.rates)[1][0].unique(return_inverse=True)[1]
+        return ops.merge_similar(x[None], order, pool.ends, pool.rates)[1][0].unique(return_inverse=True)[1]
 
     names = ("the network's ranking", "the ranking inverted", "uniform: raster order", "random")
     return {name: ranked(name) for name in names} | {

@@ -164,7 +164,7 @@ def test_groups_of_sequences_are_those_of_each_alone(data):
     shares = torch.rand(len(rates), dtype=torch.float64)
     shares = (shares / shares.sum()).tolist()
     order = torch.stack([torch.cat([torch.randperm(n), torch.arange(n, max(lengths))]) for n in lengths])
-    groups, valid = ops.group_sequences(order, torch.tensor(lengths), shares, rates)
+    groups, valid = ops.group_sequences(order, torch.tensor(lengths), ops.cumulative(shares), rates)
     for i, n in enumerate(lengths):
         alone = ops.group_tokens(order[i : i + 1, :n], shares, rates)
         for region, (mine, real) in enumerate(zip(groups, valid, strict=True)):

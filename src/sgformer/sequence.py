@@ -194,7 +194,7 @@ class SelfGuidedAttention1d(nn.Module):
             raise ValueError("aggregation 'merge' takes no lengths: pass sequences of one length, or use another one")
         C = x.shape[-1]
         order = ops.sort_tokens(significance.where(valid, math.inf))  # padding comes last
-        groups, real = ops.group_sequences(order, lengths, aggregate.shares, aggregate.rates)
+        groups, real = ops.group_sequences(order, lengths, aggregate.ends, aggregate.rates)
         weights = [standardise(significance, valid)] if isinstance(aggregate, WeightedAggregation) else []
         pooled = aggregate.pool(x, groups, *weights)
         q, local = attn.proj_in(x).split((C, C), dim=-1)

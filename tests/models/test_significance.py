@@ -143,7 +143,7 @@ def test_options_are_saved_in_the_weights(tmp_path):
 def test_merging_keeps_every_token_once(tokens, rate, B):
     x = torch.randn(B, tokens, 6, dtype=torch.float64)
     order = ops.sort_tokens(torch.rand(B, tokens))
-    few, token, region = ops.merge_similar(x, order, (0.25, 0.75), (rate, 2))
+    few, token, region = ops.merge_similar(x, order, ops.cumulative((0.25, 0.75)), (rate, 2))
     lengths = ops.region_lengths(tokens, (0.25, 0.75))
     assert few.shape[1] == sum(-(-n // r) for n, r in zip(lengths, (rate, 2), strict=True))
     for b in range(B):
@@ -159,7 +159,7 @@ def test_merging_keeps_every_token_once(tokens, rate, B):
 def test_like_tokens_merge():
     kinds = torch.eye(4).repeat(8, 1)  # 32 tokens of four kinds
     x = kinds[torch.randperm(32)][None] * torch.rand(1, 32, 1).add(0.5)
-    token = ops.merge_similar(x, torch.arange(32)[None], (1.0,), (2,))[1][0]
+    token = ops.merge_similar(x, torch.arange(32)[None], [(1, 1)], (2,))[1][0]
     seeds = (2 * torch.arange(16) + 1) * 32 // 32
     if len(x[0, seeds].argmax(-1).unique()) == 4:  # every kind has a seed
         for g in token.unique():

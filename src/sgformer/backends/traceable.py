@@ -236,8 +236,8 @@ class Aggregation(nn.Module):
         """See ``ops.group_tokens``: region ends are cumulative shares of N, rounded half up; positions are even."""
         B, N = order.shape[0], int(order.shape[1]) if self.fixed else order.shape[1]
         groups, start = [], 0
-        for i, ((above, below), rate) in enumerate(zip(self.inner.ends, self.inner.rates, strict=True)):
-            end = N if i == len(self.inner.ends) - 1 else (2 * above * N + below) // (2 * below)
+        for i, (whole, rate) in enumerate(zip(self.inner.ends, self.inner.rates, strict=True)):
+            end = N if i == len(self.inner.ends) - 1 else ops.share_of(N, whole)
             length = end - start
             count = (length + rate - 1) // rate
             if self.fixed and length == count * rate:  # all of them, as they are

@@ -320,20 +320,22 @@ def _aggregate(x: Tensor, groups: list[Tensor], weights: list[Tensor], bias: lis
 
 
 @fx.wrap
-def _merge(x: Tensor, significance: Tensor, shares: list[float], rates: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.merge_similar(x, ops.sort_tokens(significance), shares, rates)
+def _merge(
+    x: Tensor, significance: Tensor, ends: list[tuple[int, int]], rates: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.merge_similar(x, ops.sort_tokens(significance), ends, rates)
 
 
 class MergeAggregation(Aggregation):
     """The mean of similar tokens; see :func:`sgformer.ops.merge_similar`."""
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, list[Tensor]]:
-        pooled, token, region = _merge(x, significance, self.shares, self.rates)
+        pooled, token, region = _merge(x, significance, self.ends, self.rates)
         return pooled, [token, region]
 
     def describe(self, grouped: list[Tensor], grid: tuple[int, ...]) -> MergedTokens:
         token, region = grouped
-        lengths = ops.region_lengths(token.shape[1], self.shares)
+        lengths = ops.lengths_at(token.shape[1], self.ends)
         return MergedTokens(grid, token, region, sum(-(-n // r) for n, r in zip(lengths, self.rates, strict=True)))
 
 

@@ -15,6 +15,7 @@ from sgformer.ops.regroup import (
     lengths_at,
     region_lengths,
     resample_weights,
+    share_of,
     sort_tokens,
     weighted_sum,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "partition",
     "region_lengths",
     "resample_weights",
+    "share_of",
     "sort_tokens",
     "split_heads",
     "valid_tokens",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgformer.ops.kernels import serving
-from sgformer.ops.regroup import region_lengths
+from sgformer.ops.regroup import lengths_at
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def most_similar(x: Tensor, seeds: Tensor) -> Tensor:
 
 
 def merge_similar(
-    x: Tensor, order: Tensor, shares: Sequence[float], rates: Sequence[int]
+    x: Tensor, order: Tensor, ends: Sequence[tuple[int, int]], rates: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of each group of similar tokens.
 
@@ -65,7 +65,7 @@ def merge_similar(
     Args:
         x: (B, N, C).
         order: (B, N) int64 from ``sort_tokens``.
-        shares: fraction of the tokens in each region, least significant first.
+        ends: of the regions, least significant first, from :func:`~sgformer.ops.regroup.cumulative`.
         rates: r_i of each region.
 
     Returns:
@@ -73,7 +73,7 @@ def merge_similar(
         each (B, N) int64.
     """
     B, N, C = x.shape
-    lengths = region_lengths(N, shares)
+    lengths = lengths_at(N, ends)
     direction = F.normalize(x.detach(), dim=-1)
     joined, regions, start = [], [], 0
     for i, (members, rate) in enumerate(zip(order.split(lengths, dim=1), rates, strict=True)):

@@ -54,15 +54,16 @@ def region_lengths(tokens: int, shares: Sequence[float]) -> list[int]:
 def lengths_at(tokens: int, ends: Sequence[tuple[int, int]]) -> list[int]:
     """:func:`region_lengths` for the ends of :func:`cumulative`. A symbol is taken to be large enough for all."""
     if not fixed(tokens):
-        places = [_share_of(tokens, end) for end in ends[:-1]]
+        places = [share_of(tokens, end) for end in ends[:-1]]
         return [end - start for start, end in pairwise([0, *places, tokens])]
     tokens, places = int(tokens), [0]
     for i, end in enumerate(ends, start=1):
-        places.append(max(places[-1], min(max(_share_of(tokens, end), i), tokens - (len(ends) - i))))
+        places.append(max(places[-1], min(max(share_of(tokens, end), i), tokens - (len(ends) - i))))
     return [end - start for start, end in pairwise(places)]
 
 
-def _share_of(tokens: Any, end: tuple[int, int]) -> Any:
+def share_of(tokens: Any, end: tuple[int, int]) -> Any:
+    """A fraction of a number of tokens, be it a symbol or a tensor, rounded half up."""
     above, below = end
     return (2 * above * tokens + below) // (2 * below)
 
@@ -146,22 +147,22 @@ def group_at(order: Tensor, ends: Sequence[tuple[int, int]], rates: Sequence[int
 
 
 def group_sequences(
-    order: Tensor, lengths: Tensor, shares: Sequence[float], rates: Sequence[int]
+    order: Tensor, lengths: Tensor, ends: Sequence[tuple[int, int]], rates: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As :func:`group_tokens` for sequences of unequal lengths: each is divided as it would be alone.
 
     Args:
         order: (B, N) int64, the tokens of each sequence from the least significant on, its padding last.
         lengths: (B,) int64, the number of tokens of each sequence, at least 1.
-        shares, rates: of each region.
+        ends, rates: of each region, the ends from :func:`cumulative`.
 
     Returns:
         One (B, G_i, r_i) int64 tensor per region, G_i being that of the longest: token indices; and one (B, G_i) bool
         tensor per region, False where a sequence has no such group, and the indices mean nothing.
     """
     groups, valid = [], []
-    ends = _region_ends(lengths, shares)
-    for start, end, rate in zip(ends, ends[1:], rates, strict=False):
+    places = _region_ends(lengths, ends)
+    for start, end, rate in zip(places, places[1:], rates, strict=False):
         length = (end - start)[:, None, None]  # (B, 1, 1)
         counts = (length + rate - 1) // rate
         most = int(counts.max())
@@ -173,13 +174,13 @@ def group_sequences(
     return groups, valid
 
 
-def _region_ends(lengths: Tensor, shares: Sequence[float]) -> list[Tensor]:
-    """0 and the cumulative :func:`region_lengths` of every sequence, each (B,)."""
-    ends = [torch.zeros_like(lengths)]
-    for i, end in enumerate(cumulative(shares), start=1):
-        place = _share_of(lengths, end).clamp(min=i)
-        ends.append(torch.maximum(ends[-1], torch.minimum(place, lengths - (len(shares) - i))))
-    return [*ends[:-1], lengths]
+def _region_ends(lengths: Tensor, ends: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """0 and the cumulative :func:`lengths_at` of every sequence, each (B,)."""
+    places = [torch.zeros_like(lengths)]
+    for i, end in enumerate(ends, start=1):
+        place = share_of(lengths, end).clamp(min=i)
+        places.append(torch.maximum(places[-1], torch.minimum(place, lengths - (len(ends) - i))))
+    return [*places[:-1], lengths]
 
 
 def aggregate(x: Tensor, groups: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
