@@ -166,7 +166,7 @@ def try_meaning(name: str, data: bytes, folder: Path) -> str:
         about = read_metadata(path)
         sgformer.load_model(path)
         size = about.get("short_side", about.get("image_size", 64))
-        if max(size if isinstance(size, list) else [size]) <= 128:  # larger ones are allowed, and take their time
+        if max(size if isinstance(size, list) else [size]) <= 128:  # larger ones take their time, or are refused
             sgformer.predict(path, [small_picture()])
             if "timm" not in name:
                 sgformer.explain(path, [small_picture()])

@@ -24,6 +24,8 @@ from sgformer.cli import main
 from sgformer.core.errors import UserError
 from sgformer.models.load import build_network, read_weights
 from sgformer.models.released import load_released
+from sgformer.tasks.api import load_explainer
+from sgformer.tasks.classify.teacher import read_network
 
 pytest.importorskip("pycocotools")
 
@@ -224,6 +226,7 @@ ONE = {
         ({"metadata__num_classes": 10**6}, None),
         ({"metadata__num_classes": 10**9}, "num_classes must be a number"),
         ({"metadata__image_size": [33, 4000]}, None),
+        ({"metadata__image_size": [4096, 4096]}, "an image size of 4096 x 4096 pixels, at which it would take some 3.9 GiB"),
     ],
 }
 
@@ -245,6 +248,46 @@ def test_one_line_names_what_is_wrong(warm, kind, changes, says):
         with pytest.raises(UserError, match=says):
             predict()
     assert refused("w.safetensors", predict) == "refused"
+
+
+def call(command: str, path, folder, **options):
+    """One of the ways in which the image size that a file names is used."""
+    if command == "predict":
+        sgformer.predict(path, [small_picture()], **options)
+    elif command == "explain":
+        list(sgformer.explain(path, [small_picture()], **options))
+    elif command == "embed":
+        sgformer.embed(path, [small_picture()], **options)
+    elif command == "export":
+        sgformer.export(path, folder / "w.onnx", **options)
+    else:
+        load_explainer(path, **options)  # of the page and of `localization`
+
+
+@pytest.mark.parametrize("command", ["predict", "explain", "embed", "export", "page"])
+@pytest.mark.parametrize("kind, key, size", [("classify", "image_size", 4096), ("segment", "short_side", 2000),
+                                             ("detect", "image_size", [1500, 2000])])  # fmt: skip
+def test_an_image_size_out_of_proportion_is_not_taken_from_a_file(warm, kind, key, size, command):
+    path = warm / "w.safetensors"
+    path.write_bytes(sealed(*said(kind, **{f"metadata__{key}": size})))
+    with within(SPARE), pytest.raises(UserError, match=r"w\.safetensors: names an image size of .* --image-size"):
+        call(command, path, warm)
+    if command in ("predict", "explain", "page"):
+        call(command, path, warm, image_size=64)  # by the user's own word
+
+
+def test_a_teacher_names_its_image_size_in_proportion(warm):
+    path = warm / "w.safetensors"
+    path.write_bytes(sealed(*said("classify", metadata__image_size=4096)))
+    with within(SPARE), pytest.raises(UserError, match=r"--teacher .*w\.safetensors: names an image size .* GiB$"):
+        read_network(str(path))
+
+
+def test_the_largest_image_size_of_a_small_file_stays_small(warm):
+    path = warm / "w.safetensors"
+    path.write_bytes(sealed(*said("classify", metadata__image_size=1408)))
+    with within(700):
+        sgformer.predict(path, [small_picture()])
 
 
 def test_a_backbone_of_others_may_lack_its_last_layers_only(warm):

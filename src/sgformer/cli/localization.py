@@ -42,9 +42,8 @@ def localization(
         require("matplotlib", extra="train")
         distrust_run(weights)
         try_folder(out)
-    explainer, objects = load_explainer(weights, device, model), find_objects(data, split)
-    if image_size is not None:
-        explainer.take_size(image_size)
+    explainer = load_explainer(weights, device, model, image_size=image_size)
+    objects = find_objects(data, split)
     found = localize(explainer, objects, limit)
     say(*table(found).split("\n"))
     say(

@@ -30,6 +30,8 @@ from sgformer.models.significance import set_token_budget
 TIMM = "timm"  # the "format" of files with another model of timm's registry
 DENSE = "sgformer-dense"  # the "format" of files with a backbone and its heads
 BACKBONE = "backbone.network."  # the backbone's prefix in those
+# What a file may make of an image by the size it names: half a GiB, or 64 times the bytes of its weights if that is more.
+MOST_NAMED, PER_BYTE = 2**29, 64
 SPARE = 2**22  # parameters of layers after the last feature map that a backbone below heads may lack, besides its own
 
 Source = str | os.PathLike[str]
@@ -154,6 +156,28 @@ def _refuse_broken(weights: Weights) -> None:
         raise UserError(
             f"{weights.path}: NaN or infinite values in {some(broken, 3)}: its training diverged, or the file is "
             "damaged; take the weights of an earlier step"
+        )
+
+
+def refuse_large(weights: Weights) -> None:
+    """Raise UserError if the image size that a file names needs far more memory than a network of its size should: a
+    stranger may have written it. To be called where no other size is given.
+
+    The need is an estimate from peaks measured with N, S and B at 768 to 1,536 pixels: 4 bytes for each channel of a
+    block and its MLP at the stage's resolution, four times over, and 250 bytes a pixel at least.
+    """
+    named = weights.metadata.get("short_side", weights.metadata.get("image_size"))
+    if named is None:
+        return
+    sides = [named, named] if isinstance(named, int) else list(named)
+    config = weights.config
+    widest = max(s.dim / 4**i for i, s in enumerate(config.stages)) * (1 + config.mlp_ratio) if config else 0
+    needed = sides[0] * sides[1] * max(250.0, widest)
+    stored = sum(t.numel() * t.element_size() for t in weights.tensors.values())
+    if needed > max(MOST_NAMED, PER_BYTE * stored):
+        raise UserError(
+            f"{weights.path}: names an image size of {sides[0]} x {sides[1]} pixels, at which it would take some "
+            f"{needed / 2**30:.1f} GiB; if that is meant, say so with --image-size"
         )
 
 

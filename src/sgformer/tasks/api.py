@@ -107,11 +107,17 @@ def load_model(weights: Source, model: str | None = None, **options: Any) -> nn.
     return task_of(stored.task, weights).network(stored)
 
 
-def _read(weights: Source, model: str | None, tokens: float | None = None) -> tuple[Weights, Task]:
-    """The content of any weights, in float32, with a token budget if one is given, and their task."""
-    from sgformer.models.load import read_weights
+def _read(
+    weights: Source, model: str | None, tokens: float | None = None, image_size: Any = None
+) -> tuple[Weights, Task]:
+    """The content of any weights, in float32, with a token budget if one is given, and their task. Without
+    `image_size` their own is used, which must not be out of proportion."""
+    from sgformer.models.load import read_weights, refuse_large
 
-    stored = read_weights(weights, model).in_full()
+    stored = read_weights(weights, model)
+    if image_size is None:
+        refuse_large(stored)
+    stored = stored.in_full()
     if tokens is not None:
         stored = dataclasses.replace(stored, token_budget=tokens)
     return stored, task_of(stored.task, weights)
@@ -154,7 +160,7 @@ def evaluate(
     """
     for package in ("lightning", "torchmetrics"):
         require(package, extra="train")
-    stored, task = _read(weights, model, tokens)
+    stored, task = _read(weights, model, tokens, options.get("image_size"))
     if knn or linear_probe:
         return _score_features(stored, data, knn, linear_probe, **options)
     for name in SPLITTING:
@@ -252,7 +258,7 @@ def predict_images(
         if options.pop("precision", "fp32") != "fp32":
             raise UserError(f"--precision is for weights; {weights} keeps that which it was exported with")
         return task, task.predict_exported(network, images, **options), network.metadata
-    stored, task = _read(weights, model, tokens)
+    stored, task = _read(weights, model, tokens, options.get("image_size"))
     task.require()
     task.check(stored)
     refuse_foreign(options, task, "predict_options", weights)
@@ -304,7 +310,7 @@ def embed_images(
         raise UserError(f"{weights}: an exported file has no embeddings; take them from the weights it was made from")
     from sgformer.tasks.features import embed
 
-    stored, task = _read(weights, model, tokens)
+    stored, task = _read(weights, model, tokens, options.get("image_size"))
     if stored.architecture is not None:
         task.require()
     return embed(stored, images, **options)
@@ -333,7 +339,11 @@ def explainer_for(model: nn.Module) -> Explainer:
 
 
 def load_explainer(
-    weights: Source, device: str = "auto", model: str | None = None, tokens: float | None = None
+    weights: Source,
+    device: str = "auto",
+    model: str | None = None,
+    tokens: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Explainer:
     """An explainer of trained weights.
 
@@ -343,21 +353,25 @@ def load_explainer(
         model: the network's name, for a plain state dict.
         tokens: key/value tokens as a multiple of those the network was trained with, .25 to 4; see
             :func:`sgformer.set_token_budget`.
+        image_size: pixels, as in `explain`; by default as trained.
 
     Raises:
-        UserError: the weights are unreadable or not of an SG-Former.
+        UserError: the weights are unreadable or not of an SG-Former, or the size is invalid.
     """
     from sgformer.core.device import find_device
 
     where = find_device(device)
-    stored, task = _read(weights, model, tokens)
+    stored, task = _read(weights, model, tokens, image_size)
     about = dict(stored.metadata)
     if stored.architecture is None:
         about.setdefault("image_size", 224)
     try:
-        return task.explainer(task.network(stored).to(where), about)
+        explainer = task.explainer(task.network(stored).to(where), about)
     except UserError as error:
         raise UserError(f"{weights}: holds {error}") from None
+    if image_size is not None:
+        explainer.take_size(image_size)
+    return explainer
 
 
 def explain(
@@ -407,9 +421,8 @@ def explain_images(
 ) -> Iterator[Explanation]:
     """:func:`explain` for callers that are told which images are left out."""
     if isinstance(weights, str | os.PathLike):
-        explainer = load_explainer(weights, device, model, tokens)
-    else:
-        explainer = explainer_for(weights)
+        return load_explainer(weights, device, model, tokens, image_size).explain_all(images)
+    explainer = explainer_for(weights)
     if image_size is not None:
         explainer.take_size(image_size)
     return explainer.explain_all(images)
@@ -457,7 +470,7 @@ def export(
     FORMATS.check(format, "--format")
     from sgformer.exporting.export import export_graph
 
-    stored, task = _read(weights, model, tokens)
+    stored, task = _read(weights, model, tokens, image_size)
     task.check(stored)
     return export_graph(
         lambda whole: task.graph(stored, whole, features, significance),

@@ -24,7 +24,7 @@ from sgformer.core.parse import MAX_SMALL, read_bytes
 from sgformer.data.identity import names_in
 from sgformer.data.preparing import Normalization, preprocessing
 from sgformer.models.checkpoint import checksum
-from sgformer.models.load import build_network, build_pretrained, network_name, read_weights
+from sgformer.models.load import build_network, build_pretrained, network_name, read_weights, refuse_large
 from sgformer.models.pretrained import SUFFIXES, pretrained_file
 
 FILE_HELP = "--teacher-classes FILE (lines of CLASS, a tab, the teacher's index)"
@@ -138,10 +138,12 @@ def read_network(source: str) -> tuple[nn.Module, Mapping[str, Any]]:
             return network, network.metadata  # type: ignore[return-value]
         if weights.architecture is not None:
             raise UserError(f"{weights.path} holds a network for {weights.task}, not a classifier")
+        refuse_large(weights)
         return build_network(weights), weights.metadata
     except UserError as error:
+        says = str(error).partition("; pass --model")[0].partition("; if that is meant")[0]
         hint = "; for a plain state dict, --teacher NAME=FILE" if "pass --model" in str(error) else ""
-        raise UserError(f"--teacher {source}: {str(error).partition('; pass --model')[0]}{hint}") from None
+        raise UserError(f"--teacher {source}: {says}{hint}") from None
 
 
 def class_names(network: nn.Module, metadata: Mapping[str, Any]) -> list[tuple[str, ...]] | None:
