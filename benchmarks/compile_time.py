@@ -1,4 +1,5 @@
-"""First call of a network whose blocks are compiled, for one size and for all, and what another size compiles anew.
+"""First call of a compiled network, and what another size compiles anew: `optimize` for one size and for all, which
+compiles blocks, and `torch.compile` of the bare network for all sizes.
 
 There is no cache on the disk.
 
@@ -36,9 +37,14 @@ def main() -> None:
     model = sgformer.create_model(args.model).eval()
     plain = sgformer.optimize(model, pack=False)
     told = {"model": args.model, "threads": torch.get_num_threads()}
-    for kind, dynamic in (("", False), ("dynamic, ", True)):
+    kinds = {
+        "": lambda: sgformer.optimize(model, compile=True),
+        "dynamic, ": lambda: sgformer.optimize(model, compile=True, dynamic=True),
+        "bare, dynamic, ": lambda: torch.compile(model, dynamic=True),
+    }
+    for kind, make in kinds.items():
         torch.compiler.reset()
-        fast = sgformer.optimize(model, compile=True, dynamic=dynamic)
+        fast = make()
         with fresh_cache(), torch.no_grad():
             for size in args.image_size:
                 image, before = torch.randn(1, 3, size, size), counters["stats"]["unique_graphs"]

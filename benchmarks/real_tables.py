@@ -1,12 +1,13 @@
-"""The tables of docs/results.md on photographs that other people took: every network as long, twenty minutes of a core.
+"""The tables of docs/results.md on photographs that other people took: every network as long, ten minutes of a core.
 
-    python benchmarks/real_tables.py DATA RUNS [--only 'clothing10-ours-*']
+    python benchmarks/real_tables.py DATA RUNS [--only 'clothing10-144-ours-*']
 
-DATA holds clothing10-144 and imagenette-tenth (train, val and test, with a folder for each class), and
-tf_efficientnet_lite0.safetensors, the ImageNet weights of the yardstick. Epochs are given, not minutes, so that another
-machine trains as long: they come from rates measured side by side (one thread, 128 pixels, batch 32). All else are the
-defaults that `sgformer train` takes from the data. What is done is not done again; what was interrupted goes on. Run
-with OMP_NUM_THREADS=1, and with as many processes as there are cores, each with its own --only.
+DATA holds clothing10-144 and imagenette-tenth (train, val and test, with a folder for each class), nuclei (COCO's
+layout), ccp-240 (ADE20K's), and tf_efficientnet_lite0.safetensors, the ImageNet weights of the yardstick. Epochs are
+given, not minutes, so that another machine trains as long: for the classifiers they come from rates measured side by
+side (one thread, 128 pixels, batch 32), for detection and segmentation from N's. All else are the defaults that
+`sgformer train` takes from the data. What is done is not done again; what was interrupted goes on. Run with
+OMP_NUM_THREADS=1, and with as many processes as there are cores, each with its own --only.
 """
 
 from __future__ import annotations
@@ -23,27 +24,65 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Network:
-    """What a row of a table trains, for so many epochs on clothing10 and on the tenth of Imagenette."""
+class DataSet:
+    """What to do with a data set: it is trained for so many epochs by network.
 
+    Attributes:
+        split, weights: what the figures are of: images that chose nothing, so either of a third split, by the best
+            epoch on the second, or of the second, by the last epoch.
+        figures: their titles, and where `metrics.json` holds them.
+    """
+
+    task: str
+    epochs: dict[str, int]
+    split: str
+    weights: str
+    figures: dict[str, tuple[str, ...]]
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Network:
     model: str
     weights: str
-    epochs: tuple[int, int]
     seeds: int
 
 
-DATA_SETS = ("clothing10-144", "imagenette-tenth")
+CLASSIFIED = {"split": "test", "weights": "best", "figures": {"Top-1": ("top1",)}, "options": ("--image-size", "128")}
+DATA_SETS = {
+    "clothing10-144": DataSet(
+        "classify", {"ours": 8, "scratch": 8, "resnet10t": 5, "pvt": 6, "lite0": 3}, **CLASSIFIED
+    ),
+    "imagenette-tenth": DataSet(
+        "classify", {"ours": 27, "scratch": 27, "resnet10t": 16, "pvt": 19, "lite0": 9}, **CLASSIFIED
+    ),
+    "nuclei": DataSet(
+        "detect",
+        {"ours": 4, "scratch": 4},
+        "val",
+        "last",
+        {"Box AP": ("box", "AP"), "Mask AP": ("mask", "AP"), "Mask AP50": ("mask", "AP50")},
+    ),
+    "ccp-240": DataSet(
+        "segment",
+        {"ours": 8, "scratch": 8},
+        "val",
+        "last",
+        {"mIoU": ("miou",), "Pixel accuracy": ("pixel_accuracy",)},
+        ("--val-every", "202"),
+    ),
+}
 NETWORKS = {
-    "ours": Network("sgformer_n", "sgformer_n", (8, 27), 3),
-    "scratch": Network("sgformer_n", "none", (8, 27), 3),
-    "resnet10t": Network("resnet10t", "none", (5, 16), 1),
-    "pvt": Network("pvt_v2_b0", "none", (6, 19), 1),
-    "lite0": Network("tf_efficientnet_lite0", "tf_efficientnet_lite0.safetensors", (3, 9), 1),
+    "ours": Network("sgformer_n", "sgformer_n", 3),
+    "scratch": Network("sgformer_n", "none", 3),
+    "resnet10t": Network("resnet10t", "none", 1),
+    "pvt": Network("pvt_v2_b0", "none", 1),
+    "lite0": Network("tf_efficientnet_lite0", "tf_efficientnet_lite0.safetensors", 1),
 }
 
 
-def train(network: Network, data: Path, run: Path, epochs: int, seed: int) -> None:
-    """Train, or go on; then evaluate on the test split, which chose nothing."""
+def train(network: Network, given: DataSet, epochs: int, seed: int, data: Path, run: Path) -> None:
+    """Train, or go on; then evaluate."""
     command = [sys.executable, "-m", "sgformer"]
     if not (run / "report.md").exists():  # written last
         if any(run.glob("checkpoints/*.ckpt")):
@@ -51,23 +90,33 @@ def train(network: Network, data: Path, run: Path, epochs: int, seed: int) -> No
         else:
             weights = data.parent / network.weights if "." in network.weights else network.weights
             begin = ["--data", str(data), "--model", network.model, "--weights", str(weights), "--run", str(run)]
-            begin += ["--epochs", str(epochs), "--seed", str(seed), "--image-size", "128", "--workers", "0"]
-        subprocess.run([*command, "train", "classify", *begin], check=True)
-    subprocess.run(
-        [*command, "eval", str(run), "--data", str(data), "--split", "test", "--out", str(run / "test")], check=True
-    )
+            begin += ["--epochs", str(epochs), "--seed", str(seed), "--workers", "0", *given.options]
+        subprocess.run([*command, "train", given.task, *begin], check=True)
+    asked = ["--data", str(data), "--split", given.split, "--workers", "0", "--out", str(run / "test")]
+    subprocess.run([*command, "eval", str(run / f"{given.weights}.safetensors"), *asked], check=True)
 
 
-def table(runs: Path, data: str) -> list[str]:
-    """Top-1 on the test split and on what chose the epoch, mean ± standard deviation over the seeds."""
-    lines = [f"| {data} | Epochs | Test | Seeds |", "|---|---|---|---|"]
-    for name, network in NETWORKS.items():
-        found = sorted(runs.glob(f"{data}-{name}-*/test/metrics.json"))
-        scores = [100 * json.loads(file.read_text())["top1"] for file in found]
-        if scores:
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            epochs = network.epochs[DATA_SETS.index(data)]
-            lines.append(f"| {name} | {epochs} | {statistics.mean(scores):.1f}{spread} % | {len(scores)} |")
+def figure(file: Path, keys: tuple[str, ...]) -> float:
+    """A figure of `metrics.json`, in percent."""
+    value = json.loads(file.read_text())
+    for key in keys:
+        value = value[key]
+    return 100 * value
+
+
+def table(runs: Path, name: str) -> list[str]:
+    """Each figure, mean ± standard deviation over the seeds."""
+    given = DATA_SETS[name]
+    lines = [f"| {name} | Epochs | {' | '.join(given.figures)} | Seeds |", "|---" * (3 + len(given.figures)) + "|"]
+    for network, epochs in given.epochs.items():
+        found = sorted(runs.glob(f"{name}-{network}-*/test/metrics.json"))
+        cells = []
+        for keys in given.figures.values():
+            values = [figure(file, keys) for file in found]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread} %" if values else "")
+        if found:
+            lines.append(f"| {network} | {epochs} | {' | '.join(cells)} | {len(found)} |")
     return lines
 
 
@@ -76,16 +125,16 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", default="*", help="a pattern of DATASET-NETWORK-SEED")
-    given = parser.parse_args()
+    asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for seed in range(3):
-        for data in DATA_SETS:
-            for name, network in NETWORKS.items():
-                run = given.runs / f"{data}-{name}-{seed}"
-                wanted = seed < network.seeds and fnmatch.fnmatch(run.name, given.only)
+        for name, given in DATA_SETS.items():
+            for network, epochs in given.epochs.items():
+                run = asked.runs / f"{name}-{network}-{seed}"
+                wanted = seed < NETWORKS[network].seeds and fnmatch.fnmatch(run.name, asked.only)
                 if wanted and not (run / "test" / "metrics.json").exists():
-                    train(network, given.data / data, run, network.epochs[DATA_SETS.index(data)], seed)
-    print("\n\n".join("\n".join(table(given.runs, data)) for data in DATA_SETS))
+                    train(NETWORKS[network], given, epochs, seed, asked.data / name, run)
+    print("\n\n".join("\n".join(table(asked.runs, name)) for name in DATA_SETS))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def test_overview_and_version(capsys):
         (["eval", "PHOTOS/val/ant/0.png", "--data", "PHOTOS"], "weights must be a run folder"),
         (["predict", "nowhere"], "IMAGES is missing"),
         (["convert", "nowhere.pth", "out.safetensors"], "nowhere.pth: no such file"),
+        (["convert", "nowhere.pth", "."], ".: cannot be written (is a folder): name another file"),
         (["data", "check", "nowhere"], "nowhere: no such folder"),
         (["data", "scenes", "PHOTOS"], "not an empty folder"),
     ],

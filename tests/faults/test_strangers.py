@@ -226,7 +226,10 @@ ONE = {
         ({"metadata__num_classes": 10**6}, None),
         ({"metadata__num_classes": 10**9}, "num_classes must be a number"),
         ({"metadata__image_size": [33, 4000]}, None),
-        ({"metadata__image_size": [4096, 4096]}, "an image size of 4096 x 4096 pixels, at which it would take some 3.9 GiB"),
+        (
+            {"metadata__image_size": [4096, 4096]},
+            "an image size of 4096 x 4096 pixels, at which it would take some 3.9 GiB",
+        ),
     ],
 }
 

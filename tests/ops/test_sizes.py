@@ -91,6 +91,34 @@ def test_compiled_for_all_sizes_regions_are_those_of_each_size(aggregation):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"aggregation": "weighted", "coarse": "global"}])
+def test_the_bare_network_compiles_for_all_sizes(options):
+    """With a back end that runs graphs as they are; it is given few sizes and no long expressions made of them."""
+    torch._dynamo.reset()
+    symbols = []
+
+    def keep(graph, inputs):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+        symbols.append({str(size) for size in sizes if isinstance(size, torch.SymInt)})
+        return graph.forward
+
+    model = sgformer.create_model("sgformer_n", num_classes=10, **options).double().eval()
+    compiled = torch.compile(model, dynamic=True, backend=keep)
+    for shape in ((2, 3, 96, 128), (3, 3, 131, 64)):
+        x = torch.randn(*shape, dtype=torch.float64)
+        gradients = []
+        for network in (model, compiled):
+            model.zero_grad()
+            out = network(x)
+            out.square().sum().backward()
+            gradients.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    assert symbols and max(map(len, symbols)) <= 12  # with the stages in one graph, some hundred
+
+
+@pytest.mark.slow
 def test_the_bare_network_exports_with_free_sizes():
     torch.manual_seed(0)
     model = sgformer.create_model("sgformer_n", num_classes=10).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sgformer.core.files import try_file
 from sgformer.core.terminal import say
 
 
@@ -17,6 +18,7 @@ def convert(source: str, target: str, raw: bool = False) -> int:
     """
     from sgformer.models.released import convert as convert_released
 
+    try_file(target, option=None)
     convert_released(source, target, raw=raw)
     say(f"wrote {target}")
     return 0

@@ -161,8 +161,12 @@ def try_folder(path: str | os.PathLike[str], option: str | None = "--out", besid
         raise UserError(f"{path}: cannot be written ({_why(error)}): {advice}") from None
 
 
-def try_file(path: str | os.PathLike[str], option: str = "--out") -> None:
+def try_file(path: str | os.PathLike[str], option: str | None = "--out") -> None:
     """Try to write a file and to create its folder, before work whose result it takes; nothing is left behind.
+
+    Args:
+        path: the file.
+        option: what names it on the command line; None: an argument without a name.
 
     Raises:
         UserError: that fails; names the file and the option.
@@ -173,7 +177,8 @@ def try_file(path: str | os.PathLike[str], option: str = "--out") -> None:
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         _try_to_write(path.parent, f"{path.name}.tmp")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({_why(error)}): name another file with {option}") from None
+        named = f" with {option}" if option else ""
+        raise UserError(f"{path}: cannot be written ({_why(error)}): name another file{named}") from None
 
 
 def _try_to_write(folder: Path, name: str | None = None) -> None:

@@ -37,7 +37,7 @@ from sgformer.models.layers import (
 )
 from sgformer.models.significance import AGGREGATIONS, gate, make_source, set_token_budget, token_budget
 from sgformer.ops import MergedTokens, TokenGroups
-from sgformer.ops.sizes import ceil_to, known
+from sgformer.ops.sizes import ceil_to, known, outside_graph
 
 
 @dataclass
@@ -83,10 +83,16 @@ class HybridScaleAttention(nn.Module):
         C = x.shape[-1]
         q_coarse, q_fine, kv_fine, local = self.proj_in(x).split((C // 2, C // 2, C, C), dim=-1)
         reduced = reduce_grid(x, self.reduction, self.reduce, self.reduce_norm)  # (B, ceil(H / r), ceil(W / r), C)
-        coarse_out, coarse_significance = attend_scale(
-            q_coarse, self.kv_coarse(reduced), self.heads, self.reduction, self.window, self.coarse == "global"
+        coarse_out, coarse_significance = outside_graph(
+            attend_scale,
+            q_coarse,
+            self.kv_coarse(reduced),
+            self.heads,
+            self.reduction,
+            self.window,
+            self.coarse == "global",
         )
-        fine_out, fine_significance = attend_scale(q_fine, kv_fine, self.heads, 1, self.window)
+        fine_out, fine_significance = outside_graph(attend_scale, q_fine, kv_fine, self.heads, 1, self.window)
         out = torch.cat([coarse_out, fine_out], dim=-1) + convolve(
             self.local, local.contiguous()
         )  # a copy, so that proj_in's output can be freed
@@ -118,8 +124,14 @@ class MultiScaleAttention(nn.Module):
         groups = zip(self.scales, self.reduce, self.reduce_norm, self.kv, strict=True)
         for j, (scale, reduce, norm, kv) in enumerate(groups):
             keys = x if scale == 1 else reduce_grid(x, scale, reduce, norm)
-            out, received = attend_scale(
-                queries[j], kv(keys), self.heads, scale, self.window, scale > 1 and self.coarse == "global"
+            out, received = outside_graph(
+                attend_scale,
+                queries[j],
+                kv(keys),
+                self.heads,
+                scale,
+                self.window,
+                scale > 1 and self.coarse == "global",
             )
             outs.append(out)
             coarse, fine = (coarse + received, fine) if scale > 1 else (coarse, fine + received)
@@ -198,7 +210,7 @@ class SelfGuidedAttention(nn.Module):
         """(B, H, W, C) and (B, H, W) -> the output (B, H, W, C), and the grouping of tokens, for ``describe``."""
         C = x.shape[-1]
         q, local = self.proj_in(x).split((C, C), dim=-1)
-        pooled, grouped = self.aggregate(x.flatten(1, -2), significance.flatten(1))
+        pooled, grouped = outside_graph(self.aggregate, x.flatten(1, -2), significance.flatten(1))
         k, v = self.kv(pooled).chunk(2, dim=-1)
         out = self.attend(*(ops.split_heads(t, self.heads) for t in (q.flatten(1, -2), k, v)))
         return self.proj(ops.join_heads(out).view_as(x) + self.convolve(self.local, local)), grouped

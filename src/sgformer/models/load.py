@@ -30,7 +30,7 @@ from sgformer.models.significance import set_token_budget
 TIMM = "timm"  # the "format" of files with another model of timm's registry
 DENSE = "sgformer-dense"  # the "format" of files with a backbone and its heads
 BACKBONE = "backbone.network."  # the backbone's prefix in those
-# What a file may make of an image by the size it names: half a GiB, or 64 times the bytes of its weights if that is more.
+# What the image size that a file names may take: half a GiB, or 64 times the bytes of its weights if that is more.
 MOST_NAMED, PER_BYTE = 2**29, 64
 SPARE = 2**22  # parameters of layers after the last feature map that a backbone below heads may lack, besides its own
 

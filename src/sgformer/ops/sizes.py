@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,3 +36,20 @@ def ceil_to(size: int, step: int) -> int:
     Sizes are never negated: in a traced network they are tensors, and ONNX divides negative ones towards zero.
     """
     return (size + step - 1) // step * step
+
+
+def outside_graph(part: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
+    """`part(x, *args)`, which a compiler with symbols for the sides of x, (B, H, W, C) or (B, N, C), runs as it is.
+
+    So windows and regions are cut by numbers, and the graph that follows has sizes of its own. As expressions of the
+    image's, one for each stage and region, they kept torch's default back end busy for many minutes. Exporters, and
+    compilers for one size, see through it.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or all(map(fixed, x.shape[1:-1])):
+        return part(x, *args)
+    return _as_it_is(part, x, *args)
+
+
+@torch.compiler.disable(reason="sizes that follow from those of the image")
+def _as_it_is(part: Callable[..., Any], *args: Any) -> Any:
+    return part(*args)
