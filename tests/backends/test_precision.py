@@ -1,6 +1,7 @@
 """Linear maps in 16 and 8 bits against the references in plain torch, and networks made of them."""
 
 import copy
+import functools
 import types
 
 import pytest
@@ -27,10 +28,27 @@ def has(precision):
     return True
 
 
-#: By name: number of the kernels, reference. bfloat16 has two kernels, of which a processor takes the quicker.
-KINDS = {"bf16 in pairs": (1, "bf16"), "bf16 by float32": (2, "bf16"), "int8": (3, "int8")}
+def has_kind(number):
+    try:
+        return bool(native.library().sgformer_has(number))
+    except native.UnavailableError:
+        return False
+
+
+def in_tiles(precision):
+    return native.kind(precision) in (native.BF16_TILES, native.INT8_TILES)
+
+
+#: By name: number of the kernels, reference. Of those of a precision, a processor takes the quickest.
+KINDS = {
+    "bf16 in pairs": (native.BF16_PAIRS, "bf16"),
+    "bf16 by float32": (native.BF16_SINGLE, "bf16"),
+    "bf16 in tiles": (native.BF16_TILES, "bf16"),
+    "int8": (native.INT8, "int8"),
+    "int8 in tiles": (native.INT8_TILES, "int8"),
+}
 KINDS = [
-    pytest.param(number, REFERENCES[name], id=kind, marks=pytest.mark.skipif(not has(name), reason=f"no {name} here"))
+    pytest.param(number, REFERENCES[name], id=kind, marks=pytest.mark.skipif(not has_kind(number), reason="not here"))
     for kind, (number, name) in KINDS.items()
 ]
 PRECISIONS = [
@@ -94,6 +112,25 @@ def test_linear_is_its_reference(kind, expected, rows, n, width, batch, threads)
     close(native.narrow_linear(x, *nothing, width, kind), expected(x, weight, torch.zeros(width)))
 
 
+@pytest.mark.skipif(not has_kind(native.INT8_TILES), reason="not here")
+@pytest.mark.parametrize("rows, n, width", SHAPES)
+def test_tiles_of_integers_are_exact(rows, n, width, threads):
+    x, weight, bias = torch.randn(1, rows, 1, n), torch.randn(width, n), torch.randn(width)
+    packed = native.narrow_panels(weight, bias, native.INT8)
+    assert torch.equal(*(native.narrow_linear(x, *packed, width, kind) for kind in (native.INT8, native.INT8_TILES)))
+
+
+@pytest.mark.parametrize("grid, C, width, stride", [((8, 8), 16, 16, 1), ((9, 7), 3, 33, 2), ((57, 41), 24, 70, 1)])
+@pytest.mark.parametrize("kind, expected", KINDS)
+def test_padded_patches_are_the_reference(kind, expected, grid, C, width, stride, threads):
+    x, weight, bias = torch.randn(2, *grid, C), torch.randn(width, C, 3, 3), torch.randn(width)
+    packed = native.narrow_panels(native.conv_matrix(weight), bias, kind)
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    patches = padded.unfold(1, 3, stride).unfold(2, 3, stride).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    got = native.narrow_conv(x, *packed, width, 3, stride, kind, 1)
+    close(got, expected(patches, native.conv_matrix(weight), bias))
+
+
 @pytest.mark.parametrize("grid, kernel, C, width", [((8, 8), 4, 16, 16), ((9, 7), 2, 20, 33), ((3, 2), 4, 5, 70)])
 @pytest.mark.parametrize("kind, expected", KINDS)
 def test_patches_are_the_reference(kind, expected, grid, kernel, C, width, threads):
@@ -149,25 +186,29 @@ def test_short_gelu():
 
 def twin(model, precision):
     """A network of torch's modules, with the reference in the place of what `optimize` computes in this precision."""
-    linear = REFERENCES[precision]
 
-    def patches(conv, x):
-        side = conv.kernel_size[0]
-        B, C, H, W = x.shape
-        cut = x.view(B, C, H // side, side, W // side, side).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    def mapped(linear, x, linear_of):
+        return linear_of(x, linear.weight, linear.bias)
+
+    def patches(conv, x, linear_of):
+        cut = F.unfold(x, conv.kernel_size, padding=conv.padding, stride=conv.stride).transpose(1, 2)
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
-        return linear(cut, conv.weight.flatten(1), bias).permute(0, 3, 1, 2)
+        rows = (x.shape[2] + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
+        return linear_of(cut[:, None], conv.weight.flatten(1), bias)[:, 0].transpose(1, 2).unflatten(2, (rows, -1))
 
     model = copy.deepcopy(model)
-    wide = (Stem, ClassifierHead, Downsample) if precision == "int8" else (Stem, ClassifierHead)
-    kept = {part for part in model.modules() if isinstance(part, wide) for part in part.modules()}
+    exact, halves = {"bf16": ((Stem, ClassifierHead), ()), "int8": ((Stem, ClassifierHead, Downsample), ())}[precision]
+    if in_tiles(precision):
+        exact, halves = (ClassifierHead,), (Stem, Downsample)
+    within = {m: REFERENCES["bf16"] for part in model.modules() if isinstance(part, halves) for m in part.modules()}
+    within |= {m: None for part in model.modules() if isinstance(part, exact) for m in part.modules()}
     for module in model.modules():
-        if module in kept:
+        if (linear_of := within.get(module, REFERENCES[precision])) is None:
             continue
         if isinstance(module, nn.Linear):
-            module.forward = types.MethodType(lambda self, x: linear(x, self.weight, self.bias), module)
+            module.forward = types.MethodType(functools.partial(mapped, linear_of=linear_of), module)
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.forward = types.MethodType(patches, module)
+            module.forward = types.MethodType(functools.partial(patches, linear_of=linear_of), module)
     return model
 
 
@@ -193,7 +234,7 @@ def test_every_part_is_its_twin(model, precision, grid):
                 maps = tuple((t * 2**14).round() / 2**14 for t in outs[2][1:])
             if hybrid or guided:
                 outs = [out[0] for out in outs]
-            if isinstance(full, Downsample) and precision == "int8":
+            if isinstance(full, Downsample) and precision == "int8" and not in_tiles(precision):
                 assert apart(outs[0], outs[2]) < 1e-5
             else:
                 assert apart(outs[0], outs[1]) < 0.4 * apart(outs[1], outs[2]) < 0.05
@@ -249,9 +290,21 @@ def test_trained_weights_answer_as_before(precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@torch.no_grad()
+def test_the_stem_is_its_twin(model, precision):
+    x = torch.randn(2, 3, 70, 96)
+    got, wanted, full = (
+        each.stem(x) for each in (sgformer.optimize(model, precision=precision), twin(model, precision), model)
+    )
+    assert apart(got, wanted) < max(1e-5, 0.1 * apart(wanted, full))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_stays_wide_is_named(model, precision):
-    always = {"stem.conv1.conv", "stem.conv2.conv", "stem.conv3.conv", "head.fc"}
-    layers = ("expand", "reduce", "mix") if precision == "int8" else ("reduce",)
+    always = {"head.fc"}
+    if not in_tiles(precision):
+        always |= {"stem.conv1.conv", "stem.conv2.conv", "stem.conv3.conv"}
+    layers = ("expand", "reduce", "mix") if precision == "int8" and not in_tiles(precision) else ("reduce",)
     always |= {f"stages.{i}.downsample.{layer}.conv" for i in (1, 2, 3) for layer in layers}
     assert set(sgformer.optimize(model, precision=precision).wide) == always
     changed = copy.deepcopy(model)

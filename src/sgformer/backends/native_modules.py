@@ -87,16 +87,21 @@ class NativeLinear(nn.Module):
 class NativeConv(nn.Module):
     """A convolution of (B, H, W, C), zero-padded where its last window extends beyond the grid."""
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Conv2d, kind: int = 0):
         super().__init__()
+        self.kind = kind if conv.groups == 1 and kind == native.BF16_TILES else 0  # others gain nothing
         self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         self.out_channels, self.groups = conv.out_channels, conv.groups
         plain = (self.kernel, self.stride, self.padding, conv.bias) == (3, 1, 1, None)
-        self.winograd = plain and conv.in_channels % native.lanes() == conv.out_channels % native.lanes() == 0
+        self.winograd = (
+            not self.kind and plain and conv.in_channels % native.lanes() == conv.out_channels % native.lanes() == 0
+        )
         if self.groups > 1:
             self.weight = native.tap_major(conv.weight)
         elif self.winograd:
             self.weight = native.winograd_panels(conv.weight)
+        elif self.kind:
+            self.weight, self.bias = native.narrow_panels(native.conv_matrix(conv.weight), conv.bias, self.kind)
         else:
             self.weight, self.bias = native.conv_panels(conv.weight, conv.bias)
 
@@ -105,7 +110,10 @@ class NativeConv(nn.Module):
             return native.depthwise_stride2(x, self.weight)
         if self.winograd:
             return native.winograd(x, self.weight, self.out_channels)
-        return native.conv(x, self.weight, self.bias, self.out_channels, self.kernel, self.stride, self.padding)
+        shape = self.out_channels, self.kernel, self.stride
+        if self.kind:
+            return native.narrow_conv(x, self.weight, self.bias, *shape, self.kind, self.padding)
+        return native.conv(x, self.weight, self.bias, *shape, self.padding)
 
 
 class NativeConvNorm(nn.Module):
@@ -114,7 +122,7 @@ class NativeConvNorm(nn.Module):
     def __init__(self, block: ConvNorm, kind: int = 0):
         super().__init__()
         self.norm, self.gelu = block.norm, isinstance(block.act, nn.GELU)
-        self.conv = NativeLinear(block.conv, kind) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv)
+        self.conv = NativeLinear(block.conv, kind) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv, kind)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 2, 3, 1).contiguous())
@@ -235,23 +243,27 @@ NATIVE: dict[type[nn.Module], Callable[[Any, int], nn.Module]] = {
     ConvNorm: NativeConvNorm,
 }
 
+#: How downsampling is computed next to int8, which would make half of all its error there.
+WIDER = {native.INT8: native.FLOAT32, native.INT8_TILES: native.BF16_TILES}
+
 
 def make_native(model: nn.Module, kind: int = 0) -> None:
     """Replace all parts of a frozen float32 network on the CPU that have a native version.
 
-    ``kind``: how linear maps of blocks and, unless in int8, of downsampling are computed, of ``native.kind``.
+    ``kind``: how linear maps of blocks and, but for :data:`WIDER`, of downsampling are computed, of ``native.kind``.
     """
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):
                 module.norm = NativeNorm(module.norm)
             # Weights in int8 are small enough to be read four times as often.
-            floats = _widest(module) * (4 if kind == native.INT8 else 1)
+            floats = _widest(module) * (4 if kind in native.EIGHT_BITS else 1)
             module.forward = functools.partial(_in_parts, module.forward, floats)
         for name, child in module.named_children():
             if type(child) in NATIVE and readable(child, type(child)):
-                narrow = 0 if kind == native.INT8 and type(child) is ConvNorm else kind  # half of int8's error else
-                setattr(module, name, NATIVE[type(child)](child, narrow))
+                setattr(
+                    module, name, NATIVE[type(child)](child, WIDER.get(kind, kind) if type(child) is ConvNorm else kind)
+                )
 
 
 def _widest(module: Stem | Stage) -> float:

@@ -63,10 +63,11 @@ def optimize(
         precision: what linear maps are computed in, by native kernels only: "fp32"; "bf16", operands rounded to
             bfloat16, on processors with AVX512-BF16; "int8", on those with AVX512-VNNI: weights in 255 steps per output
             channel, activations in 256 per token, from its least to its largest number: nothing has to be calibrated.
-            Sums are exact or float32, and so are the activations between operations. What is more sensitive or no
-            linear map stays in float32: the stem, attention's products, norms, depthwise convolutions, the
-            classifier and, next to int8, downsampling. ``wide`` of the result names the layers with float32 weights,
-            among them those of parts that were modified.
+            Those with AMX multiply both in tiles, which is quicker. Sums are exact or float32, and so are the
+            activations between operations. What is more sensitive or no linear map stays in float32: the stem,
+            attention's products, norms, depthwise convolutions, the classifier and, next to int8, downsampling; with
+            AMX, stem and downsampling are bfloat16 at either precision. ``wide`` of the result names the layers with
+            float32 weights, among them those of parts that were modified.
         native: whether packed networks use kernels that the machine's C++ compiler builds for its own processor, in a
             few seconds the first time, and caches in ``~/.cache/sgformer``. None: if weights are packed and there is a
             compiler (g++ or clang++ with OpenMP).
@@ -161,9 +162,9 @@ def _narrow_kind(precision: str, possible: bool) -> int:
 
 def _is_wide(module: nn.Module) -> bool:
     """Whether it is a linear map or a convolution with weights in float32."""
-    if isinstance(module, NativeLinear):
+    if isinstance(module, NativeLinear | NativeConv):
         return not module.kind
-    return isinstance(module, NativeConv | PackedLinear | nn.Linear | nn.Conv2d)
+    return isinstance(module, PackedLinear | nn.Linear | nn.Conv2d)
 
 
 def _use_kernels(required: bool) -> bool:

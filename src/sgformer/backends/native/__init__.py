@@ -11,9 +11,14 @@ for training.
 
 from sgformer.backends.native.build import UnavailableError, library
 from sgformer.backends.native.ops import (
+    BF16_PAIRS,
     BF16_SINGLE,
+    BF16_TILES,
     CHUNK,
+    EIGHT_BITS,
+    FLOAT32,
     INT8,
+    INT8_TILES,
     PRECISIONS,
     Weights,
     aggregate,
@@ -55,9 +60,14 @@ from sgformer.backends.native.ops import (
 )
 
 __all__ = [
+    "BF16_PAIRS",
     "BF16_SINGLE",
+    "BF16_TILES",
     "CHUNK",
+    "EIGHT_BITS",
+    "FLOAT32",
     "INT8",
+    "INT8_TILES",
     "PRECISIONS",
     "UnavailableError",
     "Weights",

@@ -76,10 +76,11 @@ extern "C" void sgformer_winograd_gradient(const Grid& grid, const float* x, con
 // -- linear maps of 16 and 8 bits (narrow.cpp) ----------------------------------------------------------------------
 //
 // `kind` says how operands are rounded and multiplied: 0 not rounded, float32 as above; 1 bfloat16, by an instruction
-// for pairs; 2 bfloat16, by float32's; 3 integers of 8 bits. What comes in and goes out is float32. The bias is as of
+// for pairs; 2 bfloat16, by float32's; 3 integers of 8 bits; 4 and 5 bfloat16 and integers in AMX's tiles, with 1's and
+// 3's weights. What comes in and goes out is float32. The bias is as of
 // sgformer_linear, the weight as ops.py packs it for the kind.
 
-// Whether this processor has what a kind needs.
+// Whether this processor, and the kernel of its system, have what a kind needs.
 extern "C" int sgformer_has(Index kind);
 
 // Whether kind 1 is quicker than kind 2: not on Intel, which multiplies pairs in four times the time of float32.

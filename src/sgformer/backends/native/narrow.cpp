@@ -1,8 +1,9 @@
-// Linear maps with operands of 16 and 8 bits, on processors with AVX512-BF16 and AVX512-VNNI.
+// Linear maps with operands of 16 and 8 bits, on processors with AVX512-BF16 and AVX512-VNNI, and with AMX.
 //
 // Tokens arrive and leave in float32. Each is converted once, into memory of the call, and multiplied with all columns
 // of the weight, which was converted and packed beforehand. A processor's instruction multiplies GROUP operands that
-// lie side by side and adds them to one sum of 32 bits.
+// lie side by side and adds them to one sum of 32 bits; one of AMX's does so for ROWS tokens and a vector of columns,
+// over TILE groups, whose order in memory is the same.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,11 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "gemm.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
@@ -18,6 +24,10 @@
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define HAS_INT8 1
+#endif
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
+    defined(HAS_BF16) && defined(HAS_INT8)
+#define HAS_TILES 1
 #endif
 
 namespace {
@@ -39,6 +49,7 @@ struct Scale {
 template <bool PAIRS>
 struct Bf16 {
   static constexpr Index GROUP = 2, PARTS = PAIRS ? 1 : 2;  // PARTS: words of a token per group
+  static constexpr Index ROWS = MR, TILE = 1;
   typedef vec Sum;
   static const char* panels(const char* packed, Index) { return packed; }
   static inline Sum add(Sum sum, __m512i x, __m512i w) {
@@ -71,7 +82,7 @@ struct Bf16 {
 // 8-bit integers: tokens without sign, of their own scale and zero; weights with sign, of a scale per column. Packed:
 // the columns' scales, the sums of their weights, both float, and the weights.
 struct Int8 {
-  static constexpr Index GROUP = 4, PARTS = 1;
+  static constexpr Index GROUP = 4, PARTS = 1, ROWS = MR, TILE = 1;
   typedef ivec Sum;
   static const char* panels(const char* packed, Index width) { return packed + 8 * round_up(width); }
   static inline Sum add(Sum sum, __m512i x, __m512i w) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, x, w); }
@@ -127,6 +138,27 @@ struct Int8 {
     }
   };
 };
+#endif
+
+#ifdef HAS_TILES
+struct Bf16Tiles : Bf16<true> {
+  static constexpr Index ROWS = 16, TILE = 16;
+  static constexpr bool FLOATS = true;
+};
+struct Int8Tiles : Int8 {
+  static constexpr Index ROWS = 16, TILE = 16;
+  static constexpr bool FLOATS = false;
+};
+
+// All tiles have 16 rows of 64 bytes, between the two calls of a thread.
+inline void begin_tiles() {
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
 #endif
 
 #if defined(HAS_BF16) || defined(HAS_INT8)
@@ -213,62 +245,132 @@ inline void narrow_gemm(int rows, const char* a, Index lda, const char* b, Index
   }
 }
 
+#ifdef HAS_TILES
+// Up to 16 tokens times K vectors of columns. What follows the tokens' last group is zero, and `rest` is
+// the panel's last groups, filled up with zeros, too.
+template <class Kind, int K>
+inline void tile_gemm(int rows, const char* a, Index lda, const char* b, const char* rest, Index groups,
+                      const typename Kind::Columns& columns, const Scale* scales, const Target& to) {
+  asm volatile("" ::: "memory");  // what loads a tile does not say that it reads memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+#define MULTIPLY(j, tile)                                    \
+  if (j < K) {                                               \
+    _tile_loadd(tile, from + 64 * j, 64 * K);                \
+    if (Kind::FLOATS)                                        \
+      _tile_dpbf16ps(j, 4, tile);                            \
+    else                                                     \
+      _tile_dpbusd(j, 4, tile);                              \
+  }
+  for (Index k = 0; k < groups; k += Kind::TILE, a += 64, b += 64 * K * Kind::TILE) {
+    const char* from = k + Kind::TILE <= groups ? b : rest;
+    _tile_loadd(4, a, lda);
+    MULTIPLY(0, 5) MULTIPLY(1, 6) MULTIPLY(2, 7) MULTIPLY(3, 5)
+  }
+#undef MULTIPLY
+  alignas(64) typename Kind::Sum sums[4][16];
+  _tile_stored(0, sums[0], 64);
+  if (K > 1) _tile_stored(1, sums[1], 64);
+  if (K > 2) _tile_stored(2, sums[2], 64);
+  if (K > 3) _tile_stored(3, sums[3], 64);
+  for (int i = 0; i < rows; i++)
+    Sums<Kind, K>{sums[0][i], sums[1][i], sums[2][i], sums[3][i]}.finish(columns, scales[i], to, i);
+}
+#endif
+
+// A block's rows of a panel.
+template <class Kind, int K>
+inline void multiply(int rows, const char* a, Index lda, const char* b, const char* rest, Index groups,
+                     const typename Kind::Columns& columns, const Scale* scales, const Target& to) {
+#ifdef HAS_TILES
+  if constexpr (Kind::TILE > 1) return tile_gemm<Kind, K>(rows, a, lda, b, rest, groups, columns, scales, to);
+#endif
+  if constexpr (Kind::TILE == 1) narrow_gemm<Kind, K>(rows, a, lda, b, groups, columns, scales, to);
+}
+
 // out (rows, width) = tokens (rows, n) times the weight, plus bias, plus `add`. source(row, memory for n floats): where
 // the token is.
 template <class Kind, class Source>
 void narrow_map(const Source& source, Affine map, ConstView add, View out, Index rows, Index n, Index width) {
   const Index groups = (n + Kind::GROUP - 1) / Kind::GROUP, pitch = (4 * Kind::PARTS * groups + 63) / 64 * 64;
-  const Index panels = (width + NR - 1) / NR, padded = round_up(width), tiles = (rows + MR - 1) / MR;
-  const Index most = std::max<Index>(1, 65536 / pitch / MR), blocks = (tiles + most - 1) / most;
+  const Index panels = (width + NR - 1) / NR, padded = round_up(width), tiles = (rows + Kind::ROWS - 1) / Kind::ROWS;
+  const Index most = std::max<Index>(1, 65536 / pitch / Kind::ROWS), blocks = (tiles + most - 1) / most;
   const Index cuts = blocks < 4 * threads() ? panels : 1;  // as of sgformer_linear
   const char *packed = (const char*)map.weight, *weights = Kind::panels(packed, width);
-  std::unique_ptr<char[]> tokens(new char[rows * pitch + 64]);
-  std::unique_ptr<Scale[]> scales(new Scale[rows]);
-  char* first_token = tokens.get() + (64 - (uintptr_t)tokens.get() % 64) % 64;
+  // Converted tokens: of all rows if threads share them, else of a thread's present block.
+  const Index kept = (cuts > 1 ? tiles : std::min(most, tiles)) * Kind::ROWS;
+  const auto make = [=] { return std::unique_ptr<char[]>(new char[kept * pitch + 64]); };
+  const std::unique_ptr<char[]> shared = cuts > 1 ? make() : nullptr;
+  const std::unique_ptr<Scale[]> shared_scales(cuts > 1 ? new Scale[kept] : nullptr);
 #pragma omp parallel
   {
     std::vector<float> memory(n);
-    auto convert = [&](Index first, Index last) {
+    const std::unique_ptr<char[]> own = cuts > 1 ? nullptr : make();
+    const std::unique_ptr<Scale[]> own_scales(cuts > 1 ? nullptr : new Scale[kept]);
+    char* tokens = cuts > 1 ? shared.get() : own.get();
+    tokens += (64 - (uintptr_t)tokens % 64) % 64;
+    Scale* scales = cuts > 1 ? shared_scales.get() : own_scales.get();
+    alignas(64) char rest[Kind::TILE > 1 ? 64 * V * Kind::TILE : 1];
+#ifdef HAS_TILES
+    if constexpr (Kind::TILE > 1) begin_tiles();
+#endif
+    auto convert = [&](Index first, Index last, Index from) {  // `from`: the first row of the memory
       for (Index r = first; r < last; r++) {
-        char* to = first_token + r * pitch;
+        char* to = tokens + (r - from) * pitch;
         const Index end = 4 * Kind::PARTS * groups;
-        if (n % Kind::GROUP) std::memset(to + end - 4 * Kind::PARTS, 0, 4 * Kind::PARTS);
-        scales[r] = Kind::convert(source(r, memory.data()), n, to);
+        const Index last_word = end - 4 * Kind::PARTS;
+        if (Kind::TILE > 1)
+          std::memset(to + last_word, 0, pitch - last_word);
+        else if (n % Kind::GROUP)
+          std::memset(to + last_word, 0, 4 * Kind::PARTS);
+        scales[r - from] = Kind::convert(source(r, memory.data()), n, to);
       }
     };
     if (cuts > 1) {
 #pragma omp for schedule(static)
-      for (Index t = 0; t < tiles; t++) convert(t * MR, std::min((t + 1) * MR, rows));
+      for (Index t = 0; t < tiles; t++) convert(t * Kind::ROWS, std::min((t + 1) * Kind::ROWS, rows), 0);
     }
 #pragma omp for schedule(dynamic)
     for (Index task = 0; task < blocks * cuts; task++) {
       const Index block = task / cuts, cut = task % cuts;
-      const Index first = tiles * block / blocks * MR, last = std::min(tiles * (block + 1) / blocks * MR, rows);
-      if (cuts == 1) convert(first, last);
+      const Index first = tiles * block / blocks * Kind::ROWS;
+      const Index last = std::min(tiles * (block + 1) / blocks * Kind::ROWS, rows);
+      const Index from = cuts > 1 ? 0 : first;
+      if (cuts == 1) convert(first, last, from);
       for (Index p = cut * panels / cuts; p < (cut + 1) * panels / cuts; p++) {
         const Index c = p * NR, wide = std::min(NR, padded - c), real = std::min(NR, width - c);
         const typename Kind::Columns columns(packed, width, c);
         const char* b = weights + 4 * groups * c;
-        const Index share = (4 * groups * wide / ((last - first + MR - 1) / MR) + 63) / 64 * 64;
+        if (const Index left = groups % Kind::TILE) {
+          std::memset(rest, 0, sizeof(rest));
+          std::memcpy(rest, b + 4 * (groups - left) * wide, 4 * left * wide);
+        }
+        const Index share = (4 * groups * wide / ((last - first + Kind::ROWS - 1) / Kind::ROWS) + 63) / 64 * 64;
         const char* next = b + 4 * groups * wide;  // the next panel, fetched piece by piece meanwhile
-        for (Index r = first; r < last; r += MR) {
-          if (p + 1 < panels)
+        for (Index r = first; r < last; r += Kind::ROWS) {
+          if (Kind::TILE == 1 && p + 1 < panels)
             for (Index i = 0; i < share; i += 64) __builtin_prefetch(next + i);
           next += share;
-          const int count = std::min<Index>(MR, last - r);
-          const char* a = first_token + r * pitch;
+          const int count = std::min<Index>(Kind::ROWS, last - r);
+          const char* a = tokens + (r - from) * pitch;
+          const Scale* of = scales + (r - from);
           const Target to = {map.bias + c, add.data ? add.data + r * add.stride + c : nullptr,
                              out.data + r * out.stride + c, add.stride, out.stride,
                              (__mmask16)(0xffff >> (wide - real))};
           switch (wide / L) {
-            case 1: narrow_gemm<Kind, 1>(count, a, pitch, b, groups, columns, &scales[r], to); break;
-            case 2: narrow_gemm<Kind, 2>(count, a, pitch, b, groups, columns, &scales[r], to); break;
-            case 3: narrow_gemm<Kind, 3>(count, a, pitch, b, groups, columns, &scales[r], to); break;
-            case 4: narrow_gemm<Kind, 4>(count, a, pitch, b, groups, columns, &scales[r], to); break;
+            case 1: multiply<Kind, 1>(count, a, pitch, b, rest, groups, columns, of, to); break;
+            case 2: multiply<Kind, 2>(count, a, pitch, b, rest, groups, columns, of, to); break;
+            case 3: multiply<Kind, 3>(count, a, pitch, b, rest, groups, columns, of, to); break;
+            case 4: multiply<Kind, 4>(count, a, pitch, b, rest, groups, columns, of, to); break;
           }
         }
       }
     }
+#ifdef HAS_TILES
+    if constexpr (Kind::TILE > 1) _tile_release();
+#endif
   }
 }
 
@@ -285,6 +387,10 @@ void narrow_map(Index kind, const Source& source, Affine map, ConstView add, Vie
 #ifdef HAS_INT8
     case 3: return narrow_map<Int8>(source, map, add, out, rows, n, width);
 #endif
+#ifdef HAS_TILES
+    case 4: return narrow_map<Bf16Tiles>(source, map, add, out, rows, n, width);
+    case 5: return narrow_map<Int8Tiles>(source, map, add, out, rows, n, width);
+#endif
   }
 }
 
@@ -296,6 +402,12 @@ int sgformer_has(Index kind) {
 #endif
 #ifdef HAS_INT8
   if (kind == 3) return 1;
+#endif
+#ifdef HAS_TILES
+  if (kind == 4 || kind == 5) {  // the kernel keeps tiles for processes that asked
+    static const bool granted = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
+    return granted;
+  }
 #endif
   return kind == 0;
 }

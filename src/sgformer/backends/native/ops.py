@@ -156,8 +156,10 @@ def winograd_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 #: Names of precisions, and what a processor must have for them.
 PRECISIONS = {"fp32": "", "bf16": "AVX512-BF16", "int8": "AVX512-VNNI"}
 
-#: Kinds of linear maps, as interface.h lists them: bfloat16 multiplied in pairs, or by float32's instructions.
-FLOAT32, BF16_PAIRS, BF16_SINGLE, INT8 = range(4)
+#: Kinds of linear maps, as interface.h lists them: bfloat16 in pairs, or by float32's instructions; tiles are AMX's.
+FLOAT32, BF16_PAIRS, BF16_SINGLE, INT8, BF16_TILES, INT8_TILES = range(6)
+#: What is rounded to 8 bits.
+EIGHT_BITS = (INT8, INT8_TILES)
 
 
 def kind(precision: str) -> int:
@@ -166,14 +168,12 @@ def kind(precision: str) -> int:
     Raises:
         UnavailableError: this processor cannot, or there are no kernels.
     """
-    number = {
-        "fp32": FLOAT32,
-        "bf16": BF16_PAIRS if library().sgformer_pairs_are_quick() else BF16_SINGLE,
-        "int8": INT8,
-    }[precision]
-    if not library().sgformer_has(number):
-        raise UnavailableError(f"this processor, or its compiler, has no {PRECISIONS[precision]}")
-    return number
+    pairs = BF16_PAIRS if library().sgformer_pairs_are_quick() else BF16_SINGLE
+    quickest_first = {"fp32": (FLOAT32,), "bf16": (BF16_TILES, pairs), "int8": (INT8_TILES, INT8)}[precision]
+    for number in quickest_first:
+        if library().sgformer_has(number):
+            return number
+    raise UnavailableError(f"this processor, or its compiler, has no {PRECISIONS[precision]}")
 
 
 def narrow_panels(weight: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
@@ -181,9 +181,9 @@ def narrow_panels(weight: Tensor, bias: Tensor | None, kind: int) -> tuple[Tenso
     if not kind:
         return panels(weight, bias)
     width = len(weight := weight.detach())
-    group = 4 if kind == INT8 else 2
+    group = 4 if kind in EIGHT_BITS else 2
     heads: list[Tensor] = []
-    if kind == INT8:
+    if kind in EIGHT_BITS:
         weight, scales = quantize_columns(weight)
         sums = weight.sum(1, dtype=torch.float32)
         heads = [padded(each, width).view(torch.uint8) for each in (scales, sums)]
@@ -244,12 +244,14 @@ def narrow_norm_linear(
     return out
 
 
-def narrow_conv(x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, kind: int) -> Tensor:
-    """:func:`conv` without padding and with rounded operands; its weight is that of :func:`conv_matrix`, packed."""
+def narrow_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, width: int, kernel: int, stride: int, kind: int, padding: int = 0
+) -> Tensor:
+    """:func:`conv` with rounded operands; its weight is that of :func:`conv_matrix`, packed."""
     B, H, W, C = _checked(x).shape
     rows, cols = -(-H // stride), -(-W // stride)
     out = x.new_empty(B, rows, cols, width)
-    shape = Conv(B, H, W, C, kernel, stride, 0, rows, cols, width)
+    shape = Conv(B, H, W, C, kernel, stride, padding, rows, cols, width)
     library().sgformer_narrow_conv(
         kind, shape, x.data_ptr(), Affine(weight.data_ptr(), bias.data_ptr()), out.data_ptr()
     )
