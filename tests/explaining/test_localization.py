@@ -72,6 +72,12 @@ def test_two_images_of_one_size_are_needed():
         measure([(seen(np.eye(4, dtype=int)), corner(0, 0)), (seen(np.eye(4, dtype=int)), corner(0, 0) & False)])
 
 
+def test_objects_that_fill_all_images_are_told():
+    everything = corner(0, 0) | True
+    with pytest.raises(sgformer.UserError, match=r"every pixel of all images .* named background, null"):
+        measure([(seen(np.eye(4, dtype=int)), everything)] * 2)
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 #: Background classes: not objects, and drawn in grey.
-GROUND = frozenset({"background", "other", "void", "unlabeled", "unlabelled"})
+GROUND = frozenset({"background", "other", "void", "null", "unlabeled", "unlabelled"})
 
 
 def dashed(name: str) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from sgformer.core.errors import UserError
 from sgformer.core.files import make_folder, replacing, write_json
-from sgformer.core.names import without_login
+from sgformer.core.names import GROUND, without_login
 from sgformer.core.progress import track
 from sgformer.data.objects import KnownObjects
 from sgformer.explaining.base import Explainer
@@ -102,8 +102,8 @@ def measure(
         One entry per self-guided block, and one for "all".
 
     Raises:
-        UserError: fewer than two images with objects, images of different sizes, or a network that reallocates no
-            tokens.
+        UserError: fewer than two images with objects, objects that fill all images, images of different sizes, or a
+            network that reallocates no tokens.
     """
     chosen: dict[str, list[np.ndarray]] = {}
     covered: dict[str, list[np.ndarray]] = {}
@@ -120,6 +120,11 @@ def measure(
                 raise UserError("the images have different sizes; pass --image-size to resize them all")
     if len(next(iter(chosen.values()), [])) < 2:
         raise UserError("at least two images with objects are needed")
+    if all(part.min() == 1 for part in next(iter(covered.values()))):
+        raise UserError(
+            "every pixel of all images belongs to an object, so there is nothing to find; a class is taken for the "
+            f"background if it is named {', '.join(sorted(GROUND))}"
+        )
     crossed = {block: np.stack(chosen[block]) @ np.stack(covered[block]).T for block in chosen}  # maps x objects
     areas = {block: np.stack(covered[block]).mean(1) for block in chosen}
     crossed[ALL], areas[ALL] = np.mean(list(crossed.values()), 0), np.mean(list(areas.values()), 0)
