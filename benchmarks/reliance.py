@@ -67,12 +67,14 @@ def preparation(model: Any, size: int | None) -> Callable[[Any], Tensor]:
     return eval_transform(**preprocessing(model.metadata) | ({"image_size": (size, size)} if size else {}))
 
 
-def classifier(weights: str, data: str, batch: int, size: int | None, limit: int | None) -> tuple[Any, Measure]:
+def classifier(
+    weights: str, data: str, split: str, batch: int, size: int | None, limit: int | None
+) -> tuple[Any, Measure]:
     """The network, and what measures it: top-1 in percent, and which images are right."""
     from sgformer.data.imagefolder import ImageFolderDataset
 
     model = sgformer.load_model(weights)
-    listing, order, classes = photographs(model, data, "val", limit)
+    listing, order, classes = photographs(model, data, split, limit)
     dataset = ImageFolderDataset(listing, preparation(model, size))
     images = torch.stack([dataset[i].image for i in order])
 
@@ -119,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", help="a run folder or .safetensors")
     parser.add_argument("--data", required=True, help="the validation data, in the layout of the task")
+    parser.add_argument("--split", default="val", help="classifiers: of the data")
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--image-size", type=int, help="classifiers: pixels; by default as trained")
     parser.add_argument("--limit", type=int, help="classifiers: so many images, drawn at random")
@@ -131,7 +134,7 @@ def main() -> None:
         model, score = segmenter(weights, given.data, given.batch_size)
         print("| change | mIoU, % |\n|---|---|")
     else:
-        model, score = classifier(weights, given.data, given.batch_size, given.image_size, given.limit)
+        model, score = classifier(weights, given.data, given.split, given.batch_size, given.image_size, given.limit)
         print("| change | top-1, % | against none, points ± standard error of the paired difference |\n|---|---|---|")
     own = None
     with torch.no_grad():

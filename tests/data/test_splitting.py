@@ -122,6 +122,22 @@ def test_evaluation_says_how_to_take_all_images(root, tmp_path, monkeypatch):
     assert (found.images, found.train_images) == (7, 28)
 
 
+def test_splits_go_by_the_names_of_any_layout(tmp_path):
+    for folder in ("images/training", "images/validation", "annotations/training", "annotations/validation"):
+        (tmp_path / "ade" / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "ade" / folder / "a.png")
+    for folder in ("train/a", "val/a"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "photos" / folder / "a.png")
+    for name, one, other in (("ade", "training", "validation"), ("photos", "train", "val")):
+        layout = "ade20k" if name == "ade" else "imagenet"
+        assert [named_split(tmp_path / name, s, layout) for s in ("train", "training")] == [one] * 2
+        assert [named_split(tmp_path / name, s, layout) for s in ("val", "validation")] == [other] * 2
+        assert named_split(tmp_path / name, "test", layout) == "test"
+    (tmp_path / "photos" / "validation").mkdir()  # a folder of this name is meant
+    assert named_split(tmp_path / "photos", "validation", "imagenet") == "validation"
+
+
 def test_several_classes_in_an_image_are_spread_alike():
     rng = np.random.default_rng(0)
     classes = [set(np.flatnonzero(rng.random(5) < (0.5, 0.3, 0.2, 0.1, 0.05)).tolist()) for _ in range(400)]

@@ -199,7 +199,8 @@ class Page:
     def _header(self) -> None:
         network = self.session.networks[self.session.checkpoints[0]]
         about = [network.model, f"{network.parameters / 1e6:.3g} M parameters", get_task(network.task).title]
-        about += [f"{len(network.classes)} classes"] if network.classes else []
+        count = len(network.classes)
+        about += [f"{count} class{'es' * (count != 1)}"] if count else []
         with ui.element("header").classes("sg-header"):
             ui.html(LOGO, sanitize=False)
             ui.label("SG-Former").classes("sg-title")

@@ -42,6 +42,7 @@ from sgformer.data.store import Store
 FILE = "split.json"
 #: The two sides, by the names of the layouts.
 SIDES = {"train": 0, "training": 0, "val": 1, "validation": 1}
+OWN_NAMES = {"imagenet": ("train", "val"), "coco": ("train", "val"), "ade20k": ("training", "validation")}
 #: Layout -> the kind of formats that it is one of; and those whose images are divided here.
 FORMAT_OF = {"imagenet": "classes", "coco": "objects"}
 DIVIDED = ("image-folder", "shards", "coco")
@@ -380,14 +381,16 @@ def kept_by(
 
 
 def named_split(data: str | os.PathLike[str], split: str, layout: str) -> str:
-    """The split that `eval` opens: as named or, of data that are not split, "all" for all images.
+    """The split that `eval` opens: as named, also by the name of another layout (`val`, `validation`), or, of data that
+    are not split, "all" for all images.
 
     Raises:
         UserError: validation images are asked for, and there are none.
     """
     inner = unsplit(data, layout)
     if inner is None or (layout == "coco" and Path(data).is_file()):  # a file is its own split
-        return split
+        there = any((Path(data) / folder / split).is_dir() for folder in (".", "images"))
+        return OWN_NAMES[layout][SIDES[split]] if split in SIDES and not there else split
     if SIDES.get(split) == 1:
         how = f"--data {inner}" if layout == "coco" else f"--split {'all' if inner == '.' else inner}"
         raise UserError(f"{data}: no validation images; {how} evaluates on all of its images")
