@@ -91,8 +91,9 @@ def test_compiled_for_all_sizes_regions_are_those_of_each_size(aggregation):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("options", [{}, {"aggregation": "weighted", "coarse": "global"}])
-def test_the_bare_network_compiles_for_all_sizes(options):
+def test_the_bare_network_compiles_for_all_sizes(options, marked):
     """With a back end that runs graphs as they are; it is given few sizes and no long expressions made of them."""
     torch._dynamo.reset()
     symbols = []
@@ -104,9 +105,11 @@ def test_the_bare_network_compiles_for_all_sizes(options):
         return graph.forward
 
     model = sgformer.create_model("sgformer_n", num_classes=10, **options).double().eval()
-    compiled = torch.compile(model, dynamic=True, backend=keep)
+    compiled = torch.compile(model, dynamic=None if marked else True, backend=keep)
     for shape in ((2, 3, 96, 128), (3, 3, 131, 64)):
         x = torch.randn(*shape, dtype=torch.float64)
+        if marked:  # strictly: a size that becomes a number is an error
+            torch._dynamo.mark_dynamic(x, (2, 3))
         gradients = []
         for network in (model, compiled):
             model.zero_grad()

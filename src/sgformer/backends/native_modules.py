@@ -261,9 +261,8 @@ def make_native(model: nn.Module, kind: int = 0) -> None:
             module.forward = functools.partial(_in_parts, module.forward, floats)
         for name, child in module.named_children():
             if type(child) in NATIVE and readable(child, type(child)):
-                setattr(
-                    module, name, NATIVE[type(child)](child, WIDER.get(kind, kind) if type(child) is ConvNorm else kind)
-                )
+                chosen = WIDER.get(kind, kind) if type(child) is ConvNorm else kind
+                setattr(module, name, NATIVE[type(child)](child, chosen))
 
 
 def _widest(module: Stem | Stage) -> float:

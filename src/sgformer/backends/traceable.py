@@ -217,6 +217,8 @@ class HybridScale(nn.Module):
 class Aggregation(nn.Module):
     """``LinearAggregation`` or ``MeanAggregation``."""
 
+    symbolic = True  # see ops.sizes.outside_graph
+
     def __init__(self, inner: Any, ties: str, fixed: bool):
         super().__init__()
         self.inner, self.ties, self.fixed = inner, ties, fixed

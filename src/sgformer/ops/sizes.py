@@ -42,14 +42,19 @@ def outside_graph(part: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
     """`part(x, *args)`, which a compiler with symbols for the sides of x, (B, H, W, C) or (B, N, C), runs as it is.
 
     So windows and regions are cut by numbers, and the graph that follows has sizes of its own. As expressions of the
-    image's, one for each stage and region, they kept torch's default back end busy for many minutes. Exporters, and
-    compilers for one size, see through it.
+    image's, one for each stage and region, they kept torch's default back end busy for many minutes. Exporters and
+    compilers for one size see through it, and a part with the attribute `symbolic` is left to them all.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or all(map(fixed, x.shape[1:-1])):
+    seen = torch.compiler.is_exporting() or getattr(part, "symbolic", False)
+    if not torch.compiler.is_compiling() or seen or all(map(fixed, x.shape[1:-1])):
         return part(x, *args)
     return _as_it_is(part, x, *args)
 
 
 @torch.compiler.disable(reason="sizes that follow from those of the image")
-def _as_it_is(part: Callable[..., Any], *args: Any) -> Any:
-    return part(*args)
+def _as_it_is(part: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
+    result = part(x, *args)
+    for each in result:
+        for value in each if isinstance(each, list) else [each]:
+            torch._dynamo.maybe_mark_dynamic(value, list(range(1, x.ndim - 1)))
+    return result

@@ -246,8 +246,8 @@ inline void narrow_gemm(int rows, const char* a, Index lda, const char* b, Index
 }
 
 #ifdef HAS_TILES
-// Up to 16 tokens times K vectors of columns. What follows the tokens' last group is zero, and `rest` is
-// the panel's last groups, filled up with zeros, too.
+// Up to 16 tokens times K vectors of columns. What follows the tokens' last group is zero, and `rest` is the panel's
+// last groups, filled up with zeros, too.
 template <class Kind, int K>
 inline void tile_gemm(int rows, const char* a, Index lda, const char* b, const char* rest, Index groups,
                       const typename Kind::Columns& columns, const Scale* scales, const Target& to) {
