@@ -15,6 +15,7 @@ from sgformer.data.ade20k import LabelledFolder, read_label_map
 from sgformer.data.coco import CocoDataset
 from sgformer.data.formats import find_format, open_data
 from sgformer.data.image import read_image
+from sgformer.data.splitting import own_name
 
 
 class KnownObjects:
@@ -50,7 +51,7 @@ def find_objects(data: str | os.PathLike[str], split: str = "val") -> KnownObjec
         from sgformer.data.ade20k import scan
         from sgformer.data.label_values import check_values
 
-        listing, _ = check_values(scan(root, "validation" if split == "val" else split))
+        listing, _ = check_values(scan(root, own_name(root, split, "ade20k")))
         return KnownObjects(len(listing), lambda i: _labelled(listing, i), "label maps")
     scenes = (root / "scenes.json").is_file()
     if root.is_file() or (root / "annotations").is_dir() or (find_format("objects", root) and not scenes):

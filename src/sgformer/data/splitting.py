@@ -380,6 +380,12 @@ def kept_by(
         raise UserError(f"{file}: damaged ({first_line(error)}); copy it from the run again") from None
 
 
+def own_name(data: str | os.PathLike[str], split: str, layout: str) -> str:
+    """The name that a layout has for a split, unless there is a folder of the name given."""
+    there = any((Path(data) / folder / split).is_dir() for folder in (".", "images"))
+    return OWN_NAMES[layout][SIDES[split]] if split in SIDES and not there else split
+
+
 def named_split(data: str | os.PathLike[str], split: str, layout: str) -> str:
     """The split that `eval` opens: as named, also by the name of another layout (`val`, `validation`), or, of data that
     are not split, "all" for all images.
@@ -389,8 +395,7 @@ def named_split(data: str | os.PathLike[str], split: str, layout: str) -> str:
     """
     inner = unsplit(data, layout)
     if inner is None or (layout == "coco" and Path(data).is_file()):  # a file is its own split
-        there = any((Path(data) / folder / split).is_dir() for folder in (".", "images"))
-        return OWN_NAMES[layout][SIDES[split]] if split in SIDES and not there else split
+        return own_name(data, split, layout)
     if SIDES.get(split) == 1:
         how = f"--data {inner}" if layout == "coco" else f"--split {'all' if inner == '.' else inner}"
         raise UserError(f"{data}: no validation images; {how} evaluates on all of its images")

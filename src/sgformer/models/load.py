@@ -159,7 +159,7 @@ def _refuse_broken(weights: Weights) -> None:
         )
 
 
-def refuse_large(weights: Weights) -> None:
+def refuse_large(weights: Weights, advice: str = "; if that is meant, say so with --image-size") -> None:
     """Raise UserError if the image size that a file names needs far more memory than a network of its size should: a
     stranger may have written it. To be called where no other size is given.
 
@@ -177,7 +177,7 @@ def refuse_large(weights: Weights) -> None:
     if needed > max(MOST_NAMED, PER_BYTE * stored):
         raise UserError(
             f"{weights.path}: names an image size of {sides[0]} x {sides[1]} pixels, at which it would take some "
-            f"{needed / 2**30:.1f} GiB; if that is meant, say so with --image-size"
+            f"{needed / 2**30:.1f} GiB{advice}"
         )
 
 

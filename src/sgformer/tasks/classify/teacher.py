@@ -138,12 +138,11 @@ def read_network(source: str) -> tuple[nn.Module, Mapping[str, Any]]:
             return network, network.metadata  # type: ignore[return-value]
         if weights.architecture is not None:
             raise UserError(f"{weights.path} holds a network for {weights.task}, not a classifier")
-        refuse_large(weights)
+        refuse_large(weights, advice="")
         return build_network(weights), weights.metadata
     except UserError as error:
-        says = str(error).partition("; pass --model")[0].partition("; if that is meant")[0]
         hint = "; for a plain state dict, --teacher NAME=FILE" if "pass --model" in str(error) else ""
-        raise UserError(f"--teacher {source}: {says}{hint}") from None
+        raise UserError(f"--teacher {source}: {str(error).partition('; pass --model')[0]}{hint}") from None
 
 
 def class_names(network: nn.Module, metadata: Mapping[str, Any]) -> list[tuple[str, ...]] | None:
