@@ -109,10 +109,12 @@ def errors(model: Any, images: Tensor) -> dict[str, list[tuple[float, float, flo
         )
         for i in range(B):
             scaled = kv[i] / kv[i].std(0, keepdim=True).clamp(min=1e-6)
-            heads = [ops.split_heads(t[None], attn.heads)[0] for t in (q[i], kv[i, :, :C], kv[i, :, C:])]
+            queries, keys, values = (
+                ops.split_heads(t[None], attn.heads)[0] for t in (q[i], kv[i, :, :C], kv[i, :, C:])
+            )
             for name, way in ways().items():
                 token = way(significance[i].flatten(), scaled, tokens[i], (H, W), attn.aggregate, groups)
-                result = aggregation_error(*heads, token)
+                result = aggregation_error(queries, keys, values, token)
                 size = result.full.norm(dim=-1)
                 parts = [result.within.norm(dim=-1), result.between.norm(dim=-1)]
                 found[name].append(
@@ -151,7 +153,7 @@ def error_table(weights: str, data: str, size: int, count: int) -> None:
 
 
 def accuracy_table(weights: str, data: str, size: int, count: int) -> None:
-    model, score = classifier(weights, data, 25, size, count)
+    model, score = classifier(weights, data, "val", 25, size, count)
     blocks = [m for m in model.modules() if isinstance(m, GuidedBlock)]
     learned = [block.attn.aggregate for block in blocks]
     print(f"\n{size} pixels, {count} photographs\n")

@@ -85,7 +85,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.conv(x)
-        return self.norm(to_tokens(x)), tuple(x.shape[2:])
+        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 
 class Downsample(nn.Module):
@@ -97,7 +97,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         x = self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(to_image(x, grid))))))
-        return to_tokens(x), tuple(x.shape[2:])
+        return to_tokens(x), (x.shape[2], x.shape[3])
 
 
 class DepthwiseConv(nn.Module):
@@ -156,12 +156,17 @@ class HybridAttention(Attention):
             far, received = self._windows(self.q1(x), k, v, grid, small, w * r, w)
             received = received / (w * r) ** 2
         else:
-            far, weights = softmax_attention(*(heads_first(t, self.heads) for t in (self.q1(x), k, v)))
+            far, weights = self._attend(self.q1(x), k, v)
             received = weights.detach().mean(dim=(1, 2))
         copied = F.interpolate(received.reshape(-1, 1, *small), scale_factor=r, mode="nearest")[:, 0, :H, :W]
-        near, fine = self._windows(self.q2(x), *self.kv2(x).chunk(2, dim=-1), grid, grid, w, w)
+        fine_k, fine_v = self.kv2(x).chunk(2, dim=-1)
+        near, fine = self._windows(self.q2(x), fine_k, fine_v, grid, grid, w, w)
         significance = copied.reshape(-1, H * W) + fine / w**2
         return self.finish(torch.cat([far, near], dim=-1), x, grid), significance
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = (heads_first(t, self.heads) for t in (q, k, v))
+        return softmax_attention(q, k, v, real_k)
 
     def _windows(
         self,
@@ -178,7 +183,7 @@ class HybridAttention(Attention):
         real_q = cut(q.new_ones(B, q.shape[1], 1), q_grid, q_side)  # (B * windows, queries, 1)
         real_k = cut(q.new_ones(B, k.shape[1], 1), k_grid, k_side)[..., 0] > 0
         q, k, v = cut(q, q_grid, q_side), cut(k, k_grid, k_side), cut(v, k_grid, k_side)
-        out, weights = softmax_attention(*(heads_first(t, self.heads) for t in (q, k, v)), real_k)
+        out, weights = self._attend(q, k, v, real_k)
         received = (weights.detach() * real_q[:, None]).sum(2).mean(1)
         return uncut(out, q_grid, q_side), uncut(received[..., None], k_grid, k_side)[..., 0]
 

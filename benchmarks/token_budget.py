@@ -6,8 +6,8 @@
 
 Every budget is measured with the tokens where the network wants them, and with the same number cut without guidance, in
 raster order. Times are of `sgformer.optimize` for the backbone on one thread, interleaved, medians of seven rounds;
-memory is the peak of a batch of eight in a process of its own. Weights of a classifier (top-1, with paired differences),
-a semantic segmentation (mIoU) or a detector (mask AP, box AP without masks).
+memory is the peak of a batch of eight in a process of its own. Weights of a classifier (top-1, with paired
+differences), a semantic segmentation (mIoU) or a detector (mask AP, box AP without masks).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def of_a_classifier(weights: str, given: argparse.Namespace) -> Score:
 
 
 def of_a_dense_network(weights: str, given: argparse.Namespace, folder: str) -> Score:
-    """(budget, uniform or not) -> mIoU or AP in percent, by `sgformer.evaluate`; `folder` is for a copy of the weights."""
+    """(budget, uniform or not) -> mIoU or AP in percent; a copy of the weights is written to `folder`."""
     model = sgformer.load_model(weights)
     model.architecture["backbone"]["config"]["significance"] = "uniform"
     copy = f"{folder}/uniform.safetensors"
@@ -161,7 +161,7 @@ def main() -> None:
     (folder / f"budget-{task}-{side}.json").write_text(json.dumps(rows, indent=1))
     name = {"classify": "top-1", "segment": "mIoU", "detect": "AP"}[task]
     draw(rows, name, f"{given.weights}, {side} pixels", folder / f"budget-{task}-{side}.png")
-    print(f"| tokens x | key/value tokens, all blocks | {name} | uniform | guided minus uniform | ms an image | MiB, 8 |")
+    print(f"| tokens x | key/value tokens, all blocks | {name} | uniform | guided minus uniform | ms an image | MiB |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
