@@ -73,6 +73,24 @@ def test_optimize_changes_no_number_and_not_the_original(model, size, way):
     assert {k: len(v) for k, v in seen.tokens.items()} == {k: len(v) for k, v in plain.inspect(image).tokens.items()}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_positions_follow_the_size_and_the_table(model, way):
+    """The resized table is kept between calls: of the size before, or of a table that has changed, it is not."""
+    fast, small, large = sgformer.optimize(model, **way), torch.randn(1, 3, 64, 64), torch.randn(1, 3, 96, 64)
+    with torch.inference_mode():
+        fast(small)  # what is kept from here must serve outside, too
+    first, other = fast(small), fast(large)
+    assert torch.equal(fast(small), first) and torch.equal(fast(large), other)
+    assert torch.equal(copy.deepcopy(fast.stem)(small), fast.stem(small))
+    with torch.no_grad():
+        fast.stem.position.table.mul_(-3)
+        plain = copy.deepcopy(model).eval()
+        plain.stem.position.table.mul_(-3)
+        expected = plain(small)
+    assert (fast(small) - first).abs().max() > 1e-3 * first.abs().max()
+    assert (fast(small) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 @needs_compiler
 @pytest.mark.parametrize("size", [(224, 224), (96, 150)])
 @torch.no_grad()

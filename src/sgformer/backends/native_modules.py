@@ -18,7 +18,16 @@ from sgformer import ops
 from sgformer.backends import native
 from sgformer.backends.eligibility import readable
 from sgformer.models.backbone import Block, GuidedBlock, HybridBlock, PlainBlock, Stage
-from sgformer.models.layers import ConvNorm, DepthwiseConv, Downsample, Mlp, Stem, convolve
+from sgformer.models.layers import (
+    ConvNorm,
+    DepthwiseConv,
+    Downsample,
+    Mlp,
+    PositionTable,
+    Stem,
+    convolve,
+    resize_table,
+)
 from sgformer.models.significance import LinearAggregation
 from sgformer.ops import TokenGroups
 
@@ -43,6 +52,23 @@ class InplaceGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(x)
+
+
+class KeptPositions(nn.Module):
+    """A position table that keeps what it was last resized to: a twentieth of a small network's time otherwise."""
+
+    def __init__(self, position: PositionTable):
+        super().__init__()
+        self.table = position.table
+        self._kept: tuple[Any, Any, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, state = self._kept, (x.shape[1], x.shape[2], self.table._version, self.table.device)
+        if kept is None or kept[0] is not self.table or kept[1] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                resized = resize_table(self.table, (x.shape[1], x.shape[2])).contiguous()
+            self._kept = kept = self.table, state, resized  # in one step, as threads may share the network
+        return x + kept[2]
 
 
 class PackedLinear(nn.Module):

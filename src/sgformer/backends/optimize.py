@@ -20,6 +20,7 @@ from sgformer.backends.native_autograd import accelerate, restore
 from sgformer.backends.native_modules import (
     FoldedMlp,
     InplaceGELU,
+    KeptPositions,
     NativeConv,
     NativeLinear,
     PackedLinear,
@@ -28,7 +29,7 @@ from sgformer.backends.native_modules import (
 from sgformer.backends.triton import check
 from sgformer.core.errors import UserError
 from sgformer.models.backbone import SGFormer
-from sgformer.models.layers import ClassifierHead, ConvNorm, DropPath, Mlp
+from sgformer.models.layers import ClassifierHead, ConvNorm, DropPath, Mlp, PositionTable
 
 log = logging.getLogger("sgformer")
 
@@ -125,6 +126,8 @@ def optimize(
             if intact(child, Mlp):
                 setattr(module, name, FoldedMlp(child))
     if pack:
+        if readable(fast.stem.position, PositionTable):
+            fast.stem.position = KeptPositions(fast.stem.position)
         for module in list(fast.modules()):
             if isinstance(module, FoldedMlp | ConvNorm) and intact(module.act, nn.GELU):
                 module.act = InplaceGELU()
