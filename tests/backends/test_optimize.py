@@ -8,7 +8,7 @@ from changed_networks import CHANGES
 
 import sgformer
 from sgformer.backends import native
-from sgformer.backends.native_modules import FoldedMlp, NativeGuided, PackedLinear
+from sgformer.backends.native_modules import FoldedMlp, KeptPositions, NativeGuided, PackedLinear
 
 try:
     native.library()
@@ -77,6 +77,7 @@ def test_optimize_changes_no_number_and_not_the_original(model, size, way):
 def test_positions_follow_the_size_and_the_table(model, way):
     """The resized table is kept between calls: of the size before, or of a table that has changed, it is not."""
     fast, small, large = sgformer.optimize(model, **way), torch.randn(1, 3, 64, 64), torch.randn(1, 3, 96, 64)
+    assert (type(fast.stem.position) is KeptPositions) == way.get("pack", True)
     with torch.inference_mode():
         fast(small)  # what is kept from here must serve outside, too
     first, other = fast(small), fast(large)

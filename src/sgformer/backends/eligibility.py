@@ -22,7 +22,15 @@ from sgformer.models.backbone import (
     PlainBlock,
     SelfGuidedAttention,
 )
-from sgformer.models.layers import ConvNorm, DepthwiseConv, DropPath, Mlp, ResidualDepthwiseConv, WeightedSum
+from sgformer.models.layers import (
+    ConvNorm,
+    DepthwiseConv,
+    DropPath,
+    Mlp,
+    PositionTable,
+    ResidualDepthwiseConv,
+    WeightedSum,
+)
 from sgformer.models.significance import LinearAggregation
 
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -110,7 +118,7 @@ def _halves_or_mixes(conv: nn.Conv2d) -> bool:
 
 #: The supported types, each with a check that a module is configured as in the networks here.
 KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
-    **dict.fromkeys((nn.Identity, DropPath, ResidualDepthwiseConv, WeightedSum), lambda m: True),
+    **dict.fromkeys((nn.Identity, DropPath, PositionTable, ResidualDepthwiseConv, WeightedSum), lambda m: True),
     nn.Linear: lambda m: m.bias is not None,
     nn.LayerNorm: lambda m: m.bias is not None and len(m.normalized_shape) == 1,
     nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
