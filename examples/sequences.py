@@ -3,10 +3,11 @@
     python examples/sequences.py digits recordings/ --out digits
     python examples/sequences.py text TREC.train.all TREC.test.all --out questions
 
-`recordings/` holds spoken digits as 7_jackson_32.wav (16 bits, one channel); a text file has a line of label and words
-for each text. Three networks train with every seed: `guided` (pairs of hybrid-scale and self-guided blocks), `uniform`
-(the same, but the ranking is left out: tokens are pooled in their order) and `plain` (torch's transformer layers, their
-MLPs as wide as makes the cost equal). OUT gets the table and a picture of which samples or words got the tokens.
+`recordings/` holds spoken digits as 7_jackson_32.wav (8 kHz, 16 bits, one channel), of which the networks get a frame
+of 40 loudnesses every 5 ms; a text file has a line of label and words for each text. Three networks train with every
+seed: `guided` (pairs of hybrid-scale and self-guided blocks), `uniform` (the same, but the ranking is left out: tokens
+are pooled in their order) and `plain` (torch's transformer layers, their MLPs as wide as makes the cost equal). OUT
+gets the table and a picture of which samples or words got the tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sgformer import SGFormer1d, Stem1d
 
 NETWORKS = ("guided", "uniform", "plain")
+RATE, WINDOW, HOP, MELS = 8000, 256, 40, 40  # of sound: samples a second, samples of a frame, between frames; bands
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -38,9 +40,9 @@ NETWORKS = ("guided", "uniform", "plain")
 
 @dataclass
 class Sequences:
-    """Sequences of unequal lengths, their classes, and what to show of each.
+    """Sequences of unequal lengths, their classes, and what to show of each: samples (M,), or words.
 
-    The values are samples, (N,) float32, or numbers of words, (N,) int64.
+    The values are frames of sound, (N, MELS) float32, or numbers of words, (N,) int64.
     """
 
     values: list[Tensor]
@@ -70,20 +72,53 @@ class Data:
     vocabulary: int = 0
 
 
+def mel_filters() -> Tensor:
+    """(WINDOW / 2 + 1, MELS): triangles of equal width on the mel scale, from 0 to half the rate."""
+
+    def mels(hertz: Tensor) -> Tensor:
+        return 2595 * torch.log10(1 + hertz / 700)
+
+    edges = torch.linspace(0, mels(torch.tensor(RATE / 2)).item(), MELS + 2)
+    at = mels(torch.linspace(0, RATE / 2, WINDOW // 2 + 1))[:, None]
+    rising, falling = (at - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - at) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+def log_mels(samples: Tensor) -> Tensor:
+    """(M,) -> (M // HOP + 1, MELS): how loud each band of frequencies is, every HOP samples."""
+    spectrum = torch.stft(
+        samples, WINDOW, HOP, window=torch.hann_window(WINDOW), pad_mode="constant", return_complex=True
+    )
+    return (spectrum.abs().square().T @ mel_filters() + 1e-4).log()
+
+
 def spoken_digits(folder: Path) -> Data:
     """The data set's own split: recordings 0 to 4 of every digit and speaker are the test. 5 to 9 are kept aside."""
-    parts: dict[str, list[tuple[Tensor, int, str]]] = {"train": [], "val": [], "test": []}
+    parts: dict[str, list[tuple[Tensor, int, Tensor]]] = {"train": [], "val": [], "test": []}
     for file in sorted(folder.glob("*.wav")):
         digit, _, number = file.stem.split("_")
         with wave.open(str(file)) as sound:
             samples = np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32)
         scaled = torch.from_numpy(samples / max(1.0, float(np.abs(samples).max())))
         part = "test" if int(number) < 5 else "val" if int(number) < 10 else "train"
-        parts[part].append((scaled, int(digit), file.stem))
+        parts[part].append((log_mels(scaled), int(digit), scaled))
     if not all(parts.values()):
         raise SystemExit(f"{folder}: expected spoken digits such as 7_jackson_32.wav, numbered from 0 to at least 10")
-    made = {name: Sequences(*map(list, zip(*rows, strict=True))) for name, rows in parts.items()}
+    learned = torch.cat([frames for frames, _, _ in parts["train"]])
+    mean, std = learned.mean(0), learned.std(0)
+    made = {
+        name: Sequences([(frames - mean) / std for frames, _, _ in rows], [r[1] for r in rows], [r[2] for r in rows])
+        for name, rows in parts.items()
+    }
     return Data(made["train"], made["val"], made["test"], [str(n) for n in range(10)])
+
+
+def louder_and_masked(x: Tensor) -> Tensor:
+    """Frames (B, N, MELS) louder or quieter, and without up to eight neighbouring bands (Park et al., 2019)."""
+    first = torch.randint(MELS, (len(x), 1))
+    band = torch.arange(MELS)
+    masked = (band >= first) & (band < first + torch.randint(9, (len(x), 1)))
+    return (x + 0.3 * torch.randn(len(x), 1, 1)).masked_fill(masked[:, None], 0)
 
 
 def texts(train: Path, test: Path, val: Path | None) -> Data:
@@ -129,11 +164,11 @@ class PlainTransformer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Tokens of samples or of words, and a network on them."""
+    """Tokens of frames or of words, and a network on them."""
 
     def __init__(self, data: Data, network: str, hidden: int = 0, dim: int = 64):
         super().__init__()
-        self.stem = None if data.vocabulary else Stem1d(1, dim, (4, 4, 2))
+        self.stem = None if data.vocabulary else Stem1d(MELS, dim, (1, 1))
         self.words = nn.Embedding(data.vocabulary, dim) if data.vocabulary else None
         dropout = 0.3 if data.vocabulary else 0.1
         self.drop = nn.Dropout(dropout)
@@ -233,8 +268,8 @@ def fit(data: Data, name: str, seed: int, epochs: int, lr: float, size: int = 64
         network.train()
         for indices in batches(data.train, size, draw):
             x, lengths, labels = data.train.batch(indices)
-            if not data.vocabulary:  # louder or quieter, and in a little noise
-                x = x * torch.empty(len(x), 1).uniform_(0.5, 1) + 0.005 * torch.randn_like(x)
+            if not data.vocabulary:
+                x = louder_and_masked(x)
             loss = nn.functional.cross_entropy(network(x, lengths), labels, label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -294,10 +329,12 @@ def draw(network: Classifier, data: Data, file: Path, rows: int = 6) -> None:
                 wide = text.get_window_extent().transformed(axis.transAxes.inverted()).width
                 at += wide + 0.016
         else:
-            seconds = np.arange(len(values)) / 8000
-            points = np.stack([seconds, values.numpy()], 1)
+            samples = data.test.shown[i].numpy()
+            seconds = np.arange(len(samples)) / RATE
+            points = np.stack([seconds, samples], 1)
             lines = LineCollection(np.stack([points[:-1], points[1:]], 1), cmap="viridis", norm=scale, linewidths=0.7)
-            lines.set_array(np.repeat(share, -(-len(values) // len(share)))[: len(values) - 1])
+            nearest = (np.arange(len(samples) - 1) + HOP // 2) // HOP
+            lines.set_array(share[np.minimum(nearest, len(share) - 1)])
             axis.add_collection(lines)
             axis.set_xlim(0, seconds[-1])
             axis.set_ylim(-1.05, 1.05)
