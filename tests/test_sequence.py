@@ -253,6 +253,18 @@ def test_sound_and_text_are_compared_and_drawn(tmp_path, monkeypatch):
         assert (out / "tokens.png").stat().st_size > 10_000 and len((out / "runs.csv").read_text().splitlines()) == 7
 
 
+@pytest.mark.parametrize("hertz", [300, 1000, 3000])
+def test_a_tone_is_loudest_in_its_own_band(hertz):
+    import sequences
+
+    frames = sequences.log_mels(torch.sin(torch.arange(4000) * 2 * torch.pi * hertz / sequences.RATE))
+    assert frames.shape == (4000 // sequences.HOP + 1, sequences.MELS)
+    at = torch.linspace(0, sequences.RATE / 2, sequences.WINDOW // 2 + 1)
+    centres = (sequences.mel_filters() * at[:, None]).sum(0) / sequences.mel_filters().sum(0)
+    nearest = (centres - hertz).abs().argmin()
+    assert ((frames[10:-10].argmax(1) - nearest).abs() <= 1).all()
+
+
 @pytest.mark.slow
 def test_the_example_learns():
     from chirps import train
