@@ -1,4 +1,4 @@
-"""The tables of docs/results.md on photographs that other people took: every network as long, ten minutes of a core.
+"""The tables of docs/results.md on photographs that other people took: every network as long, some ten minutes of a core.
 
     python benchmarks/real_tables.py DATA RUNS [--only 'clothing10-144-ours-*']
 
@@ -7,8 +7,8 @@ layout), ccp-240 (ADE20K's), and tf_efficientnet_lite0.safetensors, the ImageNet
 given, not minutes, so that another machine trains as long: they come from rates measured side by side on one core,
 for the classifiers at 128 pixels and batch 32, for detection and segmentation from the first minute of each training
 (3.0, 2.7, 2.9 and 2.3 images/s on nuclei for N, resnet10t, pvt_v2_b0 and lite0; 7.9, 5.9, 6.8 and 5.7 on CCP). All
-else are the defaults that `sgformer train` takes from the data. What is done is not done again; what was interrupted goes on. Run with
-OMP_NUM_THREADS=1, and with as many processes as there are cores, each with its own --only.
+else are the defaults that `sgformer train` takes from the data. What is done is not done again; what was interrupted
+goes on. Run with OMP_NUM_THREADS=1, and with as many processes as there are cores, each with its own --only.
 """
 
 from __future__ import annotations
