@@ -1,4 +1,4 @@
-"""The tables of docs/results.md on photographs that other people took: every network as long, some ten minutes of a core.
+"""The tables of docs/results.md on others' photographs: every network as long, some ten minutes of a core.
 
     python benchmarks/real_tables.py DATA RUNS [--only 'clothing10-144-ours-*']
 
