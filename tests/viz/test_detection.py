@@ -11,6 +11,7 @@ from sgformer.viz.detection import (
     draw_examples,
     draw_precision_recall,
     draw_training_images,
+    label_places,
     overlay,
     sure_points,
 )
@@ -52,6 +53,47 @@ def test_skeletons_are_drawn_where_their_keypoints_are():
     assert (drawn[120, 150] == 255).all() and (drawn[280, 350] == 255).all() and (drawn[500, 600] == 255).all()
     assert (drawn[120, 250] == 100).all() and (drawn[200, 300] == 100).all()  # no third one, nor an edge to it
     assert len(things.above(0.5).keypoints) == 1 and things.above(0.5).edges == things.edges
+
+
+def test_labels_do_not_hide_objects_or_each_other():
+    def one(*box, others=()):
+        boxes = np.array([box, *others], float)
+        return label_places(boxes, np.full((len(boxes), 2), (40.0, 10.0)), (100, 100))[0].tolist()
+
+    assert one(20, 30, 60, 50) == [20, 20]  # above
+    assert one(20, 5, 80, 50) == [20, 5] and one(20, 5, 32, 17) == [20, 17]  # no room above: within, or below
+    assert one(90, 30, 99, 50) == [60, 20]  # not beyond the image
+    assert one(20, 30, 80, 70, others=[(30, 20, 40, 29)]) == [20, 30]  # above is another object
+    assert np.isnan(one(20, 30, 30, 40, others=[(20, 18, 40, 29), (20, 41, 30, 50)])).all()
+    draw = np.random.default_rng(0)
+    corners = draw.uniform(0, 280, (60, 2))
+    boxes = np.concatenate([corners, corners + draw.uniform(4, 20, (60, 2))], 1)
+    sizes = np.tile([40.0, 10.0], (60, 1))
+    places = label_places(boxes, sizes, (300, 300))
+    labels = np.concatenate([places, places + sizes], 1)
+    kept = np.flatnonzero(~np.isnan(places[:, 0]))
+    assert 20 < len(kept) < 60 and kept[0] == 0
+
+    def hidden(box, cover):
+        sides = np.minimum(box[2:], cover[2:]) - np.maximum(box[:2], cover[:2])
+        return sides.clip(min=0).prod() / (box[2:] - box[:2]).prod()
+
+    for i in kept:
+        assert all(hidden(box, labels[i]) <= 1 / 4 for box in boxes)
+        assert all(hidden(labels[j], labels[i]) <= 1 / 4 for j in kept if j < i)  # of better objects
+        assert labels[i].min() >= 0 and labels[i].max() <= 300
+
+
+def test_a_crowd_of_small_objects_stays_visible():
+    masks = np.zeros((100, 400, 400), bool)
+    boxes = np.array([[x, y, x + 12, y + 12] for y in range(5, 400, 40) for x in range(5, 400, 40)], float)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int), strict=True):
+        mask[y1:y2, x1:x2] = True
+    crowd = Instances(boxes, np.zeros(100, int), np.linspace(1, 0.5, 100), masks)
+    for names in (["nucleus"], ["nucleus", "cytoplasm"]):
+        drawn, colour = overlay(np.full((400, 400, 3), 100, np.uint8), crowd, names), palette(names)[0]
+        tinted = np.abs(drawn - (0.5 * 100 + 0.5 * colour)).max(-1) <= 1
+        assert all(tinted[mask].mean() > 0.3 for mask in masks)  # its outline has most of the rest
 
 
 def test_small_images_are_enlarged_and_nothing_is_fine_too():

@@ -65,6 +65,8 @@ def sure_points(keypoints: np.ndarray, least: float, offset: float = 0.0) -> np.
 def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.ndarray:
     """Draw masks, boxes, keypoints, class names and scores over an image, the best object on top.
 
+    The name of an only class is left out, and so are labels that would hide objects: see `label_places`.
+
     Args:
         image: (H, W, 3) uint8.
         objects: best first.
@@ -93,19 +95,62 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
         draw.rectangle(_upright(boxes[i]), outline=tuple(colours[i].tolist()), width=line)
         if objects.keypoints is not None:
             _draw_skeleton(draw, objects.keypoints[i] * zoom, objects.edges, tuple(colours[i].tolist()), line)
+    texts = [names[int(label)] if len(names) > 1 else "" for label in objects.labels]
+    if objects.scores is not None:
+        texts = [f"{text} {100 * score:.0f}".strip() for text, score in zip(texts, objects.scores, strict=True)]
+    written = [label_font(text, height) for text in texts]
+    extents = [font.getbbox(text) for font, text in written]
+    sizes = np.array([(right - left + 8, bottom - top + 6) for left, top, right, bottom in extents]).reshape(-1, 2)
+    places = label_places(boxes, sizes, canvas.size)
     for i in order:  # labels above all boxes
-        text = names[int(objects.labels[i])]
-        if objects.scores is not None:
-            text += f" {100 * objects.scores[i]:.0f}"
-        font, text = label_font(text, height)
-        left, top, right, bottom = font.getbbox(text)
-        wide, high = right - left + 8, bottom - top + 6
-        x = min(max(0, boxes[i][0]), max(0, canvas.width - wide))
-        y = boxes[i][1] - high if boxes[i][1] >= high else boxes[i][1]
+        if not texts[i] or np.isnan(places[i, 0]):
+            continue
+        (x, y), (wide, high), (font, text), (left, top, *_) = (
+            places[i].tolist(),
+            sizes[i].tolist(),
+            written[i],
+            extents[i],
+        )
         draw.rectangle((x, y, x + wide, y + high), fill=tuple(colours[i].tolist()))
         ink = "black" if colours[i] @ (0.299, 0.587, 0.114) > 140 else "white"
         draw.text((x + 4 - left, y + 3 - top), text, fill=ink, font=font)
     return np.asarray(canvas)
+
+
+def label_places(boxes: np.ndarray, sizes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """Where to write the labels of objects so that they are in nobody's way.
+
+    The first of these that is not: above the box, within it at the top or at the bottom, below it. A label is in the
+    way if it hides more than a quarter of an object or of a better object's label. If every place is in the way, it is
+    left out, so that a hundred small objects stay visible.
+
+    Args:
+        boxes: (N, 4) [x1, y1, x2, y2], best first.
+        sizes: (N, 2) width and height of the labels.
+        canvas: width and height of the image.
+
+    Returns:
+        (N, 2) left and top of each label, NaN where it is left out.
+    """
+    places = np.full((len(boxes), 2), np.nan)
+    for i, ((x1, y1, _, y2), size) in enumerate(zip(boxes, sizes, strict=True)):
+        left, high = min(max(0.0, x1), max(0.0, canvas[0] - size[0])), size[1]
+        for top in (y1 - high, y1, y2 - high, y2):
+            label = np.array([left, top, left + size[0], top + high])
+            if top < 0 or top + high > canvas[1] or _hidden(boxes, label).max() > 1 / 4:
+                continue
+            better = places[:i][~np.isnan(places[:i, 0])]
+            taken = np.concatenate([better, better + sizes[:i][~np.isnan(places[:i, 0])]], 1)
+            if _hidden(taken, label).max(initial=0) <= 1 / 4:
+                places[i] = left, top
+                break
+    return places
+
+
+def _hidden(boxes: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """The part of each box that lies under another, (N,)."""
+    both = np.minimum(boxes[:, 2:], cover[2:]) - np.maximum(boxes[:, :2], cover[:2])
+    return both.clip(min=0).prod(1) / np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1e-9)
 
 
 def _draw_skeleton(
