@@ -308,7 +308,7 @@ def draw(network: Classifier, data: Data, file: Path, rows: int = 6) -> None:
     chosen = (chosen + [i for i in range(len(data.test)) if i not in chosen])[:rows]
     high = 0.45 if data.vocabulary else 0.9
     figure, axes = plt.subplots(rows, 1, figsize=(10, high * rows + 0.8), constrained_layout=True, squeeze=False)
-    scale = plt.Normalize(0, 1)
+    scale = plt.Normalize(0, 1 if data.vocabulary else 0.25)  # the most that a token gets
     for axis, i in zip(axes[:, 0], sorted(chosen, key=lambda i: data.test.labels[i]), strict=True):
         values = data.test.values[i]
         share = spent(network, values)
