@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import random
-import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from real_tables import evaluate, figure, mean_and_spread, train_or_resume
 
 MINUTES = 12
 RECIPES = {"muon": ("--opt", "muon", "--lr", "1.2e-2"), "adamw": ("--opt", "adamw", "--lr", "8e-3")}
@@ -50,25 +48,13 @@ def keep_aside(tiny: Path, out: Path) -> None:
 
 def train(network: str, recipe: str, seed: int, data: Path, run: Path) -> None:
     """Train, or go on; then evaluate on what was kept aside and on the validation photographs."""
-    command = [sys.executable, "-m", "sgformer"]
-    if not (run / "report.md").exists():  # written last
-        if any(run.glob("checkpoints/*.ckpt")):
-            begin = ["--resume", str(run)]
-        else:
-            images = sum(1 for _ in (data / "train").glob("*/*"))
-            epochs = 60 * MINUTES * RATES[network][recipe] / images
-            begin = ["--config", str(Path(__file__).parent.parent / "recipes" / "tiny_imagenet_n.yaml"), *SHORT]
-            begin += ["--data", str(data), "--model", network, *RECIPES[recipe], "--epochs", f"{epochs:.2f}"]
-            begin += ["--seed", str(seed), "--run", str(run)]
-        subprocess.run([*command, "train", "classify", *begin], check=True)
+    images = sum(1 for _ in (data / "train").glob("*/*"))
+    epochs = 60 * MINUTES * RATES[network][recipe] / images
+    begin = ["--config", str(Path(__file__).parent.parent / "recipes" / "tiny_imagenet_n.yaml"), *SHORT]
+    begin += ["--data", str(data), "--model", network, *RECIPES[recipe], "--epochs", f"{epochs:.2f}"]
+    train_or_resume("classify", run, [*begin, "--seed", str(seed)])
     for split in ("val", "test"):
-        asked = ["--data", str(data), "--split", split, "--workers", "0", "--out", str(run / split)]
-        subprocess.run([*command, "eval", str(run / "last.safetensors"), *asked], check=True)
-
-
-def top1(run: Path, split: str) -> float:
-    """In percent."""
-    return 100 * json.loads((run / split / "metrics.json").read_text())["top1"]
+        evaluate(run, "last", data, split, split)
 
 
 def table(runs: Path) -> list[str]:
@@ -77,11 +63,10 @@ def table(runs: Path) -> list[str]:
     for network, rates in RATES.items():
         for recipe, rate in rates.items():
             found = [file.parent.parent for file in sorted(runs.glob(f"{network}-{recipe}-*/test/metrics.json"))]
-            cells = []
-            for split in ("val", "test"):
-                values = [top1(run, split) for run in found]
-                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{spread} %" if values else "")
+            cells = [
+                mean_and_spread([figure(run / split / "metrics.json", ("top1",)) for run in found])
+                for split in ("val", "test")
+            ]
             if found:
                 epochs = 60 * MINUTES * rate / (100_000 - 200 * ASIDE)
                 lines.append(f"| {network} | {recipe} | {epochs:.2f} | {' | '.join(cells)} | {len(found)} |")

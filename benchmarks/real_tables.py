@@ -82,19 +82,34 @@ NETWORKS = {
 }
 
 
+def train_or_resume(task: str, run: Path, begin: list[str]) -> None:
+    """`sgformer train` with these options, or on from where it was interrupted; nothing if it has ended."""
+    if (run / "report.md").exists():  # written last
+        return
+    options = ["--resume", str(run)] if any(run.glob("checkpoints/*.ckpt")) else [*begin, "--run", str(run)]
+    subprocess.run([sys.executable, "-m", "sgformer", "train", task, *options], check=True)
+
+
+def evaluate(run: Path, weights: str, data: Path, split: str, out: str) -> None:
+    """`sgformer eval` of a run's best or last weights."""
+    asked = ["--data", str(data), "--split", split, "--workers", "0", "--out", str(run / out)]
+    command = [sys.executable, "-m", "sgformer", "eval", str(run / f"{weights}.safetensors"), *asked]
+    subprocess.run(command, check=True)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Of percentages: mean ± standard deviation, for a table."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread} %" if values else ""
+
+
 def train(network: Network, given: DataSet, epochs: float, seed: int, data: Path, run: Path) -> None:
     """Train, or go on; then evaluate."""
-    command = [sys.executable, "-m", "sgformer"]
-    if not (run / "report.md").exists():  # written last
-        if any(run.glob("checkpoints/*.ckpt")):
-            begin = ["--resume", str(run)]
-        else:
-            weights = data.parent / network.weights if "." in network.weights else network.weights
-            begin = ["--data", str(data), "--model", network.model, "--weights", str(weights), "--run", str(run)]
-            begin += ["--epochs", str(epochs), "--seed", str(seed), "--workers", "0", *given.options]
-        subprocess.run([*command, "train", given.task, *begin], check=True)
-    asked = ["--data", str(data), "--split", given.split, "--workers", "0", "--out", str(run / "test")]
-    subprocess.run([*command, "eval", str(run / f"{given.weights}.safetensors"), *asked], check=True)
+    weights = data.parent / network.weights if "." in network.weights else network.weights
+    begin = ["--data", str(data), "--model", network.model, "--weights", str(weights)]
+    begin += ["--epochs", str(epochs), "--seed", str(seed), "--workers", "0", *given.options]
+    train_or_resume(given.task, run, begin)
+    evaluate(run, given.weights, data, given.split, "test")
 
 
 def figure(file: Path, keys: tuple[str, ...]) -> float:
@@ -113,9 +128,7 @@ def table(runs: Path, name: str) -> list[str]:
         found = sorted(runs.glob(f"{name}-{network}-*/test/metrics.json"))
         cells = []
         for keys in given.figures.values():
-            values = [figure(file, keys) for file in found]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread} %" if values else "")
+            cells.append(mean_and_spread([figure(file, keys) for file in found]))
         if found:
             lines.append(f"| {network} | {epochs} | {' | '.join(cells)} | {len(found)} |")
     return lines

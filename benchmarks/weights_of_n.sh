@@ -7,19 +7,8 @@
 # folder. 25 photographs of each class are kept aside, to look at the progress.
 set -eu
 tiny=$1 names=$2 runs=$3 here=$(dirname "$0")
-python - "$tiny/train" "$runs/data" <<'PYTHON'
-import os, random, sys
-from pathlib import Path
-
-source, out = map(Path, sys.argv[1:])
-for folder in sorted(source.iterdir()):
-    files = sorted(folder.iterdir())
-    aside = set(random.Random(folder.name).sample(files, 25))
-    for file in files:
-        target = out / ("val" if file in aside else "train") / folder.name / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(file, target)
-PYTHON
+PYTHONPATH=$here python -c 'import sys; from pathlib import Path; from peers import keep_aside
+keep_aside(*map(Path, sys.argv[1:]))' "$tiny" "$runs/data"
 part() { # NAME, settings
   name=$1
   shift

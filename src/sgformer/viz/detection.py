@@ -98,23 +98,30 @@ def overlay(image: np.ndarray, objects: Instances, names: Sequence[str]) -> np.n
     texts = [names[int(label)] if len(names) > 1 else "" for label in objects.labels]
     if objects.scores is not None:
         texts = [f"{text} {100 * score:.0f}".strip() for text, score in zip(texts, objects.scores, strict=True)]
+    if any(texts):
+        _draw_labels(draw, texts, height, boxes, colours, canvas.size)
+    return np.asarray(canvas)
+
+
+def _draw_labels(
+    draw: ImageDraw.ImageDraw,
+    texts: Sequence[str],
+    height: int,
+    boxes: np.ndarray,
+    colours: np.ndarray,
+    canvas: tuple[int, int],
+) -> None:
+    """The labels of objects, best first, above all boxes; the best on top."""
     written = [label_font(text, height) for text in texts]
     extents = [font.getbbox(text) for font, text in written]
-    sizes = np.array([(right - left + 8, bottom - top + 6) for left, top, right, bottom in extents]).reshape(-1, 2)
-    places = label_places(boxes, sizes, canvas.size)
-    for i in order:  # labels above all boxes
-        if not texts[i] or np.isnan(places[i, 0]):
-            continue
-        (x, y), (wide, high), (font, text), (left, top, *_) = (
-            places[i].tolist(),
-            sizes[i].tolist(),
-            written[i],
-            extents[i],
-        )
-        draw.rectangle((x, y, x + wide, y + high), fill=tuple(colours[i].tolist()))
+    sizes = np.array([(right - left + 8, bottom - top + 6) for left, top, right, bottom in extents])
+    places = label_places(boxes, sizes, canvas)
+    for i in reversed(np.flatnonzero(~np.isnan(places[:, 0]))):
+        font, text = written[i]
+        draw.rectangle((*places[i].tolist(), *(places[i] + sizes[i]).tolist()), fill=tuple(colours[i].tolist()))
         ink = "black" if colours[i] @ (0.299, 0.587, 0.114) > 140 else "white"
-        draw.text((x + 4 - left, y + 3 - top), text, fill=ink, font=font)
-    return np.asarray(canvas)
+        x, y = (places[i] + (4, 3) - extents[i][:2]).tolist()
+        draw.text((x, y), text, fill=ink, font=font)
 
 
 def label_places(boxes: np.ndarray, sizes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
@@ -132,17 +139,13 @@ def label_places(boxes: np.ndarray, sizes: np.ndarray, canvas: tuple[int, int]) 
     Returns:
         (N, 2) left and top of each label, NaN where it is left out.
     """
-    places = np.full((len(boxes), 2), np.nan)
+    places, taken = np.full((len(boxes), 2), np.nan), boxes
     for i, ((x1, y1, _, y2), size) in enumerate(zip(boxes, sizes, strict=True)):
         left, high = min(max(0.0, x1), max(0.0, canvas[0] - size[0])), size[1]
         for top in (y1 - high, y1, y2 - high, y2):
             label = np.array([left, top, left + size[0], top + high])
-            if top < 0 or top + high > canvas[1] or _hidden(boxes, label).max() > 1 / 4:
-                continue
-            better = places[:i][~np.isnan(places[:i, 0])]
-            taken = np.concatenate([better, better + sizes[:i][~np.isnan(places[:i, 0])]], 1)
-            if _hidden(taken, label).max(initial=0) <= 1 / 4:
-                places[i] = left, top
+            if top >= 0 and top + high <= canvas[1] and _hidden(taken, label).max() <= 1 / 4:
+                places[i], taken = (left, top), np.vstack([taken, label])
                 break
     return places
 
