@@ -71,8 +71,8 @@ void sgformer_attend(const Attention& attention, ConstView q, ConstView kv, View
       if (first >= last) continue;
       for (Index m = 0; m < keys; m++) {
         const float* from = kv.data + window.key(m) * kv.stride + head * d;
-        std::memcpy(&key_rows[m * d], from, 4 * d);
-        std::memcpy(&v[m * wide], from + heads * d, 4 * d);
+        copy(&key_rows[m * d], from, d);
+        copy(&v[m * wide], from + heads * d, d);
       }
       for (Index c = 0; c < d; c++) {
         for (Index m = 0; m < keys; m++) k[c * pitch + m] = key_rows[m * d + c] * scale;
@@ -84,7 +84,7 @@ void sgformer_attend(const Attention& attention, ConstView q, ConstView kv, View
         Index token[MR];
         for (int i = 0; i < n; i++) {
           token[i] = window.query(start + i);
-          std::memcpy(&x[i * d], q.data + token[i] * q.stride + head * d, 4 * d);
+          copy(&x[i * d], q.data + token[i] * q.stride + head * d, d);
         }
         for (Index m = 0; m < padded; m += NR)
           gemm(n, std::min(NR, padded - m), x.data(), d, &k[m], pitch, d, nullptr, false, &s[m], pitch);
@@ -138,8 +138,8 @@ void sgformer_attend_backward(const Attention& attention, ConstView q, ConstView
       const Index keys = window.keys, queries = window.queries, padded = round_up(keys);
       for (Index m = 0; m < keys; m++) {
         const float* from = kv.data + window.key(m) * kv.stride + head * d;
-        std::memcpy(&k[m * wide], from, 4 * d);
-        std::memcpy(&v[m * wide], from + heads * d, 4 * d);
+        copy(&k[m * wide], from, d);
+        copy(&v[m * wide], from + heads * d, d);
       }
       for (Index c = 0; c < d; c++)
         for (Index m = 0; m < padded; m++) {
@@ -151,8 +151,8 @@ void sgformer_attend_backward(const Attention& attention, ConstView q, ConstView
       for (Index first = 0; first < queries; first += T) {
         const Index count = std::min(T, queries - first);
         for (Index i = 0; i < count; i++) {
-          std::memcpy(&x[i * wide], q.data + window.query(first + i) * q.stride + head * d, 4 * d);
-          std::memcpy(&g[i * wide], grad.data + window.query(first + i) * grad.stride + head * d, 4 * d);
+          copy(&x[i * wide], q.data + window.query(first + i) * q.stride + head * d, d);
+          copy(&g[i * wide], grad.data + window.query(first + i) * grad.stride + head * d, d);
         }
         for (Index r = 0; r < count; r += MR) {
           const int n = std::min<Index>(MR, count - r);
@@ -177,7 +177,7 @@ void sgformer_attend_backward(const Attention& attention, ConstView q, ConstView
           for (Index c = 0; c < wide; c += NR)
             gemm(n, std::min(NR, wide - c), &s[r * pitch], pitch, &k[c], wide, keys, nullptr, false, &gq[c], wide);
           for (int i = 0; i < n; i++)
-            std::memcpy(grad_q.data + window.query(first + r + i) * grad_q.stride + head * d, &gq[i * wide], 4 * d);
+            copy(grad_q.data + window.query(first + r + i) * grad_q.stride + head * d, &gq[i * wide], d);
         }
         for (Index m = 0; m < keys; m += MR)
           for (Index c = 0; c < wide; c += NR) {
@@ -188,8 +188,8 @@ void sgformer_attend_backward(const Attention& attention, ConstView q, ConstView
       }
       for (Index m = 0; m < keys; m++) {
         float* to = grad_kv.data + window.key(m) * grad_kv.stride + head * d;
-        std::memcpy(to, &gk[m * wide], 4 * d);
-        std::memcpy(to + heads * d, &gv[m * wide], 4 * d);
+        copy(to, &gk[m * wide], d);
+        copy(to + heads * d, &gv[m * wide], d);
       }
     }
   }

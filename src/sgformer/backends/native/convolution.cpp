@@ -21,7 +21,7 @@ inline void im2col(const Conv& conv, const float* x, Index p, float* column) {
       continue;
     }
     std::memset(to, 0, 4 * left * C);
-    std::memcpy(to + left * C, x + ((b * H + y0 + i) * W + x0 + left) * C, 4 * (right - left) * C);
+    copy(to + left * C, x + ((b * H + y0 + i) * W + x0 + left) * C, (right - left) * C);
     std::memset(to + right * C, 0, 4 * (k - right) * C);
   }
 }
@@ -62,7 +62,7 @@ void sgformer_conv(const Conv& conv, const float* x, Affine map, float* out) {
         }
       const Index begin = cut * panels / cuts * NR, end = std::min((cut + 1) * panels / cuts * NR, width);
       for (Index r = first; r < last; r++)
-        std::memcpy(out + r * width + begin, &products[(r - first) * wide + begin], 4 * (end - begin));
+        copy(out + r * width + begin, &products[(r - first) * wide + begin], end - begin);
     }
   }
 }

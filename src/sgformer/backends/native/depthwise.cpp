@@ -45,8 +45,8 @@ template <class Epilogue>
 void depthwise(ConstView x, View out, Index H, Index W, int n, Affine conv, Index C, float* rows, Epilogue epilogue) {
   const Index row = (W + 2) * CHANNELS;
   float w[9 * CHANNELS] = {}, bias[CHANNELS] = {}, *results = rows + 3 * row;
-  for (int k = 0; k < 9; k++) std::memcpy(w + k * CHANNELS, conv.weight + k * C, 4 * n);
-  std::memcpy(bias, conv.bias, 4 * n);
+  for (int k = 0; k < 9; k++) copy(w + k * CHANNELS, conv.weight + k * C, n);
+  copy(bias, conv.bias, n);
   std::memset(rows, 0, 4 * row * 4);  // the columns left and right stay zero, and so does what lies beyond n
   auto load_row = [&](Index y) {
     float* to = rows + (y % 3) * row + CHANNELS;
@@ -54,10 +54,10 @@ void depthwise(ConstView x, View out, Index H, Index W, int n, Affine conv, Inde
     if (n == CHANNELS)
       for (Index z = 0; z < W; z++) {
         prefetch(from + (z + W) * x.stride);
-        std::memcpy(to + z * CHANNELS, from + z * x.stride, 4 * CHANNELS);
+        copy(to + z * CHANNELS, from + z * x.stride, CHANNELS);
       }
     else
-      for (Index z = 0; z < W; z++) std::memcpy(to + z * CHANNELS, from + z * x.stride, 4 * n);
+      for (Index z = 0; z < W; z++) copy(to + z * CHANNELS, from + z * x.stride, n);
   };
   load_row(0);
   for (Index y = 0; y < H; y++) {
@@ -160,15 +160,9 @@ void sgformer_depthwise_backward(const Grid& grid, ConstView x, ConstView grad, 
       const Index chunk = task % chunks * CHANNELS, image = task / chunks * H * W;
       const int n = std::min<Index>(CHANNELS, C - chunk);
       float w[10 * CHANNELS] = {}, total[10 * CHANNELS] = {};
-      for (int k = 0; k < 9; k++) std::memcpy(w + k * CHANNELS, conv.weight + k * C + chunk, 4 * n);
-      if (activated) std::memcpy(w + 9 * CHANNELS, conv.bias + chunk, 4 * n);
+      for (int k = 0; k < 9; k++) copy(w + k * CHANNELS, conv.weight + k * C + chunk, n);
+      if (activated) copy(w + 9 * CHANNELS, conv.bias + chunk, n);
       std::fill(memory.begin(), memory.end(), 0.f);
-      auto copy = [n](const float* from, float* to) {
-        if (n == CHANNELS)
-          std::memcpy(to, from, 4 * CHANNELS);
-        else
-          std::memcpy(to, from, 4 * n);
-      };
       auto load_row = [&](Index y) {
         float* to = inputs + y % 3 * row + CHANNELS;
         if (y >= H) {
@@ -178,7 +172,7 @@ void sgformer_depthwise_backward(const Grid& grid, ConstView x, ConstView grad, 
         const float* from = x.data + (image + y * W) * x.stride + chunk;
         for (Index z = 0; z < W; z++) {
           prefetch(from + (z + W) * x.stride);
-          copy(from + z * x.stride, to + z * CHANNELS);
+          copy(to + z * CHANNELS, from + z * x.stride, n);
         }
       };
       load_row(0);
@@ -190,7 +184,7 @@ void sgformer_depthwise_backward(const Grid& grid, ConstView x, ConstView grad, 
           for (Index z = 0; z < W; z++) {
             const float* from = grad.data + (image + y * W + z) * grad.stride + chunk;
             prefetch(from + W * grad.stride);
-            copy(from, g_row + z * CHANNELS);
+            copy(g_row + z * CHANNELS, from, n);
             if (!activated) continue;
             float* to = activated + (image + y * W + z) * C + chunk;
             prefetch(to + W * C);
@@ -224,10 +218,10 @@ void sgformer_depthwise_backward(const Grid& grid, ConstView x, ConstView grad, 
         if (y == 0) continue;
         convolve_row(grads, y - 1, W, n, w + 8 * CHANNELS, -CHANNELS, nullptr, results);  // with the kernel rotated
         float* to = grad_x.data + (image + (y - 1) * W) * grad_x.stride + chunk;
-        for (Index z = 0; z < W; z++) copy(results + z * CHANNELS, to + z * grad_x.stride);
+        for (Index z = 0; z < W; z++) copy(to + z * grad_x.stride, results + z * CHANNELS, n);
       }
       for (int k = 0; k < 10; k++)
-        std::memcpy(grad_taps + (task / chunks * 10 + k) * C + chunk, total + k * CHANNELS, 4 * n);
+        copy(grad_taps + (task / chunks * 10 + k) * C + chunk, total + k * CHANNELS, n);
     }
   }
 }

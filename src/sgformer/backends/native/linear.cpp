@@ -18,7 +18,7 @@ void sgformer_pack(const float* weight, Index width, Index n, Index transposed, 
     float* to = packed + c * depth;
     if (transposed) {
       for (Index k = first; k < last; k++) {
-        std::memcpy(to + k * wide, weight + k * n + c, 4 * real);
+        copy(to + k * wide, weight + k * n + c, real);
         std::memset(to + k * wide + real, 0, 4 * (wide - real));
       }
     } else {
@@ -47,11 +47,11 @@ void sgformer_linear(ConstView x, Affine map, ConstView add, View out, Index row
         float tile[MR * NR], *to = out.data + r * out.stride + c;
         const bool direct = wide == real && (!add.data || add.data == out.data);
         if (!direct && add.data)
-          for (int i = 0; i < count; i++) std::memcpy(tile + i * NR, add.data + (r + i) * add.stride + c, 4 * real);
+          for (int i = 0; i < count; i++) copy(tile + i * NR, add.data + (r + i) * add.stride + c, real);
         gemm(count, wide, x.data + r * x.stride, x.stride, map.weight + c * n, wide, n, map.bias + c, add.data,
              direct ? to : tile, direct ? out.stride : NR);
         if (!direct)
-          for (int i = 0; i < count; i++) std::memcpy(to + i * out.stride, tile + i * NR, 4 * real);
+          for (int i = 0; i < count; i++) copy(to + i * out.stride, tile + i * NR, real);
       }
     }
   }
@@ -77,7 +77,7 @@ void sgformer_linear_gradient(ConstView grad, ConstView x, AffineGrad out, Index
       for (Index k = start; k < end; k += depth) {
         const Index count = std::min(depth, end - k);
         const float* from = x.data + k * x.stride + c;
-        for (Index r = 0; wide != real && r < count; r++) std::memcpy(&padded[r * wide], from + r * x.stride, 4 * real);
+        for (Index r = 0; wide != real && r < count; r++) copy(&padded[r * wide], from + r * x.stride, real);
         const float *a = grad.data + k * grad.stride, *b = wide == real ? from : padded.data();
         const Index ldb = wide == real ? x.stride : wide;
         for (Index o = first; o < last; o += MR) {

@@ -41,12 +41,25 @@ inline vec load(const float* p) {
   return v;
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)
+inline vec load(const float* p, int n) {  // the first n, then zeros
+  return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+}
+inline void store(float* p, vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+#else
 inline vec load(const float* p, int n) {  // the first n, then zeros
   vec v = {};
   std::memcpy(&v, p, 4 * n);
   return v;
 }
 inline void store(float* p, vec v, int n) { std::memcpy(p, &v, 4 * n); }
+#endif
+// n floats: for a few of them, a call of memcpy takes longer than the copy.
+inline void copy(float* to, const float* from, Index n) {
+  Index i = 0;
+  for (; i + L <= n; i += L) store(to + i, load(from + i));
+  if (i < n) store(to + i, load(from + i, n - i), n - i);
+}
 // Otherwise GCC reloads an operand from memory at every use, and loads, not arithmetic, become the bottleneck.
 inline void keep_in_register(vec& v) { IN_REGISTER(v); }
 inline vec broadcast(float x) { return vec{} + x; }
