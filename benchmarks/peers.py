@@ -27,6 +27,7 @@ RATES = {  # images/s with each recipe
     "resnet10t": {"muon": 99, "adamw": 125},
     "mobilenetv4_conv_small": {"muon": 152, "adamw": 202},
     "pvt_v2_b0": {"muon": 142, "adamw": 158},
+    "sgformer_t": {"muon": 82},  # what wider and deeper brings; scaled by N's rate beside it
 }
 ASIDE = 25
 SHORT = ("--weights", "none", "--warmup-epochs", ".1", "--ema", ".99", "--workers", "0")
