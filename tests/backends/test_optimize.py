@@ -143,6 +143,33 @@ def test_native_takes_what_torch_defaults_to_for_nothing(model):
 
 
 @needs_compiler
+@needs_compiler
+def test_layers_that_are_called_together_can_be_watched_and_replaced(model):
+    fast = sgformer.optimize(model, native=True)
+    image = torch.randn(2, 3, 75, 64)
+    expected, seen = fast(image), []
+    layers = [fast.stem.conv2, fast.stem.conv1.conv, fast.stages[1].downsample.mix.conv]
+    hooks = [layer.register_forward_hook(lambda layer, *_: seen.append(layer)) for layer in layers]
+    assert torch.equal(fast(image), expected) and {*seen} == {*layers}
+    for hook in hooks:
+        hook.remove()
+    fast.stem.conv2 = torch.nn.Identity()
+    assert not torch.allclose(fast(image), expected)
+
+
+@needs_compiler
+def test_copies_of_a_prepared_network_have_weights_of_their_own(model):
+    fast = sgformer.optimize(model, native=True)
+    image = torch.randn(2, 3, 75, 64)
+    expected = fast(image)  # after this, addresses of weights are kept
+    copied = copy.deepcopy(fast)
+    with torch.inference_mode():
+        for part in (fast.stem.conv1.conv.weight, fast.stages[0].blocks[0].tail.tensors[0]):
+            part.zero_()
+    assert torch.equal(copied(image), expected)
+    assert not torch.allclose(fast(image), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_native_refuses_other_numbers(model, dtype):
     fast = sgformer.optimize(model, native=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgformer import ops
 from sgformer.backends import native
-from sgformer.backends.eligibility import readable
+from sgformer.backends.eligibility import readable, untouched
 from sgformer.models.backbone import Block, GuidedBlock, HybridBlock, PlainBlock, Stage
 from sgformer.models.layers import (
     ConvNorm,
@@ -122,6 +122,7 @@ class NativeConv(nn.Module):
         self.winograd = (
             not self.kind and plain and conv.in_channels % native.lanes() == conv.out_channels % native.lanes() == 0
         )
+        self.bias: Tensor | None = None
         if self.groups > 1:
             self.weight = native.tap_major(conv.weight)
         elif self.winograd:
@@ -150,10 +151,72 @@ class NativeConvNorm(nn.Module):
         self.norm, self.gelu = block.norm, isinstance(block.act, nn.GELU)
         self.conv = NativeLinear(block.conv, kind) if block.conv.kernel_size == (1, 1) else NativeConv(block.conv, kind)
 
+    def layer(self) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+        """For ``native.ConvNorms``."""
+        conv, norm = self.conv, self.norm
+        if isinstance(conv, NativeLinear):
+            how = 1, 1, 0, conv.out_features, False, False, conv.kind
+        else:
+            how = (
+                *(conv.kernel, conv.stride, conv.padding, conv.out_channels),
+                *(conv.groups > 1, conv.winograd, conv.kind),
+            )
+        return (*how, self.gelu, norm.eps), (conv.weight, conv.bias, norm.weight.detach(), norm.bias.detach())
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 2, 3, 1).contiguous())
         x = native.group_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.gelu, inplace=True)
         return x.permute(0, 3, 1, 2)
+
+
+class ConvNormChain:
+    """Several :class:`NativeConvNorm` in one call, unless one was replaced or is observed by hooks."""
+
+    def __init__(self) -> None:
+        self._built: tuple[list[nn.Module], native.ConvNorms] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_built": None}  # a copy has modules of its own
+
+    def __call__(self, parts: list[Any], x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H', W', C')."""
+        within = [*parts, *(child for part in parts for child in part._modules.values())]
+        if any(one._forward_hooks or one._forward_pre_hooks for one in within) or any(
+            type(part) is not NativeConvNorm for part in parts
+        ):
+            image = x.permute(0, 3, 1, 2)
+            for part in parts:
+                image = part(image)
+            return image.permute(0, 2, 3, 1)
+        built = self._built
+        if built is None or built[0] != within:
+            self._built = built = within, native.ConvNorms(*zip(*(part.layer() for part in parts), strict=True))
+        return built[1](x)
+
+
+class NativeStem(Stem):
+    """The stem with its convolutions in one call."""
+
+    def __init__(self, stem: Stem):
+        nn.Module.__init__(self)
+        self.conv1, self.conv2, self.conv3 = stem.conv1, stem.conv2, stem.conv3
+        self.norm, self.position, self.chain = stem.norm, stem.position, ConvNormChain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.chain([self.conv1, self.conv2, self.conv3], x.permute(0, 2, 3, 1).contiguous())
+        return self.position(self.norm(x)).permute(0, 3, 1, 2)
+
+
+class NativeDownsample(Downsample):
+    """Downsampling in one call."""
+
+    def __init__(self, downsample: Downsample):
+        nn.Module.__init__(self)
+        self.expand, self.reduce, self.mix = downsample.expand, downsample.reduce, downsample.mix
+        self.chain = ConvNormChain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain([self.expand, self.reduce, self.mix], x.contiguous())
 
 
 class NativeHybrid(HybridBlock):
@@ -269,6 +332,9 @@ NATIVE: dict[type[nn.Module], Callable[[Any, int], nn.Module]] = {
     ConvNorm: NativeConvNorm,
 }
 
+#: Those that keep their parts, but call them together.
+TOGETHER: dict[type[nn.Module], Callable[[Any], nn.Module]] = {Stem: NativeStem, Downsample: NativeDownsample}
+
 #: How downsampling is computed next to int8, which would make half of all its error there.
 WIDER = {native.INT8: native.FLOAT32, native.INT8_TILES: native.BF16_TILES}
 
@@ -278,6 +344,10 @@ def make_native(model: nn.Module, kind: int = 0) -> None:
 
     ``kind``: how linear maps of blocks and, but for :data:`WIDER`, of downsampling are computed, of ``native.kind``.
     """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in TOGETHER and untouched(child):
+                setattr(module, name, TOGETHER[type(child)](child))
     for module in list(model.modules()):
         if isinstance(module, Stem | Stage):
             if readable(module.norm, nn.LayerNorm):

@@ -22,6 +22,29 @@ void block_tail(const Block& block, const TailWeights& w, const float* x, float*
 
 }  // namespace
 
+void sgformer_conv_norms(const Grid& grid, const ConvNorm* layers, Index count, const float* x, float* out,
+                         float* scratch, Index widest) {
+  const Index B = grid.B;
+  Index H = grid.H, W = grid.W, C = grid.C;
+  for (Index i = 0; i < count; i++) {
+    const ConvNorm& layer = layers[i];
+    const Index out_H = (H + layer.stride - 1) / layer.stride, out_W = (W + layer.stride - 1) / layer.stride;
+    float* to = i + 1 == count ? out : scratch + i % 2 * widest;
+    if (layer.is_depthwise)
+      sgformer_depthwise_stride2({B, H, W, C}, x, layer.map.weight, to);
+    else if (layer.is_winograd)
+      sgformer_winograd({B, H, W, C}, x, layer.map.weight, to, layer.width);
+    else if (layer.kernel == 1)
+      sgformer_narrow_linear(layer.kind, {x, C}, layer.map, NOTHING, {to, layer.width}, B * H * W, C, layer.width);
+    else
+      sgformer_narrow_conv(layer.kind,
+                           {B, H, W, C, layer.kernel, layer.stride, layer.padding, out_H, out_W, layer.width}, x,
+                           layer.map, to);
+    H = out_H, W = out_W, C = layer.width, x = to;
+    sgformer_group_norm({B, H, W, C}, to, to, layer.norm, layer.eps, layer.gelu);
+  }
+}
+
 void sgformer_hybrid_block(const Block& block, const HybridOptions& options, const HybridWeights& w,
                            const TailWeights& tail, const float* x, float* out, float* coarse, float* fine,
                            float* scratch) {

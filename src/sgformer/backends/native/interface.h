@@ -166,10 +166,21 @@ extern "C" void sgformer_aggregate(const Groups& groups, const float* x, Index B
 extern "C" void sgformer_aggregate_backward(const Groups& groups, const float* x, const float* grad, Index B, Index N,
                                             Index C, const float* weight, float* grad_x, AffineGrad out);
 
-// -- whole blocks (blocks.cpp), for inference -----------------------------------------------------------------------
+// -- whole layers and blocks (blocks.cpp), for inference ------------------------------------------------------------
 //
-// One call instead of a dozen, to save the caller's overhead. x (B, H, W, C) is read, `out`
+// One call instead of several, to save the caller's overhead. x (B, H, W, C) is read, `out`
 // written; `scratch` holds intermediate results. Linear maps are packed, weights of depthwise convolutions (9, C).
+
+// Convolutions, each followed by GroupNorm with one group and, with `gelu`, a GELU. Zero padding; `is_depthwise`: 3 x 3
+// of stride 2, weight (9, C), no bias; `is_winograd`: as sgformer_winograd; else a narrow linear map, of tokens where
+// kernel is 1, or convolution. scratch: twice `widest`, the floats of the largest result.
+struct ConvNorm {
+  Index kernel, stride, padding, width, is_depthwise, is_winograd, kind, gelu;
+  float eps;
+  Affine map, norm;
+};
+extern "C" void sgformer_conv_norms(const Grid& grid, const ConvNorm* layers, Index count, const float* x, float* out,
+                                    float* scratch, Index widest);
 
 struct Block {
   Index B, H, W, C, hidden, heads, kind;  // kind: of the linear maps, see there

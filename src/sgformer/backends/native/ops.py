@@ -23,7 +23,7 @@ CHUNK = 1 << 21  # floats: if tensors exceed these 8 MiB, callers take fewer ima
 
 Affine, AffineGrad, ConstView, View = (STRUCTS[name] for name in ("Affine", "AffineGrad", "ConstView", "View"))
 Grid, Conv, Attention, Groups = (STRUCTS[name] for name in ("Grid", "Conv", "Attention", "Groups"))
-Block, HybridOptions, Region = (STRUCTS[name] for name in ("Block", "HybridOptions", "Region"))
+Block, HybridOptions, Region, ConvNorm = (STRUCTS[n] for n in ("Block", "HybridOptions", "Region", "ConvNorm"))
 
 
 def lanes() -> int:
@@ -521,13 +521,56 @@ class Weights:
             raise ValueError(f"{struct} has {', '.join(names)} (got {', '.join(parts)})")
         self.struct = struct
         self.tensors = [tensor for name in names for tensor in parts[name]]
+        self._addresses: Any = None
 
     def addresses(self) -> Any:
-        """The struct, built at every call, as a copied network has its parameters elsewhere.
+        """The struct, made once. All fields at once, in their order: one by one takes three times as long."""
+        if (made := self._addresses) is None:
+            self._addresses = made = STRUCTS[self.struct].from_buffer_copy(_pointers(self.tensors))
+        return made
 
-        All fields at once, in their order: one by one takes three times as long.
-        """
-        return STRUCTS[self.struct].from_buffer_copy(_pointers(self.tensors))
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has its parameters elsewhere, and so has what goes to another process: torch shares their memory."""
+        self._addresses = None
+        return self.__dict__
+
+
+class ConvNorms:
+    """Convolutions, each with a GroupNorm of one group and, on demand, a GELU, one after the other, in one call.
+
+    Args:
+        layers: the fields of interface.h's ``ConvNorm`` but ``map`` and ``norm``, in order.
+        tensors: of each layer the convolution's weight and bias, packed for how it is computed, and the norm's.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Any]], tensors: Sequence[Sequence[Tensor | None]]):
+        self.layers, self.tensors = [tuple(layer) for layer in layers], [tuple(four) for four in tensors]
+        self._structs: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._structs = None  # as of Weights
+        return self.__dict__
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H', W', C')."""
+        if (structs := self._structs) is None:
+            addresses = [[None if t is None else t.data_ptr() for t in four] for four in self.tensors]
+            self._structs = structs = (ConvNorm * len(self.layers))(
+                *(
+                    ConvNorm(*layer, Affine(*four[:2]), Affine(*four[2:]))
+                    for layer, four in zip(self.layers, addresses, strict=True)
+                )
+            )
+        B, H, W, C = _checked(x).shape
+        grid, widest = Grid(B, H, W, C), 0
+        for layer in structs:
+            H, W, C = -(-H // layer.stride), -(-W // layer.stride), layer.width
+            widest = max(widest, B * H * W * C)
+        out, scratch = x.new_empty(B, H, W, C), x.new_empty(2 * widest)
+        library().sgformer_conv_norms(
+            grid, structs, len(self.layers), x.data_ptr(), out.data_ptr(), scratch.data_ptr(), widest
+        )
+        return out
 
 
 def hybrid_block(
