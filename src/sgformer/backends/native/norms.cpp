@@ -9,21 +9,28 @@
 
 namespace {
 
+// The sum of f(v) over the whole vectors v of C floats, and where they end. Four sums at a time: one would wait for the
+// last addition at every vector.
+template <class Function>
+inline vec sum_vectors(const float* x, Index C, Index& end, Function f) {
+  vec s = {}, t = {}, u = {}, v = {};
+  Index c = 0;
+  for (; c + 4 * L <= C; c += 4 * L)
+    s += f(load(x + c)), t += f(load(x + c + L)), u += f(load(x + c + 2 * L)), v += f(load(x + c + 3 * L));
+  for (; c + L <= C; c += L) s += f(load(x + c));
+  end = c;
+  return (s + t) + (u + v);
+}
+
 // Mean and inverse standard deviation of C floats.
 inline void mean_rstd(const float* x, Index C, float eps, float& mean, float& rstd) {
-  vec s = {};
-  Index c = 0;
-  for (; c + L <= C; c += L) s += load(x + c);
-  float total = reduce_sum(s);
-  for (Index i = c; i < C; i++) total += x[i];
+  Index end;
+  float total = reduce_sum(sum_vectors(x, C, end, [](vec v) { return v; }));
+  for (Index i = end; i < C; i++) total += x[i];
   mean = total / C;
-  vec m = broadcast(mean), q = {};
-  for (c = 0; c + L <= C; c += L) {
-    vec d = load(x + c) - m;
-    q += d * d;
-  }
-  float squares = reduce_sum(q);
-  for (; c < C; c++) squares += (x[c] - mean) * (x[c] - mean);
+  const vec m = broadcast(mean);
+  float squares = reduce_sum(sum_vectors(x, C, end, [m](vec v) { return (v - m) * (v - m); }));
+  for (Index i = end; i < C; i++) squares += (x[i] - mean) * (x[i] - mean);
   rstd = 1 / std::sqrt(squares / C + eps);
 }
 
