@@ -249,3 +249,40 @@ def test_timms_onnx_export(tmp_path):
     path = tmp_path / "timm.onnx"
     onnx_export(small(), str(path), batch_size=2, input_size=(3, 64, 64), check=True, check_forward=True)
     assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"significance": "learned"}, marks=pytest.mark.slow),
+        pytest.param({"aggregation": "merge"}, marks=pytest.mark.slow),
+        pytest.param({"pairs": "hybrid"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: "-".join(options.values()) or "published",
+)
+@pytest.mark.parametrize("way", ["plain", pytest.param("checkpointing", marks=pytest.mark.slow), "accelerated"])
+def test_a_training_step_is_one_graph_with_the_same_gradients(options, way):
+    dtype, tolerance = torch.float64, 1e-9
+    model = small(**options).train()
+    if way == "checkpointing":
+        model.set_grad_checkpointing()
+    if way == "accelerated":  # its kernels, of float32, give way to what torch can see
+        sgformer.accelerate(model)
+        dtype, tolerance = torch.float32, 1e-3
+    model.to(dtype)
+    images = torch.randn(2, 3, 75, 64, dtype=dtype)
+
+    def step(network):
+        model.zero_grad()
+        loss = network(images).square().sum()
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+    loss, expected = step(model)
+    torch.compiler.reset()
+    compiled_loss, gradients = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(compiled_loss, loss, rtol=tolerance, atol=0)
+    whole = max(wanted.abs().max() for wanted in expected)
+    for made, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(made, wanted, rtol=tolerance, atol=float(tolerance * whole))
