@@ -162,6 +162,7 @@ def test_copies_of_a_prepared_network_have_weights_of_their_own(model):
     fast = sgformer.optimize(model, native=True)
     image = torch.randn(2, 3, 75, 64)
     expected = fast(image)  # after this, addresses of weights are kept
+    assert torch.equal(fast.share_memory()(image), expected)
     copied = copy.deepcopy(fast)
     with torch.inference_mode():
         for part in (fast.stem.conv1.conv.weight, fast.stages[0].blocks[0].tail.tensors[0]):

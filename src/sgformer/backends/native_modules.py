@@ -161,7 +161,8 @@ class NativeConvNorm(nn.Module):
                 *(conv.kernel, conv.stride, conv.padding, conv.out_channels),
                 *(conv.groups > 1, conv.winograd, conv.kind),
             )
-        return (*how, self.gelu, norm.eps), (conv.weight, conv.bias, norm.weight.detach(), norm.bias.detach())
+        # Copies, as addresses are kept and torch moves parameters, for one in `share_memory`.
+        return (*how, self.gelu, norm.eps), (conv.weight, conv.bias, *(t.detach().clone() for t in norm.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.permute(0, 2, 3, 1).contiguous())
