@@ -143,7 +143,6 @@ def test_native_takes_what_torch_defaults_to_for_nothing(model):
 
 
 @needs_compiler
-@needs_compiler
 def test_layers_that_are_called_together_can_be_watched_and_replaced(model):
     fast = sgformer.optimize(model, native=True)
     image = torch.randn(2, 3, 75, 64)
@@ -171,6 +170,7 @@ def test_copies_of_a_prepared_network_have_weights_of_their_own(model):
     assert not torch.allclose(fast(image), expected)
 
 
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_native_refuses_other_numbers(model, dtype):
     fast = sgformer.optimize(model, native=True)
