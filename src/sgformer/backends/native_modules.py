@@ -171,7 +171,7 @@ class NativeConvNorm(nn.Module):
 
 
 class ConvNormChain:
-    """Several :class:`NativeConvNorm` in one call, unless one was replaced or is observed by hooks."""
+    """Several :class:`NativeConvNorm` in one call, unless one was replaced or changed, or is observed by hooks."""
 
     def __init__(self) -> None:
         self._built: tuple[list[nn.Module], native.ConvNorms] | None = None
@@ -182,9 +182,7 @@ class ConvNormChain:
     def __call__(self, parts: list[Any], x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H', W', C')."""
         within = [*parts, *(child for part in parts for child in part._modules.values())]
-        if any(one._forward_hooks or one._forward_pre_hooks for one in within) or any(
-            type(part) is not NativeConvNorm for part in parts
-        ):
+        if not (all(type(part) is NativeConvNorm for part in parts) and all(map(untouched, within))):
             image = x.permute(0, 3, 1, 2)
             for part in parts:
                 image = part(image)

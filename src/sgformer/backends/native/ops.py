@@ -538,37 +538,30 @@ class Weights:
 class ConvNorms:
     """Convolutions, each with a GroupNorm of one group and, on demand, a GELU, one after the other, in one call.
 
+    It keeps addresses, so it is not to be copied.
+
     Args:
         layers: the fields of interface.h's ``ConvNorm`` but ``map`` and ``norm``, in order.
         tensors: of each layer the convolution's weight and bias, packed for how it is computed, and the norm's.
     """
 
     def __init__(self, layers: Sequence[Sequence[Any]], tensors: Sequence[Sequence[Tensor | None]]):
-        self.layers, self.tensors = [tuple(layer) for layer in layers], [tuple(four) for four in tensors]
-        self._structs: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._structs = None  # as of Weights
-        return self.__dict__
+        self.tensors = tensors  # whose addresses these are
+        self.layers = (ConvNorm * len(layers))()
+        for i, (layer, four) in enumerate(zip(layers, tensors, strict=True)):
+            weight, bias, gain, shift = (None if t is None else t.data_ptr() for t in four)
+            self.layers[i] = ConvNorm(*layer, Affine(weight, bias), Affine(gain, shift))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H', W', C')."""
-        if (structs := self._structs) is None:
-            addresses = [[None if t is None else t.data_ptr() for t in four] for four in self.tensors]
-            self._structs = structs = (ConvNorm * len(self.layers))(
-                *(
-                    ConvNorm(*layer, Affine(*four[:2]), Affine(*four[2:]))
-                    for layer, four in zip(self.layers, addresses, strict=True)
-                )
-            )
         B, H, W, C = _checked(x).shape
         grid, widest = Grid(B, H, W, C), 0
-        for layer in structs:
+        for layer in self.layers:
             H, W, C = -(-H // layer.stride), -(-W // layer.stride), layer.width
             widest = max(widest, B * H * W * C)
         out, scratch = x.new_empty(B, H, W, C), x.new_empty(2 * widest)
         library().sgformer_conv_norms(
-            grid, structs, len(self.layers), x.data_ptr(), out.data_ptr(), scratch.data_ptr(), widest
+            grid, self.layers, len(self.layers), x.data_ptr(), out.data_ptr(), scratch.data_ptr(), widest
         )
         return out
 
