@@ -51,13 +51,10 @@ void depthwise(ConstView x, View out, Index H, Index W, int n, Affine conv, Inde
   auto load_row = [&](Index y) {
     float* to = rows + (y % 3) * row + CHANNELS;
     const float* from = x.data + y * W * x.stride;
-    if (n == CHANNELS)
-      for (Index z = 0; z < W; z++) {
-        prefetch(from + (z + W) * x.stride);
-        copy(to + z * CHANNELS, from + z * x.stride, CHANNELS);
-      }
-    else
-      for (Index z = 0; z < W; z++) copy(to + z * CHANNELS, from + z * x.stride, n);
+    for (Index z = 0; z < W; z++) {
+      prefetch(from + (z + W) * x.stride);
+      copy(to + z * CHANNELS, from + z * x.stride, n);
+    }
   };
   load_row(0);
   for (Index y = 0; y < H; y++) {

@@ -35,7 +35,7 @@ namespace {
 #if defined(HAS_BF16) || defined(HAS_INT8)
 // The next L of n floats, then zeros.
 inline __m512 load_next(const float* p, Index n) {
-  return n >= L ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((1 << n) - 1, p);
+  return (__m512)(n >= L ? load(p) : load(p, (int)n));
 }
 #endif
 
